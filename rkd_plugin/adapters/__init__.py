@@ -1,0 +1,1 @@
+"""One file per host, imported by whoever has that host."""

@@ -1,0 +1,1 @@
+"""What a recipe needs and the hosts lack."""

@@ -1,0 +1,224 @@
+"""Relational knowledge distillation as functions of two embedding batches.
+
+The student need not copy the teacher's embeddings, only the *relations* among the N items of a batch: their pairwise
+distances (RKD-D) and the angles of their triplets (RKD-A). Both losses ignore translation, rotation and uniform scaling
+of either side, and student and teacher may have different widths.
+
+Everything here is documentation, input checks and a choice of kernel; the arithmetic is in ``rkd_plugin.kernels``.
+
+Reference: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from rkd_plugin.kernels import chunked, reference
+
+Reduction = Literal["mean", "tuple_mean", "sum", "anchor"]
+Impl = Literal["auto", "reference", "chunked"]
+Pairs = tuple[Tensor, Tensor]
+Triplets = tuple[Tensor, Tensor, Tensor]
+
+_KERNELS: dict[str, ModuleType] = {"auto": chunked, "chunked": chunked, "reference": reference}
+
+
+def rkd_distance_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    reduction: Reduction = "mean",
+    huber_delta: float = 1.0,
+    impl: Impl = "auto",
+    pairs: Pairs | None = None,
+) -> Tensor:
+    r"""Huber loss between mean-normalised pairwise distances (RKD-D, equations 4 to 6 of the paper).
+
+    .. math::
+        \frac{1}{N^2}\sum_{i,j} \ell_\delta\!\left(\frac{\lVert s_i-s_j\rVert}{\mu_s},\ \frac{\lVert t_i-t_j\rVert}{\mu_t}\right)
+
+    with :math:`\mu` the mean distance over all pairs of distinct rows of the same side and :math:`\ell_\delta` the Huber
+    function. The authors' code takes the mean over all :math:`N^2` pairs, the zero diagonal included, and so does the
+    default; their published weights belong to it. No gradient flows to ``teacher``.
+
+    Args:
+        student: embeddings that learn, shape ``(N, D_s)``, floating point.
+        teacher: embeddings to imitate, shape ``(N, D_t)``, floating point, on the same device; row i belongs to row i.
+        reduction: ``"mean"`` over all ``N^2`` entries; ``"tuple_mean"`` over the ``N (N - 1)`` pairs of distinct rows,
+            so that a weight means the same at every batch size; ``"sum"``, the paper's equation; ``"anchor"``, a vector
+            ``(N,)`` with the loss of the pairs that start at row i, its mean equal to ``"mean"``.
+        huber_delta: where the loss turns from quadratic to linear; positive.
+        impl: the kernel: ``"reference"``, ``"chunked"``, or ``"auto"`` to leave the choice.
+        pairs: ``(from, to)``, index vectors ``(P,)``: only these pairs count, and means are over them. The mean distance
+            still runs over the whole batch.
+
+    Returns:
+        A scalar, or ``(N,)`` for ``"anchor"``, in the student's dtype, or float32 where that is narrower.
+
+    Raises:
+        TypeError: if an input is no floating point tensor.
+        ValueError: if a batch is not 2-D, the row counts or devices differ, or an option is unknown.
+
+    Example:
+        A 3-4-5 triangle against three points on a line.
+
+        >>> import torch
+        >>> teacher = torch.tensor([[0., 0.], [4., 0.], [0., 3.]])
+        >>> student = torch.tensor([[0., 0.], [1., 0.], [2., 0.]])
+        >>> rkd_distance_loss(student, teacher)
+        tensor(0.0972)
+        >>> rkd_distance_loss(student, teacher, reduction="anchor")
+        tensor([0.1042, 0.0521, 0.1354])
+        >>> rkd_distance_loss(3 * teacher + 1, teacher)  # the same shape: nothing to learn
+        tensor(0.)
+    """
+    return _losses("rkd_distance_loss", student, teacher, 1.0, 0.0, reduction, huber_delta, impl, pairs, None)
+
+
+def rkd_angle_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    reduction: Reduction = "mean",
+    huber_delta: float = 1.0,
+    impl: Impl = "auto",
+    triplets: Triplets | None = None,
+) -> Tensor:
+    r"""Huber loss between the cosines of all triplets' angles (RKD-A, equations 7 to 9 of the paper).
+
+    .. math::
+        \frac{1}{N^3}\sum_{i,j,k} \ell_\delta\!\left(\cos\angle s_j s_i s_k,\ \cos\angle t_j t_i t_k\right)
+
+    with the vertex at row i. A triplet that names a row twice adds 0; an arm between two equal rows has no direction,
+    and its cosines are 0 on that side. ``"chunked"`` needs ``O(N^2)`` memory, whatever the width of the embeddings.
+
+    Args:
+        student: embeddings that learn, shape ``(N, D_s)``, floating point.
+        teacher: embeddings to imitate, shape ``(N, D_t)``, floating point, on the same device; row i belongs to row i.
+        reduction: as in `rkd_distance_loss`, over ``N^3`` entries or ``N (N - 1) (N - 2)`` triplets of distinct rows;
+            ``"anchor"`` holds the loss of the triplets that have their vertex at row i.
+        huber_delta: where the loss turns from quadratic to linear; positive.
+        impl: as in `rkd_distance_loss`.
+        triplets: ``(vertex, arm, arm)``, index vectors ``(T,)``: only these triplets count, and means are over them.
+
+    Returns:
+        As `rkd_distance_loss`.
+
+    Raises:
+        TypeError, ValueError: as `rkd_distance_loss`.
+
+    Example:
+        >>> import torch
+        >>> teacher = torch.tensor([[0., 0.], [4., 0.], [0., 3.]])
+        >>> student = torch.tensor([[0., 0.], [1., 0.], [2., 0.]])
+        >>> rkd_angle_loss(student, teacher)
+        tensor(0.1393)
+        >>> rkd_angle_loss(3 * teacher + 1, teacher)
+        tensor(0.)
+    """
+    return _losses("rkd_angle_loss", student, teacher, 0.0, 1.0, reduction, huber_delta, impl, None, triplets)
+
+
+def rkd_da_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    distance_weight: float = 1.0,
+    angle_weight: float = 2.0,
+    reduction: Reduction = "mean",
+    huber_delta: float = 1.0,
+    impl: Impl = "auto",
+    pairs: Pairs | None = None,
+    triplets: Triplets | None = None,
+) -> Tensor:
+    """The weighted sum of `rkd_distance_loss` and `rkd_angle_loss` (RKD-DA), the distances computed once for both.
+
+    Args:
+        student: embeddings that learn, shape ``(N, D_s)``, floating point.
+        teacher: embeddings to imitate, shape ``(N, D_t)``, floating point, on the same device; row i belongs to row i.
+        distance_weight: of the distance term; 0 skips it. The paper: 1 in metric learning, 25 in classification.
+        angle_weight: of the angle term; 0 skips it, and its cubic cost. The paper: 2 and 50.
+        reduction, huber_delta, impl, pairs, triplets: as in the two losses.
+
+    Returns:
+        As `rkd_distance_loss`.
+
+    Raises:
+        TypeError, ValueError: as `rkd_distance_loss`.
+
+    Example:
+        >>> import torch
+        >>> teacher = torch.tensor([[0., 0.], [4., 0.], [0., 3.]])
+        >>> student = torch.tensor([[0., 0.], [1., 0.], [2., 0.]])
+        >>> rkd_da_loss(student, teacher)  # 0.0972 + 2 * 0.1393
+        tensor(0.3757)
+    """
+    return _losses(
+        "rkd_da_loss", student, teacher, distance_weight, angle_weight, reduction, huber_delta, impl, pairs, triplets
+    )
+
+
+def _losses(
+    name: str,
+    student: Tensor,
+    teacher: Tensor,
+    distance_weight: float,
+    angle_weight: float,
+    reduction: str,
+    huber_delta: float,
+    impl: str,
+    pairs: Pairs | None,
+    triplets: Triplets | None,
+) -> Tensor:
+    _check(name, student, teacher, reduction, huber_delta, impl)
+    kernel = _KERNELS[impl]
+    rows = len(student)
+    # Autocast would take the Gram products and norms down to half precision, where close rows become equal.
+    with torch.autocast(student.device.type, enabled=False):
+        ours, theirs = kernel.relations(student), kernel.relations(teacher.detach())
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        # Zero, connected to the graph, and not a number where a lone row is not.
+        total = (student * 0).sum(1, dtype=dtype) + (teacher.detach() * 0).sum(1, dtype=dtype)
+        if distance_weight:
+            sums = kernel.distance(ours, theirs, huber_delta, pairs)
+            total = total + distance_weight * sums / _count(reduction, rows, 2, pairs)
+        if angle_weight:
+            sums = kernel.angle(ours, theirs, huber_delta, triplets)
+            total = total + angle_weight * sums / _count(reduction, rows, 3, triplets)
+        return (total * rows if reduction == "anchor" else total.sum()).to(dtype)
+
+
+def _count(reduction: str, rows: int, order: int, tuples: tuple[Tensor, ...] | None) -> int:
+    """How many tuples of ``order`` rows a reduction divides by."""
+    if reduction == "sum":
+        return 1
+    if tuples is not None:
+        return max(len(tuples[0]), 1)
+    return max(math.perm(rows, order) if reduction == "tuple_mean" else rows**order, 1)
+
+
+def _check(name: str, student: Tensor, teacher: Tensor, reduction: str, huber_delta: float, impl: str) -> None:
+    for side, x in (("student", student), ("teacher", teacher)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: {side} must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: {side} must be floating point, got {x.dtype}")
+        if x.ndim != 2:
+            raise ValueError(f"{name}: {side} must have shape (N, D), got {tuple(x.shape)}")
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"{name}: student and teacher must have one row per example, got {len(student)} and {len(teacher)} rows"
+        )
+    if student.device != teacher.device:
+        raise ValueError(f"{name}: student and teacher must be on one device, got {student.device} and {teacher.device}")
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"{name}: reduction must be one of {get_args(Reduction)}, got {reduction!r}")
+    if impl not in _KERNELS:
+        raise ValueError(f"{name}: impl must be one of {get_args(Impl)}, got {impl!r}")
+    if not huber_delta > 0:
+        raise ValueError(f"{name}: huber_delta must be positive, got {huber_delta!r}")

@@ -1,0 +1,156 @@
+"""Plain PyTorch on any device, in ``O(N^2)`` memory: both losses from the matrix of squared distances.
+
+The squares are float64, since a short arm beside a long one cancels in anything less, and cost ``N^2 D`` once. The
+``N^3`` cosines exist only strip by strip, in float32 unless the input is wider, and the gradient is collected in the
+same pass. With D the squared distances and r = 1 / sqrt(D), or 0 where D = 0:
+
+    cos[a,b,c] = (D_ab + D_ac - D_bc) / 2 * r_ab * r_ac            the law of cosines at vertex a
+    W          = d huber / d cos_student                           P = W * r_ab * r_ac
+    dL/dD_ab   = sum_c P - r_ab^2 * sum_c W * cos - 1/2 sum_v P[v,a,b]
+
+W and P are symmetric in b and c, so that only b < c is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import huber_loss
+
+from rkd_plugin.kernels.pairwise import inverse_lengths, normalise, rescale, safe_sqrt, squared_distances, widest
+
+STRIP = 32  # rows b of a strip; its columns are all c from the first of them on
+ELEMENTS = 2**17  # of a chunk of a strip, so that its temporaries stay inside the caches of a CPU core
+
+
+class Relations(NamedTuple):
+    """Squared distances ``(N, N)`` of a batch, and the dtype in which its cosines are computed."""
+
+    squares: Tensor
+    dtype: torch.dtype
+
+
+def relations(x: Tensor) -> Relations:
+    """Squared distances in float64, cosines in the input's dtype or float32."""
+    return Relations(squared_distances(rescale(x, widest(x))), torch.promote_types(x.dtype, torch.float32))
+
+
+def distance(
+    student: Relations, teacher: Relations, huber_delta: float, pairs: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """See ``reference.distance``; the same from squared distances."""
+    student_psi, teacher_psi = normalise(safe_sqrt(student.squares)), normalise(safe_sqrt(teacher.squares))
+    if pairs is None:
+        return huber_loss(student_psi, teacher_psi, reduction="none", delta=huber_delta).sum(1)
+    losses = huber_loss(student_psi[pairs], teacher_psi[pairs], reduction="none", delta=huber_delta)
+    return losses.new_zeros(len(student_psi)).index_add(0, pairs[0], losses)
+
+
+def angle(
+    student: Relations,
+    teacher: Relations,
+    huber_delta: float,
+    triplets: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """See ``reference.angle``; the same from squared distances, a strip at a time."""
+    if triplets is None:
+        needs_gradient = torch.is_grad_enabled() and student.squares.requires_grad
+        losses, _ = _angle(student.squares, teacher.squares, huber_delta, student.dtype, needs_gradient)
+        return losses
+    a, b, c = triplets
+
+    def psi(side: Relations) -> Tensor:
+        d_ab, d_ac, d_bc = side.squares[a, b], side.squares[a, c], side.squares[b, c]
+        return _cosines(d_ab / 2, d_ac / 2, d_bc / 2, inverse_lengths(d_ab) * inverse_lengths(d_ac))
+
+    losses = huber_loss(psi(student), psi(teacher), reduction="none", delta=huber_delta)
+    return losses.new_zeros(len(student.squares)).index_add(0, a, losses)
+
+
+def _cosines(h_ab: Tensor, h_ac: Tensor, h_bc: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """The law of cosines from halved squares; ``scale`` is ``r_ab * r_ac``. The cancelling sum is taken before rounding."""
+    return torch.sub(h_ac, h_bc, out=out).add_(h_ab).to(scale.dtype).mul_(scale)
+
+
+def _sweep(
+    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Angle losses ``(N,)`` per vertex and, given the vertices' ``weights``, their gradient ``(N, N)`` to ``student``."""
+    rows = len(student)
+    # The student comes last, so that what the loop leaves in ``scale`` is the student's.
+    sides = [(squares / 2, inverse_lengths(squares).to(dtype)) for squares in (teacher, student)]
+    squared_r = sides[1][1].square()
+    losses = student.new_zeros(rows)
+    gradient = student.new_zeros((rows, rows) if weights is not None else 0)
+    buffer = student.new_empty(max(ELEMENTS, STRIP * rows))
+    for first in range(0, rows, STRIP):
+        b, c = slice(first, first + STRIP), slice(first, rows)
+        height, width = min(STRIP, rows - first), rows - first
+        lower = torch.ones(height, height, dtype=torch.bool, device=student.device).tril()
+        vertices = max(ELEMENTS // (height * width), 1)
+        for start in range(0, rows, vertices):
+            a = slice(start, start + vertices)
+            cosines = []
+            for halves, r in sides:
+                scale = r[a, b, None] * r[a, None, c]
+                wide = buffer[: scale.numel()].view_as(scale)
+                cosines.append(_cosines(halves[a, b, None], halves[a, None, c], halves[b, c], scale, wide))
+            difference = torch.sub(cosines[1], cosines[0], out=cosines[0])
+            difference[:, :, :height].masked_fill_(lower, 0)
+            slope = difference.clamp(-huber_delta, huber_delta)
+            losses[a] += difference.sub_(slope, alpha=0.5).mul_(slope).sum((1, 2))
+            if weights is None:
+                continue
+            weight = weights[a, None]
+            scale.mul_(slope)
+            slope.mul_(cosines[1])
+            gradient[a, b] += weight * (scale.sum(2) - squared_r[a, b] * slope.sum(2))
+            gradient[a, c] += weight * (scale.sum(1) - squared_r[a, c] * slope.sum(1))
+            gradient[b, c] -= torch.tensordot(weights[a].to(dtype), scale, 1)
+    return 2 * losses, gradient
+
+
+@torch.library.custom_op("rkd_plugin::angle", mutates_args=())
+def _angle(
+    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    # An operator of its own keeps torch.compile from unrolling the loops. The gradient is taken in the forward pass for
+    # weights of 1, since every reduction but a weighted one asks for the same weight at each vertex.
+    return _sweep(student, teacher, huber_delta, dtype, student.new_ones(len(student)) if needs_gradient else None)
+
+
+@_angle.register_fake
+def _(
+    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    return student.new_empty(len(student)), torch.empty_like(student) if needs_gradient else student.new_empty(0)
+
+
+@torch.library.custom_op("rkd_plugin::angle_backward", mutates_args=())
+def _angle_backward(
+    weights: Tensor, student: Tensor, teacher: Tensor, gradient: Tensor, huber_delta: float, dtype: torch.dtype
+) -> Tensor:
+    if bool((weights == weights[:1]).all()):
+        return gradient * weights[:1]
+    return _sweep(student, teacher, huber_delta, dtype, weights)[1]
+
+
+@_angle_backward.register_fake
+def _(
+    weights: Tensor, student: Tensor, teacher: Tensor, gradient: Tensor, huber_delta: float, dtype: torch.dtype
+) -> Tensor:
+    return torch.empty_like(student)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    student, teacher, ctx.huber_delta, ctx.dtype, _ = inputs
+    ctx.save_for_backward(student, teacher, output[1])
+
+
+def _differentiate(ctx: Any, weights: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _angle_backward(weights, *ctx.saved_tensors, ctx.huber_delta, ctx.dtype), None, None, None, None
+
+
+_angle.register_autograd(_differentiate, setup_context=_save)

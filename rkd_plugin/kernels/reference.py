@@ -1,0 +1,49 @@
+"""The paper's formulas, written to be read: the oracle of all tests.
+
+``O(N^2 D + N^3)`` memory, so for small batches only. Computes in the input's dtype, in float32 at least.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import huber_loss
+
+from rkd_plugin.kernels.pairwise import inverse_lengths, normalise, rescale, safe_sqrt
+
+
+def relations(x: Tensor) -> Tensor:
+    """``(N, N, D)``: the difference vector from every row to every row."""
+    x = rescale(x, torch.promote_types(x.dtype, torch.float32))
+    return x.unsqueeze(0) - x.unsqueeze(1)
+
+
+def distance(
+    student: Tensor, teacher: Tensor, huber_delta: float, pairs: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Equations 4 to 6: Huber loss between distances that are divided by their mean."""
+
+    def psi(differences: Tensor) -> Tensor:
+        return normalise(safe_sqrt(differences.square().sum(-1)))
+
+    losses = huber_loss(psi(student), psi(teacher), reduction="none", delta=huber_delta)
+    if pairs is not None:
+        return losses.new_zeros(len(losses)).index_add(0, pairs[0], losses[pairs])
+    return losses.sum(1)
+
+
+def angle(
+    student: Tensor, teacher: Tensor, huber_delta: float, triplets: tuple[Tensor, Tensor, Tensor] | None = None
+) -> Tensor:
+    """Equations 7 to 9: Huber loss between the cosines of the angles that any two rows span at a third."""
+
+    def psi(differences: Tensor) -> Tensor:
+        units = differences * inverse_lengths(differences.square().sum(-1, keepdim=True))
+        return units @ units.mT
+
+    losses = huber_loss(psi(student), psi(teacher), reduction="none", delta=huber_delta)
+    if triplets is not None:
+        return losses.new_zeros(len(losses)).index_add(0, triplets[0], losses[triplets])
+    # An arm and itself span no angle; where only one side's arm has length 0 the formula would say 0 against 1.
+    same_arm = torch.eye(len(losses), dtype=torch.bool, device=losses.device)
+    return losses.masked_fill(same_arm, 0).sum((1, 2))
