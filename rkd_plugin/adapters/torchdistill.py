@@ -1,0 +1,193 @@
+"""What a torchdistill experiment names in YAML once it lists ``dependencies: ['rkd_plugin.adapters.torchdistill']``.
+
+Losses (mid-level): ``RKDDistanceLoss``, ``RKDAngleLoss``, ``RKDDALoss`` on any pair of hooked modules, and ``PMLLoss``,
+any loss of pytorch-metric-learning. Forward process: ``forward_in_eval_mode``, for teachers. torchdistill's own
+``RKDLoss`` stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, get_args
+
+import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
+from torch import Tensor, nn
+from torchdistill.core.interfaces.registry import FORWARD_PROC_FUNC_DICT, register_forward_proc_func
+from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, register_mid_level_loss
+
+from rkd_plugin import losses
+
+IO = Literal["input", "output"]
+Pool = Literal["avg", "flatten"]
+Hooked = Mapping[str, Mapping[str, Any]]
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+def _register(register: Callable[[T], T], registry: Mapping[str, Any]) -> Callable[[T], T]:
+    """A host's decorator that refuses a name that something else holds; the host itself would overwrite it."""
+
+    def decorate(component: T) -> T:
+        held = registry.get(component.__name__, component)
+        if (held.__module__, held.__qualname__) != (component.__module__, component.__qualname__):
+            raise ValueError(
+                f"torchdistill's {component.__name__!r} is already {held.__module__}.{held.__qualname__}; "
+                f"register that one under another key"
+            )
+        return register(component)
+
+    return decorate
+
+
+_mid_level_loss = _register(register_mid_level_loss, MIDDLE_LEVEL_LOSS_DICT)
+_forward_proc = _register(register_forward_proc_func, FORWARD_PROC_FUNC_DICT)
+
+
+def _find(io_dict: Hooked, side: str, path: str, io: str) -> Tensor:
+    """The tensor that a hook left at ``io_dict[path][io]``."""
+    if path not in io_dict or io not in io_dict[path]:
+        there = ", ".join(f"{name!r} ({', '.join(kinds) or 'nothing'})" for name, kinds in io_dict.items()) or "nothing"
+        raise ValueError(
+            f"the {side} has no {io} of module {path!r}, only {there}; list it under train.{side}.forward_hook.{io}"
+        )
+    value = io_dict[path][io]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the {side}'s {io} of module {path!r} must be one tensor, got {type(value).__name__}")
+    return value
+
+
+class _HookedLoss(nn.Module):
+    """Finds student and teacher embeddings in torchdistill's dictionaries and hands them to the loss it is mixed into."""
+
+    def __init__(
+        self,
+        student_module_path: str | None = None,
+        teacher_module_path: str | None = None,
+        student_module_io: IO = "output",
+        teacher_module_io: IO = "output",
+        pool: Pool = "avg",
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        name = type(self).__name__
+        if options.get("reduction") == "anchor":
+            raise ValueError(f"{name}: torchdistill sums scalar terms, so reduction must not be 'anchor'")
+        if pool not in get_args(Pool):
+            raise ValueError(f"{name}: pool must be one of {get_args(Pool)}, got {pool!r}")
+        self.pool = pool
+        self.paths = {"student": student_module_path, "teacher": teacher_module_path}
+        self.ios = {"student": student_module_io, "teacher": teacher_module_io}
+        for side, io in self.ios.items():
+            if io not in get_args(IO):
+                raise ValueError(f"{name}: {side}_module_io must be one of {get_args(IO)}, got {io!r}")
+
+    def forward(self, student: Tensor | Hooked, teacher: Tensor | Hooked, *_: Any) -> Tensor:
+        """The host's dictionaries, or, under ``SimpleLossWrapper``, two tensors; further arguments are not needed."""
+        try:
+            loss: Tensor = super().forward(self._embeddings("student", student), self._embeddings("teacher", teacher))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self}: {error}") from error
+        return loss
+
+    def _embeddings(self, side: str, source: Tensor | Hooked) -> Tensor:
+        path = self.paths[side]
+        if isinstance(source, Mapping):
+            if path is None:
+                raise ValueError(f"{side}_module_path must name one of {list(source)}, and was not given")
+            source = _find(source, side, path, self.ios[side])
+        if source.ndim <= 2:
+            return source
+        return source.flatten(1) if self.pool == "flatten" else source.flatten(2).mean(2)
+
+    def extra_repr(self) -> str:
+        """The options, as they were passed."""
+        places = ", ".join(f"{side}={self.paths[side]!r} {self.ios[side]}" for side in self.paths)
+        return f"{places}, pool={self.pool!r}, {super().extra_repr()}"
+
+
+@_mid_level_loss
+class RKDDistanceLoss(_HookedLoss, losses.RKDDistanceLoss):
+    """See `rkd_plugin.rkd_distance_loss`; between any two hooked modules, of any widths.
+
+    Args:
+        student_module_path: the student's hooked module, ``'.'`` for its output. Needed but under SimpleLossWrapper.
+        teacher_module_path: the teacher's.
+        student_module_io: ``'input'`` or ``'output'`` of that module.
+        teacher_module_io: likewise.
+        pool: feature maps ``(N, C, ...)`` become ``(N, C)`` by ``'avg'``, or ``(N, C * ...)`` by ``'flatten'``.
+        options: ``reduction``, ``huber_delta``, ``impl``; for RKDDALoss also ``distance_weight``, ``angle_weight``.
+
+    Raises:
+        TypeError: for an unknown option, or a module whose output is no tensor.
+        ValueError: if a module is not hooked (naming those that are), or the batches differ in length.
+
+    Example:
+        >>> import torch
+        >>> student = {"fc": {"output": torch.tensor([[0., 0.], [1., 0.], [2., 0.]])}}
+        >>> teacher = {"layer4": {"output": torch.tensor([[0., 0.], [4., 0.], [0., 3.]])}}
+        >>> RKDDistanceLoss(student_module_path="fc", teacher_module_path="layer4")(student, teacher)
+        tensor(0.0972)
+    """
+
+
+@_mid_level_loss
+class RKDAngleLoss(_HookedLoss, losses.RKDAngleLoss):
+    """See `rkd_plugin.rkd_angle_loss`; arguments as `RKDDistanceLoss`."""
+
+
+@_mid_level_loss
+class RKDDALoss(_HookedLoss, losses.RKDDALoss):
+    """See `rkd_plugin.rkd_da_loss`; arguments as `RKDDistanceLoss`."""
+
+
+@_mid_level_loss
+class PMLLoss(nn.Module):
+    """Any loss of pytorch-metric-learning, with or without a miner, as a mid-level loss.
+
+    Args:
+        loss: the loss, built in YAML by ``!import_call``, its distance, reducer and regulariser likewise.
+        miner: the miner, or None.
+        student_module_path: the hooked module whose output is the embedding, ``'.'`` for the student's output.
+        student_module_io: ``'input'`` or ``'output'`` of that module.
+
+    Raises:
+        TypeError: if ``loss`` is no module.
+        ValueError: if ``loss`` has parameters, which torchdistill would not train, or the module is not hooked.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        miner: nn.Module | None = None,
+        student_module_path: str = ".",
+        student_module_io: IO = "output",
+    ) -> None:
+        super().__init__()
+        if not isinstance(loss, nn.Module):
+            raise TypeError(f"PMLLoss: loss must be a module, built with !import_call, got {loss!r}")
+        if any(True for _ in loss.parameters()):
+            raise ValueError(
+                f"PMLLoss: {type(loss).__name__} has parameters, which torchdistill does not give to the optimizer; "
+                "use a loss without"
+            )
+        self.loss = loss
+        self.miner = miner
+        self.student_module_path = student_module_path
+        self.student_module_io = student_module_io
+
+    def forward(self, student_io_dict: Hooked, teacher_io_dict: Hooked, targets: Tensor, *_: Any) -> Tensor:
+        """The host's dictionaries and class labels ``(N,)`` -> a scalar."""
+        embeddings = _find(student_io_dict, "student", self.student_module_path, self.student_module_io)
+        loss: Tensor = self.loss(embeddings, targets, None if self.miner is None else self.miner(embeddings, targets))
+        return loss
+
+
+@_forward_proc
+def forward_in_eval_mode(model: nn.Module, sample_batch: Any, *_: Any, **__: Any) -> Any:
+    """``train.teacher.forward_proc`` of every recipe here: a teacher whose BatchNorm and dropout stand still.
+
+    torchdistill leaves the teacher in training mode, so that its running statistics drift with every batch and dropout
+    blurs what it teaches. To have it that way, name ``'forward_batch_only'`` instead.
+    """
+    if any(module.training for module in model.modules()):
+        model.eval()
+    return model(sample_batch)

@@ -1,0 +1,275 @@
+"""The adapter as torchdistill uses it: registries, boxes, hooks, wrappers, and the flow of its example scripts."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision  # noqa: F401  before torchdistill
+from torch import nn
+from torch.utils.data import RandomSampler, SequentialSampler, TensorDataset
+from torchdistill.common import yaml_util
+from torchdistill.common.main_util import import_dependencies, load_ckpt, save_ckpt
+from torchdistill.core.distillation import get_distillation_box
+from torchdistill.core.training import get_training_box
+from torchdistill.losses import mid_level
+from torchdistill.losses.registry import (
+    LOSS_WRAPPER_DICT,
+    MIDDLE_LEVEL_LOSS_DICT,
+    get_high_level_loss,
+    get_mid_level_loss,
+    register_mid_level_loss,
+)
+from torchdistill.models.registry import get_model
+
+import rkd_plugin
+from rkd_plugin.adapters import torchdistill as adapter
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FUNCTIONS = {
+    "RKDDistanceLoss": rkd_plugin.rkd_distance_loss,
+    "RKDAngleLoss": rkd_plugin.rkd_angle_loss,
+    "RKDDALoss": rkd_plugin.rkd_da_loss,
+}
+every_loss = pytest.mark.parametrize("key", FUNCTIONS)
+
+
+def mid_level_loss(key, **kwargs):
+    return get_mid_level_loss({"key": key, "kwargs": kwargs})
+
+
+@pytest.fixture
+def io_dicts():
+    student = {".": {"output": torch.randn(6, 3)}, "conv": {"output": torch.randn(6, 4, 5, 5)}}
+    teacher = {".": {"output": torch.randn(6, 7)}, "conv": {"input": torch.randn(6, 8, 3, 3)}}
+    return student, teacher
+
+
+@every_loss
+def test_value_is_the_functions(key, io_dicts):
+    loss = mid_level_loss(key, student_module_path=".", teacher_module_path=".", reduction="tuple_mean", huber_delta=0.5)
+    expected = FUNCTIONS[key](
+        io_dicts[0]["."]["output"], io_dicts[1]["."]["output"], reduction="tuple_mean", huber_delta=0.5
+    )
+    assert torch.equal(loss(*io_dicts, torch.zeros(6)), expected)
+
+
+@pytest.mark.parametrize(("pool", "view"), [("avg", lambda x: x.mean((2, 3))), ("flatten", lambda x: x.flatten(1))])
+def test_feature_maps_are_pooled_or_flattened(pool, view, io_dicts):
+    loss = mid_level_loss(
+        "RKDDALoss", student_module_path="conv", teacher_module_path="conv", teacher_module_io="input", pool=pool
+    )
+    expected = rkd_plugin.rkd_da_loss(view(io_dicts[0]["conv"]["output"]), view(io_dicts[1]["conv"]["input"]))
+    torch.testing.assert_close(loss(*io_dicts), expected)
+
+
+@every_loss
+def test_works_through_the_hosts_simple_loss_wrapper(key, io_dicts):
+    wrapped = get_mid_level_loss(
+        {"key": key, "kwargs": {}},
+        {
+            "key": "SimpleLossWrapper",
+            "kwargs": {
+                "input": {"is_from_teacher": False, "module_path": ".", "io": "output"},
+                "target": {"is_from_teacher": True, "module_path": ".", "io": "output"},
+            },
+        },
+    )
+    assert isinstance(wrapped, LOSS_WRAPPER_DICT["SimpleLossWrapper"])
+    expected = FUNCTIONS[key](io_dicts[0]["."]["output"], io_dicts[1]["."]["output"])
+    assert torch.equal(wrapped(*io_dicts, None), expected)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"huber": 1.0}, TypeError, "unexpected keyword argument 'huber'"),
+        ({"pool": "max"}, ValueError, r"pool must be one of \('avg', 'flatten'\), got 'max'"),
+        ({"student_module_io": "out"}, ValueError, r"student_module_io must be one of .*, got 'out'"),
+        ({"reduction": "anchor"}, ValueError, "torchdistill sums scalar terms"),
+    ],
+)
+def test_bad_options(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        mid_level_loss("RKDDALoss", **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        ("fc", ".", r"the student has no output of module 'fc', only '\.' \(output\), 'conv' \(output\); list it under"),
+        (".", "conv", r"the teacher has no output of module 'conv', only '\.' \(output\), 'conv' \(input\); list it"),
+        (None, ".", r"student_module_path must name one of \['\.', 'conv'\]"),
+    ],
+)
+def test_a_missing_hook_names_what_is_there(student, teacher, message, io_dicts):
+    loss = mid_level_loss("RKDAngleLoss", student_module_path=student, teacher_module_path=teacher)
+    with pytest.raises(ValueError, match=message):
+        loss(*io_dicts)
+
+
+def test_batches_of_different_length_name_the_paths(io_dicts):
+    loss = mid_level_loss("RKDDALoss", student_module_path="conv", teacher_module_path=".")
+    io_dicts[1]["."]["output"] = torch.zeros(5, 7)
+    with pytest.raises(ValueError, match=r"student='conv' output, teacher='\.' output.*got 6 and 5 rows"):
+        loss(*io_dicts)
+
+
+def test_a_module_with_several_outputs_is_refused(io_dicts):
+    io_dicts[0]["."]["output"] = (torch.zeros(6, 3), torch.zeros(6, 3))
+    loss = mid_level_loss("RKDDALoss", student_module_path=".", teacher_module_path=".")
+    with pytest.raises(TypeError, match=r"student's output of module '\.' must be one tensor, got tuple"):
+        loss(*io_dicts)
+
+
+def test_without_a_teacher_the_error_says_so(io_dicts):
+    loss = mid_level_loss("RKDDALoss", student_module_path=".", teacher_module_path=".")
+    with pytest.raises(ValueError, match=r"the teacher has no output of module '\.', only nothing"):
+        loss(io_dicts[0], {})
+
+
+def test_names_that_others_hold_are_left_alone(monkeypatch):
+    assert MIDDLE_LEVEL_LOSS_DICT["RKDLoss"] is mid_level.RKDLoss
+
+    class RKDDALoss(nn.Module):
+        pass
+
+    monkeypatch.setitem(MIDDLE_LEVEL_LOSS_DICT, "RKDDALoss", RKDDALoss)
+    with pytest.raises(ValueError, match=r"'RKDDALoss' is already .*RKDDALoss; register that one under another key"):
+        adapter._register(register_mid_level_loss, MIDDLE_LEVEL_LOSS_DICT)(adapter.RKDDALoss)
+    assert MIDDLE_LEVEL_LOSS_DICT["RKDDALoss"] is RKDDALoss
+
+
+def test_pml_loss_with_and_without_a_miner(io_dicts):
+    from pytorch_metric_learning.losses import TripletMarginLoss
+    from pytorch_metric_learning.miners import TripletMarginMiner
+
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    embeddings = io_dicts[0]["."]["output"]
+    loss, miner = TripletMarginLoss(margin=0.2), TripletMarginMiner(margin=0.2)
+    assert torch.equal(mid_level_loss("PMLLoss", loss=loss)(*io_dicts, labels), loss(embeddings, labels))
+    mined = mid_level_loss("PMLLoss", loss=loss, miner=miner)(*io_dicts, labels)
+    assert torch.equal(mined, loss(embeddings, labels, miner(embeddings, labels)))
+
+
+def test_pml_loss_refuses_what_torchdistill_would_not_train():
+    from pytorch_metric_learning.losses import ProxyAnchorLoss
+
+    with pytest.raises(ValueError, match="ProxyAnchorLoss has parameters"):
+        mid_level_loss("PMLLoss", loss=ProxyAnchorLoss(num_classes=2, embedding_size=3))
+    with pytest.raises(TypeError, match="loss must be a module, built with !import_call"):
+        mid_level_loss("PMLLoss", loss="TripletMarginLoss")
+
+
+def restless_net():
+    """BatchNorm and dropout: what moves or blurs in training mode."""
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
+
+
+def train_config(**teacher):
+    loader = {"dataset_id": "data", "kwargs": {"batch_size": 8, "num_workers": 0}}
+    return {
+        "num_epochs": 2,
+        "train_data_loader": {**loader, "sampler": {"class_or_func": RandomSampler}},
+        "val_data_loader": {**loader, "sampler": {"class_or_func": SequentialSampler}},
+        "teacher": {"requires_grad": False, **teacher},
+        "student": {"forward_proc": "forward_batch_only"},
+        "optimizer": {"key": "SGD", "kwargs": {"lr": 0.1}},
+        "criterion": {
+            "key": "WeightedSumLoss",
+            "kwargs": {
+                "sub_terms": {
+                    "rkd": {
+                        "criterion": {
+                            "key": "RKDDALoss",
+                            "kwargs": {"student_module_path": ".", "teacher_module_path": "."},
+                        },
+                        "weight": 1.0,
+                    }
+                }
+            },
+        },
+    }
+
+
+def train_as_the_example_scripts_do(box, device=torch.device("cpu")):
+    losses = []
+    for epoch in range(box.num_epochs):
+        box.pre_epoch_process(epoch=epoch)
+        for sample_batch, targets, supp_dict in box.train_data_loader:
+            loss = box.forward_process(sample_batch.to(device), targets.to(device), supp_dict)
+            box.post_forward_process(loss)
+            losses.append(loss.item())
+        box.post_epoch_process()
+    return losses
+
+
+def distill(forward_proc):
+    teacher, student = restless_net(), restless_net()
+    before = copy.deepcopy(teacher.state_dict())
+    student_before = copy.deepcopy(student.state_dict())
+    data = {"data": TensorDataset(torch.randn(32, 5), torch.zeros(32))}
+    box = get_distillation_box(
+        teacher, student, data, train_config(forward_proc=forward_proc), torch.device("cpu"), None, False, 1
+    )
+    train_as_the_example_scripts_do(box)
+    assert any(not torch.equal(student.state_dict()[name], value) for name, value in student_before.items())
+    return teacher, [name for name, value in before.items() if not torch.equal(teacher.state_dict()[name], value)]
+
+
+def test_the_teacher_stands_still_in_the_hosts_box():
+    teacher, moved = distill("forward_in_eval_mode")
+    assert moved == []
+    assert not any(module.training for module in teacher.modules())
+
+
+def test_the_other_mode_is_a_visible_choice():
+    teacher, moved = distill("forward_batch_only")
+    assert moved == ["1.running_mean", "1.running_var", "1.num_batches_tracked"]
+    assert teacher.training
+
+
+def test_a_teacher_in_eval_mode_has_no_dropout():
+    teacher = restless_net()
+    batch = torch.randn(8, 5)
+    first, second = (adapter.forward_in_eval_mode(teacher, batch, None, None) for _ in range(2))
+    assert torch.equal(first, second)
+    teacher.eval()
+    teacher[2].train()
+    assert torch.equal(adapter.forward_in_eval_mode(teacher, batch), first)
+
+
+def test_quickstart_runs_through_the_hosts_own_classes(tmp_path):
+    """What torchdistill's example script for image classification does, call by call, on an unchanged recipe."""
+    checkpoint = tmp_path / "teacher.pt"
+    for name in ("teacher", "rkd_da"):
+        text = (CONFIGS / "quickstart" / f"{name}.yaml").read_text()
+        text = text.replace("runs/quickstart/teacher/last.pt", str(checkpoint)).replace("runs/quickstart", str(tmp_path))
+        (tmp_path / f"{name}.yaml").write_text(text.replace("num_epochs 8", "num_epochs 2"))
+        config = yaml_util.load_yaml_file(str(tmp_path / f"{name}.yaml"))
+        import_dependencies(config["dependencies"])
+        models, device = config["models"], torch.device("cpu")
+        student_config = models["student_model"] if "student_model" in models else models["model"]
+        torch.manual_seed(0)
+        student = get_model(student_config["key"], None, **student_config["kwargs"])
+        common = (config["datasets"], config["train"], device, None, False, 1)
+        if "teacher_model" in models:
+            teacher = get_model(models["teacher_model"]["key"], None, **models["teacher_model"]["kwargs"])
+            load_ckpt(models["teacher_model"]["src_ckpt"], model=teacher)
+            before = copy.deepcopy(teacher.state_dict())
+            box = get_distillation_box(teacher, student, *common)
+        else:
+            box = get_training_box(student, *common)
+        losses = train_as_the_example_scripts_do(box)
+        assert sum(losses[-10:]) < sum(losses[:10])
+        if "teacher_model" in models:
+            assert all(torch.equal(value, teacher.state_dict()[key]) for key, value in before.items())
+        else:
+            save_ckpt(student, box.optimizer, box.lr_scheduler, 0.0, None, str(checkpoint))
+
+
+def test_every_term_reaches_the_student(io_dicts):
+    criterion = get_high_level_loss(train_config()["criterion"])
+    io_dicts[0]["."]["output"].requires_grad_()
+    criterion({"student": io_dicts[0], "teacher": io_dicts[1]}, {}, None).backward()
+    assert io_dicts[0]["."]["output"].grad.abs().sum() > 0
