@@ -47,7 +47,9 @@ def io_dicts():
 
 @every_loss
 def test_value_is_the_functions(key, io_dicts):
-    loss = mid_level_loss(key, student_module_path=".", teacher_module_path=".", reduction="tuple_mean", huber_delta=0.5)
+    loss = mid_level_loss(
+        key, student_module_path=".", teacher_module_path=".", reduction="tuple_mean", huber_delta=0.5
+    )
     expected = FUNCTIONS[key](
         io_dicts[0]["."]["output"], io_dicts[1]["."]["output"], reduction="tuple_mean", huber_delta=0.5
     )
@@ -97,7 +99,11 @@ def test_bad_options(kwargs, error, message):
 @pytest.mark.parametrize(
     ("student", "teacher", "message"),
     [
-        ("fc", ".", r"the student has no output of module 'fc', only '\.' \(output\), 'conv' \(output\); list it under"),
+        (
+            "fc",
+            ".",
+            r"the student has no output of module 'fc', only '\.' \(output\), 'conv' \(output\); list it under",
+        ),
         (".", "conv", r"the teacher has no output of module 'conv', only '\.' \(output\), 'conv' \(input\); list it"),
         (None, ".", r"student_module_path must name one of \['\.', 'conv'\]"),
     ],
@@ -244,7 +250,9 @@ def test_quickstart_runs_through_the_hosts_own_classes(tmp_path):
     checkpoint = tmp_path / "teacher.pt"
     for name in ("teacher", "rkd_da"):
         text = (CONFIGS / "quickstart" / f"{name}.yaml").read_text()
-        text = text.replace("runs/quickstart/teacher/last.pt", str(checkpoint)).replace("runs/quickstart", str(tmp_path))
+        text = text.replace("runs/quickstart/teacher/last.pt", str(checkpoint)).replace(
+            "runs/quickstart", str(tmp_path)
+        )
         (tmp_path / f"{name}.yaml").write_text(text.replace("num_epochs 8", "num_epochs 2"))
         config = yaml_util.load_yaml_file(str(tmp_path / f"{name}.yaml"))
         import_dependencies(config["dependencies"])

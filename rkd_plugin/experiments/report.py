@@ -68,7 +68,7 @@ def pictures(
     labels = {row["name"]: row["label"] for row in suite["rows"]}
     curves, panel = folder / "learning_curves.png", folder / "retrieval.png"
     _learning_curves(curves, suite, labels, results)
-    _retrieval(panel, {labels[name]: shown[name] for name in suite["panels"]})
+    _retrieval(panel, {labels[name]: shown[name] for name in suite.get("panels", shown)})
     return [curves, panel]
 
 
@@ -110,7 +110,7 @@ def _retrieval(path: Path, runs: dict[str, Path]) -> None:
             others = [i for i in nearest[row].tolist() if i != query][:NEIGHBOURS]
             for column, index in enumerate([query, *others]):
                 image = loader.dataset[index][0]
-                axes[row, column].imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray_r")
+                axes[row, column].imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray_r")
                 axes[row, column].set(xticks=[], yticks=[])
                 same = bool(labels[index] == labels[query])
                 right += same and column > 0

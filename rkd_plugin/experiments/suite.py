@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from rkd_plugin.experiments import report
 from rkd_plugin.experiments.files import write_json, write_text
-from rkd_plugin.experiments.recipe import find, read, read_suite
+from rkd_plugin.experiments.recipe import read, read_suite
 from rkd_plugin.experiments.runner import run
 
 
-def reproduce(name: str, out: Path | None = None, seeds: list[int] | None = None) -> str:
+def reproduce(name: str, out: Path | None = None, seeds: list[int] | None = None) -> tuple[Path, str]:
     """Run every row of a suite for every seed, and write ``table.md``, ``results.json`` and pictures.
 
     A row that names a ``teacher`` learns from the last checkpoint of that row, of the same seed. Runs that are there
@@ -26,11 +26,13 @@ def reproduce(name: str, out: Path | None = None, seeds: list[int] | None = None
         seeds: instead of the suite's own.
 
     Returns:
-        The table, in Markdown.
+        The folder, and the table in Markdown.
+
+    Raises:
+        RecipeError: if the suite or any of its recipes has problems; nothing was run then.
     """
-    path = find(name)
-    suite = read_suite(path)
-    folder = (out or Path("runs") / path.parent.name).absolute()
+    suite = read_suite(name)
+    folder = (out or Path("runs") / Path(name).stem).absolute()
     seeds = seeds or suite["seeds"]
     # Every recipe is read and checked before the first of them is run.
     planned = [(seed, row, _folder(folder, row["name"], seed)) for seed in seeds for row in suite["rows"]]
@@ -47,7 +49,7 @@ def reproduce(name: str, out: Path | None = None, seeds: list[int] | None = None
     write_text(folder / "table.md", table)
     write_json(folder / "results.json", {"title": suite["title"], "metric": suite["metric"], "rows": rows, "runs": results})
     report.pictures(suite, folder, results, {row["name"]: _folder(folder, row["name"], seeds[0]) for row in suite["rows"]})
-    return table
+    return folder, table
 
 
 def _folder(folder: Path, row: str, seed: int) -> Path:

@@ -65,26 +65,27 @@ def angle(
         d_ab, d_ac, d_bc = side.squares[a, b], side.squares[a, c], side.squares[b, c]
         return _cosines(d_ab / 2, d_ac / 2, d_bc / 2, inverse_lengths(d_ab) * inverse_lengths(d_ac))
 
-    losses = huber_loss(psi(student), psi(teacher), reduction="none", delta=huber_delta)
+    losses = huber_loss(psi(student), psi(teacher), reduction="none", delta=huber_delta).masked_fill(b == c, 0)
     return losses.new_zeros(len(student.squares)).index_add(0, a, losses)
 
 
 def _cosines(h_ab: Tensor, h_ac: Tensor, h_bc: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
-    """The law of cosines from halved squares; ``scale`` is ``r_ab * r_ac``. The cancelling sum is taken before rounding."""
+    """The law of cosines from halved squares, ``scale`` being ``r_ab * r_ac``; the sum cancels before it is rounded."""
     return torch.sub(h_ac, h_bc, out=out).add_(h_ab).to(scale.dtype).mul_(scale)
 
 
 def _sweep(
     student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Angle losses ``(N,)`` per vertex and, given the vertices' ``weights``, their gradient ``(N, N)`` to ``student``."""
+    """Angle losses ``(N,)`` per vertex and, given ``weights`` of the vertices, their gradient ``(N, N)``."""
     rows = len(student)
     # The student comes last, so that what the loop leaves in ``scale`` is the student's.
     sides = [(squares / 2, inverse_lengths(squares).to(dtype)) for squares in (teacher, student)]
     squared_r = sides[1][1].square()
     losses = student.new_zeros(rows)
     gradient = student.new_zeros((rows, rows) if weights is not None else 0)
-    buffer = student.new_empty(max(ELEMENTS, STRIP * rows))
+    # For the wide sums that are rounded to ``dtype``; without rounding they are the cosines, and need their own memory.
+    buffer = student.new_empty(max(ELEMENTS, STRIP * rows)) if student.dtype != dtype else None
     for first in range(0, rows, STRIP):
         b, c = slice(first, first + STRIP), slice(first, rows)
         height, width = min(STRIP, rows - first), rows - first
@@ -95,7 +96,7 @@ def _sweep(
             cosines = []
             for halves, r in sides:
                 scale = r[a, b, None] * r[a, None, c]
-                wide = buffer[: scale.numel()].view_as(scale)
+                wide = None if buffer is None else buffer[: scale.numel()].view_as(scale)
                 cosines.append(_cosines(halves[a, b, None], halves[a, None, c], halves[b, c], scale, wide))
             difference = torch.sub(cosines[1], cosines[0], out=cosines[0])
             difference[:, :, :height].masked_fill_(lower, 0)

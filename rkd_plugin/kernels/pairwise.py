@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
 CLOSE = 1e-3  # of the squared norms: below this, three digits have cancelled and the Gram matrix is not trusted
+EQUAL = 2.0**-72  # squared distance in the scale of `rescale`: closer rows count as equal, or 1 / length**3 overflows
 CROWDED = 1 / 64  # of all pairs: above this, differences between all rows are cheaper than a list of pairs
 
 
@@ -86,19 +86,19 @@ def squared_distances(x: Tensor) -> Tensor:
 
 
 def safe_sqrt(squares: Tensor) -> Tensor:
-    """Square root whose gradient at 0 is 0 instead of infinite."""
-    zero = squares == 0
-    return squares.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+    """Square root, and 0 (with gradient 0 instead of infinite) between rows that count as equal."""
+    equal = squares < EQUAL
+    return squares.masked_fill(equal, 1).sqrt().masked_fill(equal, 0)
 
 
 def inverse_lengths(squares: Tensor) -> Tensor:
-    """``1 / sqrt(squares)``, and 0 (with gradient 0) where ``squares`` is 0: an arm of no length has no direction."""
-    zero = squares == 0
-    return squares.masked_fill(zero, 1).rsqrt().masked_fill(zero, 0)
+    """``1 / sqrt(squares)``, and 0 (with gradient 0) between equal rows: an arm of no length has no direction."""
+    equal = squares < EQUAL
+    return squares.masked_fill(equal, 1).rsqrt().masked_fill(equal, 0)
 
 
 def normalise(distances: Tensor) -> Tensor:
-    """Divide an ``(N, N)`` matrix by its mean over pairs of distinct rows (duplicates included); gradient flows through it."""
+    """Divide an ``(N, N)`` matrix by its mean over pairs of distinct rows, duplicates included."""
     rows = len(distances)
     mean = distances.sum() / max(rows * (rows - 1), 1)
     return distances / mean.masked_fill(mean == 0, 1)

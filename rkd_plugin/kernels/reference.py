@@ -26,7 +26,7 @@ def distance(
     def psi(differences: Tensor) -> Tensor:
         return normalise(safe_sqrt(differences.square().sum(-1)))
 
-    losses = huber_loss(psi(student), psi(teacher), reduction="none", delta=huber_delta)
+    losses = huber_loss(psi(student), psi(teacher).to(student.dtype), reduction="none", delta=huber_delta)
     if pairs is not None:
         return losses.new_zeros(len(losses)).index_add(0, pairs[0], losses[pairs])
     return losses.sum(1)
@@ -41,9 +41,9 @@ def angle(
         units = differences * inverse_lengths(differences.square().sum(-1, keepdim=True))
         return units @ units.mT
 
-    losses = huber_loss(psi(student), psi(teacher), reduction="none", delta=huber_delta)
+    losses = huber_loss(psi(student), psi(teacher).to(student.dtype), reduction="none", delta=huber_delta)
+    # An arm and itself span no angle; where only one side's arm has length 0 the formula would say 0 against 1.
+    losses = losses.masked_fill(torch.eye(len(losses), dtype=torch.bool, device=losses.device), 0)
     if triplets is not None:
         return losses.new_zeros(len(losses)).index_add(0, triplets[0], losses[triplets])
-    # An arm and itself span no angle; where only one side's arm has length 0 the formula would say 0 against 1.
-    same_arm = torch.eye(len(losses), dtype=torch.bool, device=losses.device)
-    return losses.masked_fill(same_arm, 0).sum((1, 2))
+    return losses.sum((1, 2))

@@ -1,0 +1,137 @@
+"""The command ``rkd``: recipes, tables of recipes, and benchmarks, from a shell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import rkd_plugin
+
+RECIPE = "a YAML file, or the name of a packaged recipe as `rkd ls` shows it"
+OVERRIDES = "key.path=value, changing the recipe before anything is built"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0, 1 for an error that was said in words, 2 for wrong usage."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"rkd {options.verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"rkd {options.verb}: stopped; the same command goes on after the last full epoch", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rkd", description=rkd_plugin.__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=f"rkd-plugin {rkd_plugin.__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, command: Callable[[argparse.Namespace], int], about: str, *examples: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog="\n".join(["examples:", *(f"  rkd {example}" for example in examples)]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(command=command)
+        return added
+
+    verb("ls", _ls, "list the packaged recipes and suites", "ls")
+
+    check = verb(
+        "check", _check, "report every problem of a recipe; executes nothing that it names",
+        "check quickstart/rkd_da", "check my_recipe.yaml train.num_epochs=2",
+    )  # fmt: skip
+    run = verb(
+        "run", _run, "train what a recipe describes, or go on with it; loading a recipe executes what it names",
+        "run quickstart/teacher --out runs/teacher",
+        "run quickstart/rkd_da recipe.teacher_checkpoint=runs/teacher/last.pt recipe.num_epochs=2",
+    )  # fmt: skip
+    for added in (check, run):
+        added.add_argument("recipe", help=RECIPE)
+        added.add_argument("overrides", nargs="*", help=OVERRIDES)
+    run.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE)")
+
+    evaluate = verb("eval", _eval, "measure a run's model on its test data", "eval runs/teacher --checkpoint best")
+    evaluate.add_argument("run", type=Path, help="folder of `rkd run`")
+    evaluate.add_argument("--checkpoint", choices=("last", "best"), default="last")
+
+    reproduce = verb(
+        "reproduce", _reproduce, "run a whole table, or read what of it is there, and write tables and pictures",
+        "reproduce quickstart", "reproduce quickstart --seeds 7 8 9 --out /tmp/table",
+    )  # fmt: skip
+    reproduce.add_argument("suite", help="the name of a suite, its folder, or a YAML file")
+    reproduce.add_argument("--out", type=Path, help="folder of runs and tables (default: runs/SUITE)")
+    reproduce.add_argument("--seeds", type=int, nargs="+", help="instead of the suite's own")
+
+    bench = verb(
+        "bench", _bench, "time and memory of the losses beside torchdistill's own, in one run",
+        "bench", "bench --sizes 128 512 --repeats 9",
+    )  # fmt: skip
+    bench.add_argument("--sizes", type=int, nargs="+", default=[128, 512, 1024], help="batch sizes")
+    bench.add_argument("--repeats", type=int, default=5, help="timed repetitions; the table shows their median")
+    bench.add_argument("--json", action="store_true", help="JSON instead of a table")
+    bench.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    bench.add_argument(
+        "--peer-limit-gb", type=float, default=8.0, help="torchdistill's loss is estimated, not run, where it needs more"
+    )
+    return parser
+
+
+def _ls(_: argparse.Namespace) -> int:
+    from rkd_plugin.experiments.recipe import names
+
+    for name, summary, is_suite in names():
+        print(f"{name:32}  {'suite   ' if is_suite else 'recipe  '}{summary}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from rkd_plugin.experiments.recipe import read
+
+    read(options.recipe, options.overrides).validate()
+    print(f"{options.recipe}: no problems")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from rkd_plugin.experiments.recipe import read
+    from rkd_plugin.experiments.runner import run
+
+    recipe = read(options.recipe, options.overrides)
+    folder = options.out or Path("runs", *Path(options.recipe).with_suffix("").parts[-2:])
+    result = run(recipe, folder)
+    for when in ("final", "best"):
+        print(f"{when:6}", "  ".join(f"{name} {value:.4g}" for name, value in result[when].items()))
+    print(f"in {folder}")
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from rkd_plugin.experiments.runner import evaluate
+
+    for name, value in evaluate(options.run, options.checkpoint).items():
+        print(f"{name} {value:.4g}")
+    return 0
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from rkd_plugin.experiments.suite import reproduce
+
+    folder, table = reproduce(options.suite, options.out, options.seeds)
+    print(table)
+    print(f"in {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from rkd_plugin.bench import main as bench
+
+    return bench(options.sizes, options.repeats, options.json, options.peer_limit_gb, options.device)

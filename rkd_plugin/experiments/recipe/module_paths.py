@@ -1,0 +1,191 @@
+"""Paths of modules inside models: whether they are there, and hooked where a loss reads them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rkd_plugin.experiments.recipe.errors import suggest
+from rkd_plugin.experiments.recipe.schema import has_teacher, mid_level_losses, model_builders, stages
+from rkd_plugin.experiments.recipe.signatures import arguments
+from rkd_plugin.experiments.recipe.walking import Walk
+
+# Only these are called, and without what would make them read or download weights.
+_WEIGHTS = {"weights", "weights_backbone", "pretrained", "pretrained_backbone"}
+_SIDED = re.compile(r"(student|teacher)_.*path")
+
+
+def check_module_paths(walk: Walk) -> None:
+    """Report module paths that no model has, and losses that read what no hook keeps."""
+    teacher, student = (_model(walk, name) for name in ("teacher_model", "student_model"))
+    if student is None and "student_model" not in _mapping(walk.data.get("models")):
+        student = _model(walk, "model")
+    for path, stage in stages(walk.data).items():
+        if has_teacher(walk.data):
+            sides = {"teacher": ("teacher", teacher), "student": ("student", student)}
+        else:
+            sides = {"student": ("model", student)}
+        for name, model in sides.values():
+            _check_side(walk, _mapping(stage.get(name)), f"{path}.{name}", model)
+        for place, side, module_path, io in _loss_paths(stage, path):
+            if side not in sides:
+                walk.report(place, "there is no teacher: `models.teacher_model` is missing")
+                continue
+            name = sides[side][0]
+            _check_hooked(walk, place, module_path, io, _mapping(stage.get(name)), f"{path}.{name}")
+        for place, group in _mappings(_mapping(stage.get("optimizer")), f"{path}.optimizer"):
+            if "module" in group:
+                _check_path(walk, f"{place}.module", group["module"], teacher if group.get("is_teacher") else student)
+
+
+def _mapping(value: Any) -> Mapping[Any, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _mappings(value: Any, path: str) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """All mappings inside a value, with their paths."""
+    if isinstance(value, dict):
+        yield path, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _mappings(item, f"{path}.{key}")
+
+
+def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    for index, item in enumerate(value if isinstance(value, list) else ()):
+        if isinstance(item, str):
+            yield f"{path}.{index}", item
+
+
+def _model(walk: Walk, name: str) -> nn.Module | None:
+    config = _mapping(_mapping(walk.data.get("models")).get(name))
+    builder = model_builders(config.get("quantized") is True).get(str(config.get("key")))
+    path = f"models.{name}"
+    if builder is None or config.get("repo_or_dir") or any(place.startswith(path) for place, _ in walk.found):
+        return None
+    kwargs = {key: value for key, value in _mapping(config.get("kwargs")).items() if key not in _WEIGHTS}
+    try:
+        text = json.dumps(kwargs, sort_keys=True)
+    except TypeError:  # what torchdistill computes while it loads the file
+        return None
+    try:
+        model = _build(builder, text)
+    except (TypeError, ValueError, AssertionError) as error:
+        walk.report(path, f"cannot be built: {error}")
+        return None
+    except Exception:  # a model that computes while it is built, which the meta device does not
+        return None
+    return model if isinstance(model, nn.Module) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _build(builder: Any, kwargs: str) -> Any:
+    """A model without memory, weights or random numbers."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        return builder(**json.loads(kwargs))
+
+
+def _check_side(walk: Walk, config: Mapping[Any, Any], path: str, model: nn.Module | None) -> None:
+    wrapper = _mapping(config.get("auxiliary_model_wrapper"))
+    added = {name.removeprefix("+") for _, name in _texts(config.get("sequential"), "")}
+    # A wrapper adds modules that only it knows.
+    tree = None if wrapper else model
+    hooks = _mapping(config.get("forward_hook"))
+    for io in ("input", "output"):
+        for place, name in _texts(hooks.get(io), f"{path}.forward_hook.{io}"):
+            if name.startswith("+"):
+                if not any(name[1:] == item or item.startswith(f"{name[1:]}.") for item in added) and not wrapper:
+                    walk.report(place, f"{name[1:]!r} is not in {path}.sequential")
+            else:
+                _check_path(walk, place, name, tree)
+    for owner, place in ((config, path), (wrapper, f"{path}.auxiliary_model_wrapper")):
+        for inner, name in _texts(owner.get("sequential"), f"{place}.sequential"):
+            if not name.startswith("+"):
+                _check_path(walk, inner, name, model if owner is wrapper else tree)
+            elif name[1:] not in _mapping(owner.get("adaptations")):
+                walk.report(inner, f"{name[1:]!r} is not in {place}.adaptations")
+        for inner, name in _texts(owner.get("frozen_modules"), f"{place}.frozen_modules"):
+            kind = re.fullmatch(r"instance\((.*)\)", name)
+            if kind and not hasattr(nn, kind[1]):
+                walk.report(inner, f"torch.nn has no {kind[1]!r}{suggest(kind[1], dir(nn))}")
+            elif not kind and name not in added:
+                _check_path(walk, inner, name, model if owner is wrapper else tree)
+
+
+def _check_path(walk: Walk, place: str, name: Any, model: nn.Module | None) -> None:
+    if model is None or not isinstance(name, str) or _reaches(model, name):
+        return
+    known = [module for module, _ in model.named_modules() if module]
+    walk.report(place, f"{type(model).__name__} has no module {name!r}{suggest(name, known)}")
+
+
+def _reaches(module: Any, path: str) -> bool:
+    """Whether torchdistill's ``get_module`` finds it: by attribute, in containers also by a negative index."""
+    for name in path.split("."):
+        if hasattr(module, name):
+            module = getattr(module, name)
+        elif isinstance(module, nn.Sequential | nn.ModuleList) and re.fullmatch(r"-?\d+", name):
+            if not -len(module) <= int(name) < len(module):
+                return False
+            module = module[int(name)]
+        else:
+            return False
+    return True
+
+
+def _loss_paths(stage: Mapping[Any, Any], path: str) -> Iterator[tuple[str, str, Any, Any]]:
+    """What the losses of a stage read: where the recipe says so, of which side, which module, its input or output."""
+    terms = _mapping(_mapping(_mapping(stage.get("criterion")).get("kwargs")).get("sub_terms"))
+    for name, term in terms.items():
+        place, term = f"{path}.criterion.kwargs.sub_terms.{name}", _mapping(term)
+        criterion, wrapper = _mapping(term.get("criterion")), _mapping(term.get("criterion_wrapper"))
+        if wrapper:
+            yield from _wrapper_paths(_mapping(wrapper.get("kwargs")), f"{place}.criterion_wrapper.kwargs")
+            continue
+        kwargs = _mapping(criterion.get("kwargs"))
+        loss = mid_level_losses().get(str(criterion.get("key")))
+        known = arguments(loss).named if loss else {}
+        for key in sorted({*kwargs, *known}, key=str):
+            if not (match := _SIDED.fullmatch(str(key))):
+                continue
+            io = str(key).removesuffix("path") + "io"
+            default_io = known[io].default if io in known and not known[io].required else "output"
+            if key in kwargs:
+                yield f"{place}.criterion.kwargs.{key}", match[1], kwargs[key], kwargs.get(io, default_io)
+            elif not known[key].required and known[key].default is None:
+                yield f"{place}.criterion.kwargs.{key}", match[1], None, "output"
+        yield from _pair_paths(kwargs, f"{place}.criterion.kwargs")
+
+
+def _wrapper_paths(kwargs: Mapping[Any, Any], path: str) -> Iterator[tuple[str, str, Any, Any]]:
+    for name in ("input", "target"):
+        config = _mapping(kwargs.get(name))
+        if "module_path" in config or name == "input":
+            side = "teacher" if config.get("is_from_teacher") else "student"
+            yield f"{path}.{name}.module_path", side, config.get("module_path"), config.get("io")
+
+
+def _pair_paths(kwargs: Mapping[Any, Any], path: str) -> Iterator[tuple[str, str, Any, Any]]:
+    """Pairs such as ``{student: {path: layer1, io: output}, teacher: {...}}`` in any depth."""
+    for place, config in _mappings(kwargs, path):
+        side = re.match(r"student|teacher", place.rpartition(".")[2])
+        if side and "path" in config and "io" in config:
+            yield f"{place}.path", side[0], config["path"], config["io"]
+
+
+def _check_hooked(walk: Walk, place: str, module_path: Any, io: Any, side: Mapping[Any, Any], path: str) -> None:
+    if module_path is None:
+        walk.report(place, "required: '.' for the output of the whole model, or the path of a hooked module")
+    if not isinstance(module_path, str) or io not in ("input", "output") or "auxiliary_model_wrapper" in side:
+        return
+    hooked = [name for _, name in _texts(_mapping(side.get("forward_hook")).get(io), "")]
+    if module_path not in hooked and (module_path, io) != (".", "output"):
+        walk.report(place, f"the {io} of {module_path!r} is not kept: list it in {path}.forward_hook.{io}")

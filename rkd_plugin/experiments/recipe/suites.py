@@ -1,0 +1,52 @@
+"""Suites: a table of recipes, to be run for several seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rkd_plugin.experiments.recipe.catalog import find
+from rkd_plugin.experiments.recipe.errors import RecipeError
+from rkd_plugin.experiments.recipe.reading import read
+from rkd_plugin.experiments.recipe.walking import Walk, each, of, section
+
+_ROW = section({"name": of(str), "label": of(str), "recipe": of(str)}, {"teacher": of(str), "overrides": of(list[str])})
+_SUITE = section(
+    {"title": of(str), "metric": of(str), "metric_label": of(str), "seeds": of(list[int]), "rows": each(_ROW)},
+    {"panels": of(list[str])},
+)
+
+
+def read_suite(name: str | Path) -> dict[str, Any]:
+    """The ``suite:`` section of a file: title, metric, metric_label, seeds, rows, and the rows to picture.
+
+    Raises:
+        RecipeError: if there is no such file, or anything in it is not as it should be, the recipes' names included.
+    """
+    recipe = read(name)
+    walk = Walk(recipe.data)
+    section({"suite": _SUITE})(walk, recipe.data, "")
+    if not walk.found:
+        _check_rows(walk, recipe.data["suite"])
+    if walk.found:
+        raise RecipeError(recipe.path, list(walk.found))
+    suite: dict[str, Any] = recipe.data["suite"]
+    return suite
+
+
+def _check_rows(walk: Walk, suite: dict[str, Any]) -> None:
+    names: list[str] = []
+    for index, row in enumerate(suite["rows"]):
+        path = f"suite.rows.{index}"
+        if row["name"] in names:
+            walk.report(f"{path}.name", f"{row['name']!r} is the name of two rows")
+        if row.get("teacher", row["name"]) not in [*names, row["name"]]:
+            walk.report(f"{path}.teacher", f"a row above was expected, got {row['teacher']!r}")
+        names.append(row["name"])
+        try:
+            find(row["recipe"])
+        except RecipeError as error:
+            walk.report(f"{path}.recipe", f"{row['recipe']!r} is {error.problems[0][1]}")
+    for index, name in enumerate(suite.get("panels", ())):
+        if name not in names:
+            walk.report(f"suite.panels.{index}", f"the name of a row was expected, got {name!r}")

@@ -1,0 +1,163 @@
+"""Schemas of recipes: small functions that look at plain data and report what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rkd_plugin.experiments.recipe.errors import Problem, suggest
+from rkd_plugin.experiments.recipe.reading import Tagged
+from rkd_plugin.experiments.recipe.signatures import bind, mismatch, show, wrong
+
+Spec = Callable[["Walk", Any, str], None]
+Components = Callable[[], Mapping[str, Any]]
+"""A registry, looked up late: dependencies of the recipe may add to it."""
+
+
+@dataclass
+class Walk:
+    """One look at a recipe: its data and the problems so far, each reported once."""
+
+    data: Mapping[Any, Any]
+    found: dict[Problem, None] = field(default_factory=dict)
+    visited: set[tuple[int, Spec]] = field(default_factory=set)
+
+    def report(self, path: str, message: str) -> None:
+        """Add a problem."""
+        self.found[path, message] = None
+
+    def visit(self, spec: Spec, value: Any, path: str) -> None:
+        """Look at a value; what several aliases share is looked at once, and what torchdistill computes is not."""
+        seen = (id(value), spec)
+        if isinstance(value, Tagged) or (isinstance(value, dict | list) and seen in self.visited):
+            return
+        self.visited.add(seen)
+        spec(self, value, path)
+
+
+def anything(walk: Walk, value: Any, path: str) -> None:
+    """No expectation."""
+
+
+def of(hint: Any) -> Spec:
+    """A value of this type hint."""
+
+    def check(walk: Walk, value: Any, path: str) -> None:
+        if expected := mismatch(value, hint):
+            walk.report(path, wrong(value, expected))
+
+    return check
+
+
+def positive(walk: Walk, value: Any, path: str) -> None:
+    """An integer of at least 1."""
+    if expected := mismatch(value, int):
+        walk.report(path, wrong(value, expected))
+    elif value < 1:
+        walk.report(path, f"at least 1 was expected, got {value}")
+
+
+def optional(spec: Spec) -> Spec:
+    """The same, or nothing."""
+
+    def check(walk: Walk, value: Any, path: str) -> None:
+        if value is not None:
+            spec(walk, value, path)
+
+    return check
+
+
+def each(spec: Spec) -> Spec:
+    """A list, or the values of a mapping, of the same kind."""
+
+    def check(walk: Walk, value: Any, path: str) -> None:
+        if not isinstance(value, dict | list):
+            walk.report(path, f"a list or mapping was expected, got {show(value)}")
+            return
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            walk.visit(spec, item, f"{path}.{key}")
+
+    return check
+
+
+def section(required: Mapping[str, Spec], others: Mapping[str, Spec] | None = None, *, is_open: bool = False) -> Spec:
+    """A mapping with these keys; one that begins with ``_`` is a place for an anchor, as in torchdistill's recipes.
+
+    Args:
+        required: keys that must be there, and what their values must be.
+        others: keys that may be there.
+        is_open: whether further keys are fine.
+    """
+    known = {**required, **(others or {})}
+
+    def check(walk: Walk, value: Any, path: str) -> None:
+        if not isinstance(value, dict):
+            walk.report(path, f"a mapping was expected, got {show(value)}")
+            return
+        prefix = f"{path}." if path else ""
+        for key, spec in known.items():
+            if key in value:
+                walk.visit(spec, value[key], prefix + key)
+            elif key in required:
+                walk.report(prefix + key, "required, but missing")
+        for key in value:
+            if key not in known and not is_open and not str(key).startswith("_"):
+                walk.report(f"{prefix}{key}", f"no such key here{suggest(str(key), known)}")
+
+    return check
+
+
+def one_of(kind: str, components: Components) -> Spec:
+    """The name of a registered component."""
+
+    def check(walk: Walk, value: Any, path: str) -> None:
+        find(walk, value, path, kind, components())
+
+    return check
+
+
+def find(walk: Walk, key: Any, path: str, kind: str, components: Mapping[str, Any]) -> Any:
+    """A registered component; if there is none of that name, None and a problem."""
+    if isinstance(key, str) and key in components:
+        return components[key]
+    hint = suggest(key, components) if isinstance(key, str) else ""
+    walk.report(path, f"no {kind} is registered as {key!r}{hint}")
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Component:
+    """A mapping with ``key`` and ``kwargs``, of which torchdistill builds a registered class or function.
+
+    Args:
+        kind: its name in sentences.
+        components: the registry.
+        given: how many positional arguments torchdistill passes itself.
+        needs_kwargs: whether ``kwargs:`` must be there even when empty.
+        inside: what is known about ``kwargs`` beyond the signature.
+        others: keys beside ``key``, ``args`` and ``kwargs``.
+    """
+
+    kind: str
+    components: Components
+    given: int = 0
+    needs_kwargs: bool = True
+    inside: Spec = anything
+    others: Mapping[str, Spec] = field(default_factory=dict)
+
+    def __call__(self, walk: Walk, value: Any, path: str) -> None:
+        """Check it."""
+        known = {"args": anything, "kwargs": anything, **self.others}
+        section({"key": anything}, known)(walk, value, path)
+        if not isinstance(value, dict):
+            return
+        kwargs = value.get("kwargs")
+        if self.needs_kwargs and kwargs is None:
+            walk.report(f"{path}.kwargs", "required even when empty: write `kwargs: {}`")
+        if "key" in value and not isinstance(value["key"], Tagged):
+            component = find(walk, value["key"], f"{path}.key", self.kind, self.components())
+            if component is not None:
+                bind(walk.report, path, value["key"], component, kwargs, value.get("args"), given=self.given)
+        if isinstance(kwargs, dict):
+            walk.visit(self.inside, kwargs, f"{path}.kwargs")

@@ -1,0 +1,58 @@
+"""Device and dtype from the command line, the one table of tolerances, and a fresh seed for every test."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+# What an implementation may add to the error that the plain formula makes in the same dtype: absolute for values (all
+# of order 1), and relative to the largest entry for gradients.
+TOLERANCE = {
+    # 2e-16, times the 1e5 that the law of cosines loses in the tightest cluster here: its spread is 1e-5 of the batch.
+    torch.float64: 1e-10,
+    # 6e-8 per rounding; a sum of N rounded terms loses about one digit of it.
+    torch.float32: 1e-6,
+    # Computed in float32, then a gradient is rounded once: half a unit in the last place, 2**-11 ...
+    torch.float16: 2.0**-11 + 1e-6,
+    # ... and 2**-8 of a mantissa of 8 bits (2**-9 of the value, for an entry just above a power of two).
+    torch.bfloat16: 2.0**-8 + 1e-6,
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="device of the tests that use one")
+    parser.addoption(
+        "--dtype", default="all", choices=["all", *(str(d).removeprefix("torch.") for d in TOLERANCE)], help="one dtype"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "dtype" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--dtype")
+        dtypes = [d for d in TOLERANCE if chosen in ("all", str(d).removeprefix("torch."))]
+        metafunc.parametrize("dtype", dtypes, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def tolerance(dtype: torch.dtype) -> float:
+    return TOLERANCE[dtype]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,220 @@
+"""Runs: what they write, how they end, and that a stopped one ends as if nothing had happened."""
+
+import json
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from rkd_plugin.experiments import runner
+from rkd_plugin.experiments.files import read_checkpoint, replacing, write_checkpoint
+from rkd_plugin.experiments.recipe import read
+
+TINY = ["recipe.num_epochs=4", "recipe.samples_per_epoch=256", "recipe.batch_size=64", "models.model.kwargs.width=4"]
+
+
+def run(folder, recipe="quickstart/student", overrides=TINY):
+    return runner.run(read(recipe, overrides), folder)
+
+
+def without_times(history):
+    return [{name: value for name, value in epoch.items() if name != "seconds"} for epoch in history]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, run(folder)
+
+
+def test_what_a_run_leaves(undisturbed):
+    folder, result = undisturbed
+    assert {path.name for path in folder.iterdir() if "tfevents" not in path.name} == {
+        "recipe.yaml", "last.pt", "best.pt", "result.json",
+    }  # fmt: skip
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert [epoch["epoch"] for epoch in result["history"]] == [1, 2, 3, 4]
+    assert result["final"]["recall_at_1"] == result["history"][-1]["recall_at_1"]
+    assert result["best"]["recall_at_1"] == max(epoch["recall_at_1"] for epoch in result["history"])
+    assert result["history"][-1]["loss"] < result["history"][0]["loss"]
+    assert set(result["versions"]) >= {"torch", "torchdistill"}
+    assert result["commit"]
+    assert result["hardware"]
+
+
+def test_checkpoints_hold_the_epochs_they_claim(undisturbed):
+    folder, result = undisturbed
+    assert runner.evaluate(folder, "last") == result["final"]
+    assert runner.evaluate(folder, "best") == {"recall_at_1": result["best"]["recall_at_1"]}
+    assert len(read_checkpoint(folder / "best.pt")["history"]) == result["best"]["epoch"]
+
+
+def test_a_finished_run_is_read_not_repeated(undisturbed, monkeypatch):
+    folder, result = undisturbed
+    monkeypatch.setattr(runner, "Experiment", None)
+    assert run(folder) == result
+
+
+def test_the_seed_decides_everything(undisturbed, tmp_path):
+    _, result = undisturbed
+    assert without_times(run(tmp_path / "same")["history"]) == without_times(result["history"])
+    other = run(tmp_path / "other", overrides=[*TINY, "recipe.seed=1"])
+    assert without_times(other["history"]) != without_times(result["history"])
+
+
+def test_a_folder_of_another_recipe_is_refused_untouched(undisturbed):
+    folder, _ = undisturbed
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(FileExistsError, match="holds a run of another recipe; give this one another folder"):
+        run(folder, overrides=[*TINY, "recipe.seed=1"])
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def interrupt_before_epoch(monkeypatch, epoch):
+    seed = runner.Experiment.seed
+
+    def stop(self, at):
+        if at == epoch:
+            raise KeyboardInterrupt
+        seed(self, at)
+
+    monkeypatch.setattr(runner.Experiment, "seed", stop)
+
+
+def two_stages(path):
+    """The student's recipe in two stages: a smaller learning rate in the second."""
+    recipe = yaml.compose(Path(read("quickstart/student").path).read_text(), Loader=yaml.SafeLoader)
+    sections = {key.value: (key, value) for key, value in recipe.value}
+    _, train = sections["train"]
+    first = yaml.serialize(train)
+    assert "lr: 0.003" in first
+    stages = [yaml.compose(text, Loader=yaml.SafeLoader) for text in (first, first.replace("lr: 0.003", "lr: 0.0001"))]
+    train.value = [(yaml.ScalarNode("tag:yaml.org,2002:str", f"stage{i + 1}"), stage) for i, stage in enumerate(stages)]
+    path.write_text(yaml.serialize(recipe))
+    small = {"num_epochs": 2, "train_data_loader.sampler.kwargs.num_samples": 256, "train_data_loader.kwargs.batch_size": 64}
+    return read(path, [f"train.stage{i}.{key}={value}" for i in (1, 2) for key, value in small.items()])
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3, 4])
+def test_interrupted_in_any_stage_ends_as_undisturbed(tmp_path, monkeypatch, epoch):
+    recipe = two_stages(tmp_path / "two_stages.yaml")
+    expected = runner.run(recipe, tmp_path / "undisturbed")["history"]
+    assert [step["lr"] for step in expected] == [0.003, 0.003, 0.0001, 0.0001]
+    with monkeypatch.context() as patch:
+        interrupt_before_epoch(patch, epoch)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(recipe, tmp_path / "stopped")
+    assert without_times(runner.run(recipe, tmp_path / "stopped")["history"]) == without_times(expected)
+
+
+def test_killed_at_any_moment_ends_as_undisturbed(undisturbed, tmp_path):
+    """SIGKILL while importing, after the first checkpoint, and wherever the third one falls."""
+    _, expected = undisturbed
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "rkd_plugin", "run", "quickstart/student", *TINY, "--out", str(folder)]
+
+    def killed_when(ready, patience=60.0):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + patience
+        while not ready() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in folder.glob("[!.]*.pt"):
+            assert read_checkpoint(path)["history"]
+        for path in folder.glob("[!.]*.json"):
+            json.loads(path.read_text())
+
+    killed_when((folder / "recipe.yaml").is_file)
+    assert not (folder / "result.json").exists()
+    killed_when((folder / "last.pt").is_file)
+    assert not (folder / "result.json").exists()
+    half_way = len(read_checkpoint(folder / "last.pt")["history"])
+    assert half_way < 4
+    # While the next checkpoint is being written.
+    killed_when(lambda: any(folder.glob(".*.tmp*")))
+    subprocess.run(command, check=True, capture_output=True)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["final"] == expected["final"]
+    assert without_times(result["history"]) == without_times(expected["history"])
+    assert list(folder.glob(".*")) == []
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_before_epoch(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    kept = (tmp_path / "last.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.torch, "isfinite", lambda loss: torch.tensor(False))
+        with pytest.raises(FloatingPointError, match="the loss became .* in epoch 3"):
+            run(tmp_path)
+    assert (tmp_path / "last.pt").read_bytes() == kept
+
+
+def test_a_missing_teacher_is_said_and_nothing_is_trained(tmp_path):
+    overrides = ["recipe.teacher_checkpoint=/nowhere/last.pt", "recipe.num_epochs=1"]
+    with pytest.raises(FileNotFoundError, match="expected a checkpoint at /nowhere/last.pt, found none; train that"):
+        run(tmp_path, "quickstart/rkd_da", overrides)
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_the_teacher_of_a_run_stands_still_and_the_student_learns_from_it(undisturbed, tmp_path, monkeypatch):
+    folder, _ = undisturbed
+    overrides = [
+        "recipe.num_epochs=2", "recipe.samples_per_epoch=512", "recipe.batch_size=64",
+        f"recipe.teacher_checkpoint={folder / 'last.pt'}",
+        "models.teacher_model.kwargs={width: 4, embedding_dim: 8, l2_normalize: True}",
+    ]  # fmt: skip
+    boxes = []
+    monkeypatch.setattr(runner, "_train", lambda *args, train=runner._train: (boxes.append(args[1]), train(*args)))
+    result = run(tmp_path, "quickstart/rkd_d", overrides)
+    teacher = read_checkpoint(folder / "last.pt")["model"]
+    assert all(torch.equal(value, teacher[name]) for name, value in boxes[0].teacher_model.state_dict().items())
+    assert not boxes[0].teacher_model.training
+    assert result["history"][1]["loss"] < result["history"][0]["loss"]
+
+
+class Malicious:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def test_a_checkpoint_that_would_execute_code_is_refused_unexecuted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("last.pt").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(ValueError, match="expected a checkpoint of tensors and plain values at last.pt"):
+        read_checkpoint(Path("last.pt"))
+    assert not Path("executed").exists()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "last.pt"
+    write_checkpoint(path, {"epoch": 1})
+    with pytest.raises(OSError, match="disk full"), replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise OSError("disk full")
+    assert read_checkpoint(path) == {"epoch": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_eval_of_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected a folder of `rkd run` with recipe\.yaml"):
+        runner.evaluate(tmp_path)
+
+
+def test_best_is_kept_apart_from_last(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "best.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected a checkpoint at .*best\.pt"):
+        runner.evaluate(tmp_path / "copy", "best")
