@@ -188,7 +188,8 @@ def peak_growth(name: str, rows: int, device: str) -> int:
     code = f"from rkd_plugin.bench import _growth_here; print(_growth_here({name!r}, {rows}, {device!r}))"
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     # glibc gives blocks above this back as soon as they are freed, so that the peak is of live memory, not of its gaps.
-    env = os.environ | {"PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    # One thread, since their number changes no allocation and on a busy machine they wait for each other.
+    env = os.environ | {"PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout)
 

@@ -32,7 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rkd-plugin {rkd_plugin.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, command: Callable[[argparse.Namespace], int], about: str, *examples: str) -> argparse.ArgumentParser:
+    def verb(
+        name: str, command: Callable[[argparse.Namespace], int], about: str, *examples: str
+    ) -> argparse.ArgumentParser:
         added = verbs.add_parser(
             name,
             help=about,
@@ -80,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="JSON instead of a table")
     bench.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     bench.add_argument(
-        "--peer-limit-gb", type=float, default=8.0, help="torchdistill's loss is estimated, not run, where it needs more"
+        "--peer-limit-gb",
+        type=float,
+        default=8.0,
+        help="torchdistill's loss is estimated, not run, where it needs more",
     )
     return parser
 

@@ -40,9 +40,10 @@ def rkd_distance_loss(
     r"""Huber loss between mean-normalised pairwise distances (RKD-D, equations 4 to 6 of the paper).
 
     .. math::
-        \frac{1}{N^2}\sum_{i,j} \ell_\delta\!\left(\frac{\lVert s_i-s_j\rVert}{\mu_s},\ \frac{\lVert t_i-t_j\rVert}{\mu_t}\right)
+        \frac{1}{N^2}\sum_{i,j} \ell_\delta\!\left(
+            \frac{\lVert s_i-s_j\rVert}{\mu_s},\ \frac{\lVert t_i-t_j\rVert}{\mu_t}\right)
 
-    with :math:`\mu` the mean distance over all pairs of distinct rows of the same side and :math:`\ell_\delta` the Huber
+    with :math:`\mu` the mean distance over all pairs of distinct rows of one side and :math:`\ell_\delta` the Huber
     function. The authors' code takes the mean over all :math:`N^2` pairs, the zero diagonal included, and so does the
     default; their published weights belong to it. No gradient flows to ``teacher``.
 
@@ -50,8 +51,8 @@ def rkd_distance_loss(
         student: embeddings that learn, shape ``(N, D_s)``, floating point.
         teacher: embeddings to imitate, shape ``(N, D_t)``, floating point, on the same device; row i belongs to row i.
         reduction: ``"mean"`` over all ``N^2`` entries; ``"tuple_mean"`` over the ``N (N - 1)`` pairs of distinct rows,
-            so that a weight means the same at every batch size; ``"sum"``, the paper's equation; ``"anchor"``, a vector
-            ``(N,)`` with the loss of the pairs that start at row i, its mean equal to ``"mean"``.
+            so that a weight means the same at every batch size; ``"sum"``, the paper's equation; ``"anchor"``, a
+            vector ``(N,)`` with the loss of the pairs that start at row i, its mean equal to ``"mean"``.
         huber_delta: where the loss turns from quadratic to linear; positive.
         impl: the kernel: ``"reference"``, ``"chunked"``, or ``"auto"`` to leave the choice.
         pairs: ``(from, to)``, index vectors ``(P,)``: only these pairs count, and means are over them. The mean distance
@@ -143,7 +144,11 @@ def rkd_da_loss(
         teacher: embeddings to imitate, shape ``(N, D_t)``, floating point, on the same device; row i belongs to row i.
         distance_weight: of the distance term; 0 skips it. The paper: 1 in metric learning, 25 in classification.
         angle_weight: of the angle term; 0 skips it, and its cubic cost. The paper: 2 and 50.
-        reduction, huber_delta, impl, pairs, triplets: as in the two losses.
+        reduction: as in `rkd_distance_loss`, for both terms.
+        huber_delta: where either loss turns from quadratic to linear; positive.
+        impl: as in `rkd_distance_loss`.
+        pairs: as in `rkd_distance_loss`.
+        triplets: as in `rkd_angle_loss`.
 
     Returns:
         As `rkd_distance_loss`.
@@ -215,7 +220,9 @@ def _check(name: str, student: Tensor, teacher: Tensor, reduction: str, huber_de
             f"{name}: student and teacher must have one row per example, got {len(student)} and {len(teacher)} rows"
         )
     if student.device != teacher.device:
-        raise ValueError(f"{name}: student and teacher must be on one device, got {student.device} and {teacher.device}")
+        raise ValueError(
+            f"{name}: student and teacher must be on one device, got {student.device} and {teacher.device}"
+        )
     if reduction not in get_args(Reduction):
         raise ValueError(f"{name}: reduction must be one of {get_args(Reduction)}, got {reduction!r}")
     if impl not in _KERNELS:

@@ -17,7 +17,9 @@ SMALL = ["recipe.num_epochs=1", "recipe.samples_per_epoch=128", "recipe.batch_si
 def test_ls_lists_every_packaged_file(capsys):
     assert main(["ls"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = {path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+    names = {
+        path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in (ROOT / "configs").rglob("*.yaml")
+    }
     assert {line.split()[0] for line in lines} == names
     assert all(len(line.split()) > 5 for line in lines)
 
@@ -78,7 +80,10 @@ def test_the_wheel_works_away_from_the_checkout(tmp_path):
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
     subprocess.run(install, check=True, capture_output=True)
     site = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True, text=True
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     (Path(site.stdout.strip()) / "hosts.pth").write_text(sysconfig.get_path("purelib"))
 
@@ -88,7 +93,11 @@ def test_the_wheel_works_away_from_the_checkout(tmp_path):
 
     assert "quickstart/rkd_da" in rkd("ls")
     assert rkd("check", "quickstart/rkd_da") == "quickstart/rkd_da: no problems\n"
-    where = [python, "-c", "import rkd_plugin, pathlib; p = pathlib.Path(rkd_plugin.__file__).parent; print(p, (p / 'py.typed').is_file())"]
+    where = [
+        python,
+        "-c",
+        "import rkd_plugin, pathlib; p = pathlib.Path(rkd_plugin.__file__); print(p, p.with_name('py.typed').is_file())",
+    ]
     location = subprocess.run(where, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.split()
     assert location[0].startswith(str(tmp_path))
     assert location[1] == "True"

@@ -198,7 +198,8 @@ def train_config(**teacher):
     }
 
 
-def train_as_the_example_scripts_do(box, device=torch.device("cpu")):
+def train_as_the_example_scripts_do(box):
+    device = torch.device("cpu")
     losses = []
     for epoch in range(box.num_epochs):
         box.pre_epoch_process(epoch=epoch)

@@ -281,9 +281,7 @@ class TeacherStudentTrunk(nn.Module):
                 raise ValueError(
                     f"TeacherStudentTrunk: {side} must return (N, D), got {tuple(x.shape)}; pool or flatten it"
                 )
-        return torch.cat(
-            [_widen(student, teacher.dtype), teacher.to(torch.promote_types(student.dtype, teacher.dtype))], 1
-        )
+        return torch.cat([_widen(student, teacher.dtype), teacher], 1)
 
 
 class FromPacked(nn.Module):

@@ -56,7 +56,7 @@ def _find(io_dict: Hooked, side: str, path: str, io: str) -> Tensor:
 
 
 class _HookedLoss(nn.Module):
-    """Finds student and teacher embeddings in torchdistill's dictionaries and hands them to the loss it is mixed into."""
+    """Finds student and teacher embeddings in the host's dictionaries, for the loss that it is mixed into."""
 
     def __init__(
         self,

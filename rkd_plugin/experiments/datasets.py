@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from sklearn.datasets import load_digits
-from torch.utils.data import TensorDataset
+from torch import Tensor
+from torch.utils.data import Dataset
 
 
-class Digits(TensorDataset):
+class Digits(Dataset[tuple[Tensor, int]]):
     """Handwritten digits that come with scikit-learn: 1797 grey images of 8 x 8 pixels, nothing to download.
 
     Items are ``(image (1, 8, 8) in [0, 1], digit)``. ``classes`` selects the digits, so that a metric can be tested on
@@ -29,9 +30,12 @@ class Digits(TensorDataset):
         targets = torch.as_tensor(digits.target)
         chosen = torch.isin(targets, torch.tensor(list(classes)))
         images = torch.as_tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-        super().__init__(images[chosen], targets[chosen])
+        self.images = images[chosen]
         self.targets: list[int] = targets[chosen].tolist()
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """The image and its digit."""
-        return self.tensors[0][index], self.targets[index]
+        return self.images[index], self.targets[index]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torchvision  # noqa: F401  torchdistill's registries read it from sys.modules
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -10,7 +12,7 @@ from torchdistill.models.registry import register_model
 
 @register_model
 class ConvEmbedding(nn.Sequential):
-    """Three 3 x 3 convolutions with BatchNorm and ReLU, global average pooling, one linear layer.
+    """Three 3 x 3 convolutions with BatchNorm and ReLU, max-pooling to 2 x 2, one linear layer.
 
     Args:
         width: channels of the first convolution; the other two have twice as many.
@@ -28,19 +30,19 @@ class ConvEmbedding(nn.Sequential):
         widths = [in_channels, width, 2 * width, 2 * width]
         blocks = [
             nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
-            for before, after in zip(widths, widths[1:], strict=False)
+            for before, after in pairwise(widths)
         ]
         super().__init__(
-            blocks[0],
+            *blocks[:2],
             nn.MaxPool2d(2),
-            *blocks[1:],
-            nn.AdaptiveAvgPool2d(1),
+            blocks[2],
+            nn.AdaptiveMaxPool2d(2),
             nn.Flatten(),
-            nn.Linear(2 * width, embedding_dim),
+            nn.Linear(4 * widths[-1], embedding_dim),
         )
         self.l2_normalize = l2_normalize
 
     def forward(self, images: Tensor) -> Tensor:
         """``(N, C, H, W) -> (N, embedding_dim)``."""
-        embeddings: Tensor = super().forward(images)
+        embeddings: Tensor = super().forward(images)  # type: ignore[no-untyped-call]
         return normalize(embeddings) if self.l2_normalize else embeddings

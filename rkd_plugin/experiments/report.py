@@ -101,7 +101,7 @@ def _retrieval(path: Path, runs: dict[str, Path]) -> None:
         experiment = load(folder)
         loader = experiment.test_loader()
         outputs, labels = embed(experiment.student, loader, experiment.device)
-        queries = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()]).cpu()
+        queries = torch.stack([(labels == c).nonzero()[0, 0] for c in torch.unique(labels)]).cpu()
         search = CustomKNN(LpDistance(normalize_embeddings=False))
         nearest = search(outputs[queries], NEIGHBOURS + 1, outputs)[1].cpu()
         axes = part.subplots(len(queries), NEIGHBOURS + 1, squeeze=False)

@@ -33,7 +33,7 @@ from rkd_plugin.experiments.recipe import Recipe, read
 
 
 class Experiment:
-    """A recipe, built: its data sets and models, by torchdistill's own loader. Building executes what the recipe names."""
+    """A recipe, built by torchdistill's own loader, which executes what the recipe names: data sets and models."""
 
     def __init__(self, folder: Path) -> None:
         self.settings = read(folder / "recipe.yaml").settings
@@ -63,7 +63,7 @@ class Experiment:
         return built
 
     def box(self) -> Any:
-        """torchdistill's training or distillation box: models, criterion, optimizer and data loaders of ``train``."""
+        """Torchdistill's training or distillation box: models, criterion, optimizer and data loaders of ``train``."""
         common = (self.config["datasets"], self.config["train"], self.device, None, False, 1)
         if "teacher_model" not in self.config["models"]:
             return get_training_box(self.student, *common)
@@ -94,7 +94,9 @@ def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
     resolved = recipe.resolved()
     held = folder / "recipe.yaml"
     if held.is_file() and held.read_text(encoding="utf-8") != resolved:
-        raise FileExistsError(f"{folder} holds a run of another recipe; give this one another folder, or delete that one")
+        raise FileExistsError(
+            f"{folder} holds a run of another recipe; give this one another folder, or delete that one"
+        )
     if (folder / "result.json").is_file():
         result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         return result
@@ -110,7 +112,9 @@ def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
     return result
 
 
-def _train(experiment: Experiment, box: Any, history: list[dict[str, Any]], folder: Path, events: Any, label: str) -> None:
+def _train(
+    experiment: Experiment, box: Any, history: list[dict[str, Any]], folder: Path, events: Any, label: str
+) -> None:
     steps = len(box.train_data_loader)
     with tqdm(total=box.num_epochs * steps, initial=len(history) * steps, desc=label, unit="step", leave=False) as bar:
         for epoch in range(len(history), box.num_epochs):
@@ -122,7 +126,9 @@ def _train(experiment: Experiment, box: Any, history: list[dict[str, Any]], fold
                 box.pre_forward_process()
                 loss = box.forward_process(batch.to(experiment.device), targets.to(experiment.device), supplement)
                 if not torch.isfinite(loss):
-                    raise FloatingPointError(f"the loss became {loss.item()} in epoch {epoch + 1}; nothing was overwritten")
+                    raise FloatingPointError(
+                        f"the loss became {loss.item()} in epoch {epoch + 1}; nothing was overwritten"
+                    )
                 total += loss.item()
                 box.post_forward_process(loss)
                 bar.update()
@@ -130,7 +136,13 @@ def _train(experiment: Experiment, box: Any, history: list[dict[str, Any]], fold
             metrics = experiment.evaluate(box.val_data_loader)
             box.post_epoch_process()
             history.append(
-                {"epoch": epoch + 1, "loss": total / steps, "lr": rate, **metrics, "seconds": time.monotonic() - started}
+                {
+                    "epoch": epoch + 1,
+                    "loss": total / steps,
+                    "lr": rate,
+                    **metrics,
+                    "seconds": time.monotonic() - started,
+                }
             )
             bar.set_postfix({name: f"{value:.2f}" for name, value in metrics.items()})
             if events is not None:
@@ -187,7 +199,7 @@ def _events(folder: Path, purge_step: int) -> AbstractContextManager[Any]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # an extra: rkd-plugin[report]
         return nullcontext()
-    return SummaryWriter(str(folder), purge_step=purge_step + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=purge_step + 1)
 
 
 def _result(recipe: Recipe, experiment: Experiment, history: list[dict[str, Any]]) -> dict[str, Any]:

@@ -40,15 +40,17 @@ def reproduce(name: str, out: Path | None = None, seeds: list[int] | None = None
     for recipe in recipes:
         recipe.validate()
     results: dict[str, list[dict[str, Any]]] = {row["name"]: [] for row in suite["rows"]}
-    for (seed, row, target), recipe in zip(
-        tqdm(planned, desc=suite["title"], unit="run"), recipes, strict=True
-    ):
+    for (seed, row, target), recipe in zip(tqdm(planned, desc=suite["title"], unit="run"), recipes, strict=True):
         results[row["name"]].append(run(recipe, target, f"{row['label']}, seed {seed}"))
     rows = [_summary(row, results[row["name"]], suite["metric"]) for row in suite["rows"]]
     table = report.table(suite, rows, results)
     write_text(folder / "table.md", table)
-    write_json(folder / "results.json", {"title": suite["title"], "metric": suite["metric"], "rows": rows, "runs": results})
-    report.pictures(suite, folder, results, {row["name"]: _folder(folder, row["name"], seeds[0]) for row in suite["rows"]})
+    write_json(
+        folder / "results.json", {"title": suite["title"], "metric": suite["metric"], "rows": rows, "runs": results}
+    )
+    report.pictures(
+        suite, folder, results, {row["name"]: _folder(folder, row["name"], seeds[0]) for row in suite["rows"]}
+    )
     return folder, table
 
 

@@ -57,8 +57,8 @@ def angle(
     """See ``reference.angle``; the same from squared distances, a strip at a time."""
     if triplets is None:
         needs_gradient = torch.is_grad_enabled() and student.squares.requires_grad
-        losses, _ = _angle(student.squares, teacher.squares, huber_delta, student.dtype, needs_gradient)
-        return losses
+        sums: Tensor = _angle(student.squares, teacher.squares, huber_delta, student.dtype, needs_gradient)[0]
+        return sums
     a, b, c = triplets
 
     def psi(side: Relations) -> Tensor:

@@ -67,7 +67,8 @@ def _differentiate(ctx: Any, grad: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
     centred = x - x.mean(0)
     both = grad + grad.T
-    return 2 * (both.sum(1, keepdim=True) * centred - both @ centred)
+    to_x: Tensor = 2 * (both.sum(1, keepdim=True) * centred - both @ centred)
+    return to_x
 
 
 _squared_distances.register_autograd(
