@@ -138,11 +138,13 @@ def environment(device: str) -> dict[str, str]:
 
     import rkd_plugin
 
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = rkd_plugin.__version__
+    # Only a checkout of this project has its commit; an installed package may lie inside somebody else's repository.
+    checkout = Path(__file__).parents[1]
+    commit = f"v{rkd_plugin.__version__}"
+    if (checkout / ".git").exists():
+        git = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     return {
         "commit": commit,
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),

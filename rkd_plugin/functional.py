@@ -55,8 +55,8 @@ def rkd_distance_loss(
             vector ``(N,)`` with the loss of the pairs that start at row i, its mean equal to ``"mean"``.
         huber_delta: where the loss turns from quadratic to linear; positive.
         impl: the kernel: ``"reference"``, ``"chunked"``, or ``"auto"`` to leave the choice.
-        pairs: ``(from, to)``, index vectors ``(P,)``: only these pairs count, and means are over them. The mean distance
-            still runs over the whole batch.
+        pairs: ``(from, to)``, index vectors ``(P,)``: only these pairs count, and means are over them. The mean
+            distance still runs over the whole batch.
 
     Returns:
         A scalar, or ``(N,)`` for ``"anchor"``, in the student's dtype, or float32 where that is narrower.

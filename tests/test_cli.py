@@ -96,7 +96,7 @@ def test_the_wheel_works_away_from_the_checkout(tmp_path):
     where = [
         python,
         "-c",
-        "import rkd_plugin, pathlib; p = pathlib.Path(rkd_plugin.__file__); print(p, p.with_name('py.typed').is_file())",
+        "import pathlib, rkd_plugin as r; p = pathlib.Path(r.__file__); print(p, p.with_name('py.typed').is_file())",
     ]
     location = subprocess.run(where, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.split()
     assert location[0].startswith(str(tmp_path))

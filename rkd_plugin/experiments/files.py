@@ -1,20 +1,15 @@
-"""Files that are whole or absent, and what a published number has to carry with it."""
+"""Files that are whole or absent."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-
-import rkd_plugin
 
 
 @contextmanager
@@ -64,29 +59,3 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"expected a checkpoint of tensors and plain values at {path}, could not read it: {error}"
         ) from error
     return content
-
-
-def provenance() -> dict[str, Any]:
-    """Commit, hardware and versions, without which a number says little."""
-    checkout = Path(rkd_plugin.__file__).parent.parent
-    git = subprocess.run(
-        ["git", "-C", str(checkout), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    packages = ("torch", "torchvision", "torchdistill", "pytorch-metric-learning")
-    return {
-        "commit": git.stdout.strip() or f"rkd-plugin {rkd_plugin.__version__}",
-        "hardware": f"{device}, {os.cpu_count()} CPU cores",
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.is_file()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()

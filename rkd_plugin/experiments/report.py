@@ -34,11 +34,7 @@ def table(suite: dict[str, Any], rows: list[dict[str, Any]], results: dict[str, 
             f"| {row['label']} | {row['mean']:.1f}{spread} | {each} | {row['parameters']:,} | {row['seconds']:.1f} |"
         )
     conditions = sorted(
-        {
-            f"Commit {result['commit']}; {result['hardware']}; Python {result['python']}; "
-            + ", ".join(f"{package} {version}" for package, version in result["versions"].items())
-            for result in runs
-        }
+        {", ".join(f"{key} {value}" for key, value in result["environment"].items()) for result in runs}
     )
     seconds = sum(result["seconds"] for result in runs)
     lines += [
@@ -46,7 +42,7 @@ def table(suite: dict[str, Any], rows: list[dict[str, Any]], results: dict[str, 
         f"Mean ± standard deviation over the seeds {', '.join(map(str, seeds))}, last epoch, no selection; "
         f"{len(runs)} runs, {seconds:.0f} s of training and measuring. " + " ".join(suite.get("notes", "").split()),
         "",
-        *(f"{condition}." for condition in conditions),
+        *(f"Measured with {condition}." for condition in conditions),
         "",
     ]
     return "\n".join(lines)

@@ -27,7 +27,8 @@ from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 from tqdm import tqdm
 
-from rkd_plugin.experiments.files import provenance, read_checkpoint, write_checkpoint, write_json, write_text
+from rkd_plugin.bench import environment
+from rkd_plugin.experiments.files import read_checkpoint, write_checkpoint, write_json, write_text
 from rkd_plugin.experiments.metrics import EVALUATORS, embed
 from rkd_plugin.experiments.recipe import Recipe, read
 
@@ -83,8 +84,8 @@ def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
     """Train what ``recipe`` describes in ``folder``, or go on with it, or read its result if it is done.
 
     Returns:
-        What ``result.json`` holds: ``final`` and ``best`` metrics, ``history`` by epoch, seed, commit, hardware,
-        versions and seconds. ``best`` is chosen on the data it is measured on, as the authors do; ``final`` is not.
+        What ``result.json`` holds: ``final`` and ``best`` metrics, ``history`` by epoch, seed, environment
+        (commit, hardware, versions) and seconds. ``best`` is chosen on the data it is measured on, as the authors do; ``final`` is not.
 
     Raises:
         RecipeError: if the recipe has problems.
@@ -213,7 +214,7 @@ def _result(recipe: Recipe, experiment: Experiment, history: list[dict[str, Any]
         "best": {name: best[name] for name in ("epoch", *metrics)},
         "parameters": sum(parameter.numel() for parameter in experiment.student.parameters()),
         "seconds": sum(epoch["seconds"] for epoch in history),
-        **provenance(),
+        "environment": environment(experiment.device.type),
         "history": history,
     }
 
