@@ -119,7 +119,7 @@ def rkd_angle_loss(
         >>> student = torch.tensor([[0., 0.], [1., 0.], [2., 0.]])
         >>> rkd_angle_loss(student, teacher)
         tensor(0.1393)
-        >>> rkd_angle_loss(3 * teacher + 1, teacher)
+        >>> rkd_angle_loss(2 * teacher + 1, teacher)
         tensor(0.)
     """
     return _losses("rkd_angle_loss", student, teacher, 0.0, 1.0, reduction, huber_delta, impl, None, triplets)

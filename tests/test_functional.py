@@ -135,9 +135,9 @@ def test_torchdistill(loss, rows):
 def test_duplicates_enter_the_mean_distance(impl):
     """Worked by hand: the student's distances 0, 1, 1 have mean 2/3; over the positive ones it would be 1."""
     student = torch.tensor([[0.0], [0.0], [1.0]])
-    teacher = torch.tensor([[0.0], [1.0], [3.0]])
-    # Normalised: 0, 3/2, 3/2 against 1/2, 3/2, 1; two entries of 1/8, each of them twice, over 9.
-    assert float(rkd_distance_loss(student, teacher, impl=impl)) == pytest.approx(0.5 / 9, rel=1e-6)
+    teacher = torch.tensor([[0.0], [1.0], [2.0]])
+    # Normalised: 0, 3/2, 3/2 against 3/4, 3/2, 3/4; two pairs that are 3/4 apart, each of them twice, over 9.
+    assert float(rkd_distance_loss(student, teacher, impl=impl)) == pytest.approx(4 * 0.75**2 / 2 / 9, rel=1e-6)
 
 
 def rotation(width):
