@@ -264,6 +264,8 @@ def _times(contenders: dict[str, Loss], student: Tensor, teacher: Tensor, repeat
     samples: dict[str, list[list[float]]] = {name: [] for name in contenders}
     for _ in range(WARM_UPS + repeats):
         for name, loss in contenders.items():
+            # An untimed call first, since the one after another contender pays for what that one did to the memory.
+            torch.autograd.grad(loss(student, teacher), student)
             start = now()
             value = loss(student, teacher)
             middle = now()

@@ -189,12 +189,13 @@ def _losses(
         dtype = torch.promote_types(student.dtype, torch.float32)
         # Zero, connected to the graph, and not a number where a lone row is not.
         total = (student * 0).sum(1, dtype=dtype) + (teacher.detach() * 0).sum(1, dtype=dtype)
-        if distance_weight:
-            sums = kernel.distance(ours, theirs, huber_delta, pairs)
-            total = total + distance_weight * sums / _count(reduction, rows, 2, pairs)
+        # The angles first: what the distances keep for their gradient is then not there yet.
         if angle_weight:
             sums = kernel.angle(ours, theirs, huber_delta, triplets)
             total = total + angle_weight * sums / _count(reduction, rows, 3, triplets)
+        if distance_weight:
+            sums = kernel.distance(ours, theirs, huber_delta, pairs)
+            total = total + distance_weight * sums / _count(reduction, rows, 2, pairs)
         return (total * rows if reduction == "anchor" else total.sum()).to(dtype)
 
 

@@ -85,7 +85,8 @@ def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
 
     Returns:
         What ``result.json`` holds: ``final`` and ``best`` metrics, ``history`` by epoch, seed, environment
-        (commit, hardware, versions) and seconds. ``best`` is chosen on the data it is measured on, as the authors do; ``final`` is not.
+        (commit, hardware, versions) and seconds. ``best`` is chosen on the data it is measured on, as the authors do;
+        ``final`` is not.
 
     Raises:
         RecipeError: if the recipe has problems.

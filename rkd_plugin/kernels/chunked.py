@@ -13,15 +13,17 @@ W and P are symmetric in b and c, so that only b < c is computed.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
-from rkd_plugin.kernels.pairwise import inverse_lengths, normalise, rescale, safe_sqrt, squared_distances, widest
+from rkd_plugin.kernels.pairwise import EQUAL, inverse_lengths, normalise, rescale, safe_sqrt, squared_distances, widest
 
 STRIP = 32  # rows b of a strip; its columns are all c from the first of them on
+EVEN = 64  # ratio of squares, so 8 between lengths: up to here rounding them costs no more than rounding the cosines
 ELEMENTS = 2**17  # of a chunk of a strip, so that its temporaries stay inside the caches of a CPU core
 
 
@@ -69,9 +71,20 @@ def angle(
     return losses.new_zeros(len(student.squares)).index_add(0, a, losses)
 
 
-def _cosines(h_ab: Tensor, h_ac: Tensor, h_bc: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+def _cosines(
+    h_ab: Tensor, h_ac: Tensor, h_bc: Tensor, scale: Tensor, wide: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """The law of cosines from halved squares, ``scale`` being ``r_ab * r_ac``; the sum cancels before it is rounded."""
-    return torch.sub(h_ac, h_bc, out=out).add_(h_ab).to(scale.dtype).mul_(scale)
+    total = torch.sub(h_ac, h_bc, out=wide).add_(h_ab)
+    if out is not None and out is not wide:
+        total = out.copy_(total)
+    return torch.mul(total.to(scale.dtype), scale, out=out)
+
+
+def _halves(squares: Tensor, dtype: torch.dtype) -> Tensor:
+    """Halved squares; in ``dtype`` already where no arm is so short beside another that rounding first would show."""
+    shortest, longest = squares.masked_fill(squares < EQUAL, torch.inf).min(), squares.max()
+    return (squares / 2).to(dtype if bool(longest < EVEN * shortest) else squares.dtype)
 
 
 def _sweep(
@@ -79,38 +92,46 @@ def _sweep(
 ) -> tuple[Tensor, Tensor]:
     """Angle losses ``(N,)`` per vertex and, given ``weights`` of the vertices, their gradient ``(N, N)``."""
     rows = len(student)
-    # The student comes last, so that what the loop leaves in ``scale`` is the student's.
-    sides = [(squares / 2, inverse_lengths(squares).to(dtype)) for squares in (teacher, student)]
-    squared_r = sides[1][1].square()
     losses = student.new_zeros(rows)
-    gradient = student.new_zeros((rows, rows) if weights is not None else 0)
-    # For the wide sums that are rounded to ``dtype``; without rounding they are the cosines, and need their own memory.
-    buffer = student.new_empty(max(ELEMENTS, STRIP * rows)) if student.dtype != dtype else None
+    if rows == 0:
+        return losses, student.new_zeros(0, 0)
+    # The student comes last, so that what the loop leaves in ``scale`` is the student's.
+    sides = [(_halves(squares, dtype), inverse_lengths(squares).to(dtype)) for squares in (teacher, student)]
+    # sum_c P and sum_c W * cos at [a, b], and sum_a P at [b, c]
+    arms = student.new_zeros((2, rows, rows) if weights is not None else (2, 0), dtype=dtype)
+    opposite = torch.zeros_like(arms[0])
+    # Memory is asked for once: pages that are new in every chunk cost more than the arithmetic.
+    size = min(max(ELEMENTS, STRIP * rows), STRIP * rows * rows)
+    buffers = [student.new_empty(size, dtype=dtype) for _ in range(4)]
+    wide_buffer = student.new_empty(size if any(halves.dtype != dtype for halves, _ in sides) else 0)
     for first in range(0, rows, STRIP):
         b, c = slice(first, first + STRIP), slice(first, rows)
         height, width = min(STRIP, rows - first), rows - first
-        lower = torch.ones(height, height, dtype=torch.bool, device=student.device).tril()
+        upper = torch.ones(height, height, dtype=dtype, device=student.device).triu(1)
+        parts = [(h[:, b, None], h[:, None, c], h[b, c], r[:, b, None], r[:, None, c]) for h, r in sides]
         vertices = max(ELEMENTS // (height * width), 1)
         for start in range(0, rows, vertices):
-            a = slice(start, start + vertices)
-            cosines = []
-            for halves, r in sides:
-                scale = r[a, b, None] * r[a, None, c]
-                wide = None if buffer is None else buffer[: scale.numel()].view_as(scale)
-                cosines.append(_cosines(halves[a, b, None], halves[a, None, c], halves[b, c], scale, wide))
+            a = slice(start, min(start + vertices, rows))
+            shape = (a.stop - start, height, width)
+            scale, slope, *cosines = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+            for (h_ab, h_ac, h_bc, r_ab, r_ac), cosine in zip(parts, cosines, strict=True):
+                wide = cosine if h_bc.dtype == dtype else wide_buffer[: math.prod(shape)].view(shape)
+                torch.mul(r_ab[a], r_ac[a], out=scale)
+                _cosines(h_ab[a], h_ac[a], h_bc, scale, wide, cosine)
             difference = torch.sub(cosines[1], cosines[0], out=cosines[0])
-            difference[:, :, :height].masked_fill_(lower, 0)
-            slope = difference.clamp(-huber_delta, huber_delta)
-            losses[a] += difference.sub_(slope, alpha=0.5).mul_(slope).sum((1, 2))
+            difference[:, :, :height].mul_(upper)
+            torch.clamp(difference, -huber_delta, huber_delta, out=slope)
+            losses[a].add_(difference.sub_(slope, alpha=0.5).mul_(slope).sum((1, 2)))
             if weights is None:
                 continue
-            weight = weights[a, None]
-            scale.mul_(slope)
-            slope.mul_(cosines[1])
-            gradient[a, b] += weight * (scale.sum(2) - squared_r[a, b] * slope.sum(2))
-            gradient[a, c] += weight * (scale.sum(1) - squared_r[a, c] * slope.sum(1))
-            gradient[b, c] -= torch.tensordot(weights[a].to(dtype), scale, 1)
-    return 2 * losses, gradient
+            for sums, values in zip(arms, (scale.mul_(slope), slope.mul_(cosines[1])), strict=True):
+                sums[a, b].add_(values.sum(2))
+                sums[a, c].add_(values.sum(1))
+            opposite[b, c].add_((weights[a].to(dtype) @ scale.flatten(1)).view(height, width))
+    if weights is None:
+        return 2 * losses, student.new_zeros(0)
+    through_arms = arms[0] - sides[1][1].square() * arms[1]
+    return 2 * losses, weights.unsqueeze(1) * through_arms - opposite
 
 
 @torch.library.custom_op("rkd_plugin::angle", mutates_args=())

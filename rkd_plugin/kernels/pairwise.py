@@ -25,18 +25,18 @@ class _Rescale(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         wide = x.to(dtype)
         # A power of two leaves every bit of the mantissa in place, so that close rows stay as far apart as they came.
-        exponent = -torch.frexp(wide.abs().amax()).exponent
-        ctx.save_for_backward(exponent)
+        scale = torch.ldexp(wide.new_ones(()), -torch.frexp(wide.abs().amax()).exponent)
+        ctx.save_for_backward(scale)
         ctx.dtype = x.dtype
-        return torch.ldexp(wide, exponent)
+        return wide * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (exponent,) = ctx.saved_tensors
+        (scale,) = ctx.saved_tensors
         limit = torch.finfo(ctx.dtype).max
         # The scale itself needs no gradient: both losses are invariant to it. Saturate instead of overflowing to inf.
-        return torch.ldexp(grad, exponent).clamp(-limit, limit).to(ctx.dtype), None
+        return (grad * scale).clamp(-limit, limit).to(ctx.dtype), None
 
 
 def rescale(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -89,13 +89,13 @@ def squared_distances(x: Tensor) -> Tensor:
 def safe_sqrt(squares: Tensor) -> Tensor:
     """Square root, and 0 (with gradient 0 instead of infinite) between rows that count as equal."""
     equal = squares < EQUAL
-    return squares.masked_fill(equal, 1).sqrt().masked_fill(equal, 0)
+    return squares.masked_fill(equal, 1).sqrt_().masked_fill(equal, 0)
 
 
 def inverse_lengths(squares: Tensor) -> Tensor:
     """``1 / sqrt(squares)``, and 0 (with gradient 0) between equal rows: an arm of no length has no direction."""
     equal = squares < EQUAL
-    return squares.masked_fill(equal, 1).rsqrt().masked_fill(equal, 0)
+    return squares.masked_fill(equal, 1).rsqrt_().masked_fill(equal, 0)
 
 
 def normalise(distances: Tensor) -> Tensor:
