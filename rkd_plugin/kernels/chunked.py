@@ -100,20 +100,23 @@ def _sweep(
     # sum_c P and sum_c W * cos at [a, b], and sum_a P at [b, c]
     arms = student.new_zeros((2, rows, rows) if weights is not None else (2, 0), dtype=dtype)
     opposite = torch.zeros_like(arms[0])
+    narrow = losses.to(dtype) if weights is None else weights.to(dtype)
     # Memory is asked for once: pages that are new in every chunk cost more than the arithmetic.
     size = min(max(ELEMENTS, STRIP * rows), STRIP * rows * rows)
-    buffers = [student.new_empty(size, dtype=dtype) for _ in range(4)]
+    buffers = student.new_empty(2, 2 * size, dtype=dtype)
     wide_buffer = student.new_empty(size if any(halves.dtype != dtype for halves, _ in sides) else 0)
     for first in range(0, rows, STRIP):
         b, c = slice(first, first + STRIP), slice(first, rows)
         height, width = min(STRIP, rows - first), rows - first
         upper = torch.ones(height, height, dtype=dtype, device=student.device).triu(1)
         parts = [(h[:, b, None], h[:, None, c], h[b, c], r[:, b, None], r[:, None, c]) for h, r in sides]
+        below, across, facing = arms[..., b], arms[..., c], opposite[b, c] if weights is not None else opposite
         vertices = max(ELEMENTS // (height * width), 1)
         for start in range(0, rows, vertices):
             a = slice(start, min(start + vertices, rows))
             shape = (a.stop - start, height, width)
-            scale, slope, *cosines = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+            cosines, products = (buffer[: 2 * math.prod(shape)].view(2, *shape) for buffer in buffers)
+            scale, slope = products[0], products[1]
             for (h_ab, h_ac, h_bc, r_ab, r_ac), cosine in zip(parts, cosines, strict=True):
                 wide = cosine if h_bc.dtype == dtype else wide_buffer[: math.prod(shape)].view(shape)
                 torch.mul(r_ab[a], r_ac[a], out=scale)
@@ -124,10 +127,11 @@ def _sweep(
             losses[a].add_(difference.sub_(slope, alpha=0.5).mul_(slope).sum((1, 2)))
             if weights is None:
                 continue
-            for sums, values in zip(arms, (scale.mul_(slope), slope.mul_(cosines[1])), strict=True):
-                sums[a, b].add_(values.sum(2))
-                sums[a, c].add_(values.sum(1))
-            opposite[b, c].add_((weights[a].to(dtype) @ scale.flatten(1)).view(height, width))
+            scale.mul_(slope)
+            slope.mul_(cosines[1])
+            below[:, a].add_(products.sum(3))
+            across[:, a].add_(products.sum(2))
+            facing.add_((narrow[a] @ scale.flatten(1)).view(height, width))
     if weights is None:
         return 2 * losses, student.new_zeros(0)
     through_arms = arms[0] - sides[1][1].square() * arms[1]
