@@ -30,6 +30,7 @@ TEACHER_WIDTH, STUDENT_WIDTH = 512, 128
 REFERENCE_ROWS = 128  # up to here the O(N^2 D + N^3) reference is worth a row
 CHECK_ROWS = 64
 WARM_UPS = 2
+METER = 1e6  # bytes; a growth below this is lost in what the process had spare
 # Relative to the largest entry: float32 keeps 6e-8, and the sums of a batch of 64 lose less than two digits more.
 AGREEMENT = {torch.float64: 1e-10, torch.float32: 5e-6}
 
@@ -103,7 +104,7 @@ def measure(rows: int, repeats: int, peer_limit_gb: float, device: str) -> list[
     memory = {PEER: float(peer_bytes(rows))} | {name: float(peak_growth(name, rows, device)) for name in names}
 
     def row(name: str) -> Row:
-        ratio = memory[PEER] / memory[name] if memory[name] else None
+        ratio = memory[PEER] / memory[name] if name == PEER or memory[name] >= METER else None
         if name not in times:
             return Row(rows, name, None, None, None, None, memory[name] / 1e6, True, None, ratio)
         low, both, high = (float(q) for q in times[name][:, 2].quantile(torch.tensor([0.25, 0.5, 0.75]).double()))
@@ -127,7 +128,8 @@ def table(measured: Sequence[Row]) -> str:
     lines = [head, ("---",) * len(head)]
     for r in measured:
         times = (cell(t) for t in (r.forward_ms, r.backward_ms, r.both_ms, r.spread_ms))
-        memory = ("~" if r.estimated else "") + cell(r.memory_mb)
+        measured_mb = "<1" if r.memory_mb * 1e6 < METER else cell(r.memory_mb)
+        memory = f"~{cell(r.memory_mb)}" if r.estimated else measured_mb
         lines.append((str(r.rows), r.loss, *times, memory, cell(r.speed_up, "x"), cell(r.memory_ratio, "x")))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

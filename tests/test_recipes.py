@@ -290,7 +290,7 @@ def test_all_mistakes_are_reported_at_once_and_nothing_is_executed(trap):
 def test_checking_leaves_random_numbers_and_files_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = torch.get_rng_state(), random.getstate()
-    recipe = changed(("key: 'ConvEmbedding'", "key: 'resnet18'"), ("width: 64", "weights: IMAGENET1K_V1"))
+    recipe = changed(("key: 'ConvEmbedding'", "key: 'resnet18'"), ("width: 32", "weights: IMAGENET1K_V1"))
     paths = [path for path, _ in check(recipe)]
     assert paths == ["models.teacher_model.kwargs.embedding_dim", "models.teacher_model.kwargs.l2_normalize"]
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -317,8 +317,8 @@ MISTAKES = {
     "items of a call": ("[0, 1, 2, 3, 4]", "[0, a]", "datasets.digits/train.init.kwargs.classes", "an integer"),
     "kwargs outside init": ("    init:\n", "    ini:\n", "datasets.digits/train.ini", "did you mean init"),
     "model": ("key: 'ConvEmbedding'", "key: 'resnet'", "models.teacher_model.key", "no model is registered"),
-    "model argument": ("      width: 64\n", "", "models.teacher_model.kwargs.width", "required by ConvEmbedding"),
-    "model kwargs": ("kwargs:\n      width: 64", "args:\n      width: 64", "models.teacher_model.kwargs", "kwargs: {}"),
+    "model argument": ("      width: 32\n", "", "models.teacher_model.kwargs.width", "required by ConvEmbedding"),
+    "model kwargs": ("kwargs:\n      width: 32", "args:\n      width: 32", "models.teacher_model.kwargs", "kwargs: {}"),
     "epochs": ("num_epochs: *num_epochs", "num_epochs: 0", "train.num_epochs", "at least 1 was expected, got 0"),
     "log_freq": ("log_freq: 10", "log_freq: 1.5", "train.log_freq", "an integer was expected, got 1.5"),
     "data set": ("'digits/train'\n", "'digits'\n", "train.train_data_loader.dataset_id", "did you mean digits/test"),
@@ -422,7 +422,7 @@ MISTAKES = {
         "`key: SimpleLossWrapper` gives MSELoss two tensors",
     ),
     "model that cannot be built": (
-        "key: 'ConvEmbedding'\n    kwargs:\n      width: 64\n      embedding_dim: 64\n      l2_normalize: True",
+        "key: 'ConvEmbedding'\n    kwargs:\n      width: 32\n      embedding_dim: 64\n      l2_normalize: True",
         "key: 'resnet18'\n    kwargs: {replace_stride_with_dilation: [True]}",
         "models.teacher_model",
         "cannot be built: replace_stride_with_dilation should be None or a 3-element tuple",

@@ -1,11 +1,4 @@
-"""RKD for pytorch-metric-learning (PML): its losses, and two ways to train with them.
-
-* `RKDDistanceLoss`, `RKDAngleLoss`, `RKDDALoss`: PML losses, called with the teacher's embeddings as ``ref_emb``.
-* `TeacherStudentTrunk` and `FromPacked`: for PML's own ``trainers.MetricLossOnly``, which has no place for a teacher.
-* `RKDTrainer`: that trainer with a teacher and a loss of its own for RKD.
-
-The formulas are in `rkd_plugin.functional`; this file translates arguments, names and shapes.
-"""
+"""RKD losses as losses of pytorch-metric-learning."""
 
 from __future__ import annotations
 
@@ -15,14 +8,11 @@ from typing import Any
 import torch
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.losses import BaseMetricLossFunction, CrossBatchMemory
-from pytorch_metric_learning.trainers import MetricLossOnly
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
-from torch import Tensor, nn
+from torch import Tensor
 
 from rkd_plugin.functional import Impl, Pairs, Triplets, rkd_angle_loss, rkd_distance_loss
-
-__all__ = ["FromPacked", "RKDAngleLoss", "RKDDALoss", "RKDDistanceLoss", "RKDTrainer", "TeacherStudentTrunk"]
 
 
 class _RelationalLoss(BaseMetricLossFunction):
@@ -73,7 +63,7 @@ class _RelationalLoss(BaseMetricLossFunction):
                 f"{len(ref_emb)} rows; under DistributedLossWrapper pass ref_emb=teacher and set efficient=False"
             )
         # PML keeps sub-losses in the dtype of the embeddings, where a float16 loss would lose its digits.
-        student = _widen(embeddings, torch.float32)
+        student = widen(embeddings, torch.float32)
         return super().forward(student, labels, indices_tuple, ref_emb.to(student.device), ref_labels)
 
     def compute_loss(
@@ -85,7 +75,7 @@ class _RelationalLoss(BaseMetricLossFunction):
         ref_labels: Tensor | None,
     ) -> dict[str, dict[str, Any]]:
         """PML's loss dictionary: for each term one loss per anchor."""
-        ref_emb = _widen(ref_emb.detach(), torch.float32)
+        ref_emb = widen(ref_emb.detach(), torch.float32)
         student, teacher = self.distance.maybe_normalize(embeddings), self.distance.maybe_normalize(ref_emb)
         self.distance.reset_stats()
         self.distance.set_default_stats(embeddings, ref_emb, student, teacher)
@@ -228,191 +218,7 @@ class RKDDALoss(_RelationalLoss):
         return ["distance_loss", "angle_loss"]
 
 
-class TeacherStudentTrunk(nn.Module):
-    """A trunk for PML's own trainers that carries the teacher's embeddings to the loss, `FromPacked`.
-
-    In train mode it returns ``[student | teacher]``, shape ``(N, D_s + D_t)``, in the wider of the two dtypes; in eval
-    mode the student's embeddings alone, ``(N, D_s)``, so that PML's testers, ``InferenceModel`` and
-    ``subset_batch_miner`` see nothing of the teacher. The teacher is frozen: it runs in eval mode without gradient and
-    is no part of ``parameters()`` or ``state_dict()``, yet moves with ``.to()`` and its kin, copies and pickles. A PML
-    ``embedder`` would meet the packed vectors: put it into the student, ``nn.Sequential(trunk, embedder)``.
-
-    Args:
-        student: maps a batch to embeddings ``(N, D_s)``.
-        teacher: maps the same batch to embeddings ``(N, D_t)``; put into eval mode here.
-
-    Raises:
-        ValueError: when called, if a model does not return ``(N, D)``.
-
-    Example:
-        >>> import torch
-        >>> trunk = TeacherStudentTrunk(torch.nn.Linear(5, 3), torch.nn.Linear(5, 4))
-        >>> trunk(torch.zeros(2, 5)).shape, trunk.eval()(torch.zeros(2, 5)).shape
-        (torch.Size([2, 7]), torch.Size([2, 3]))
-        >>> list(trunk.state_dict())
-        ['student.weight', 'student.bias']
-    """
-
-    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
-        super().__init__()
-        self.student = student
-        # Inside a tuple the teacher is no submodule: no optimiser, checkpoint or train() reaches it.
-        self._teacher = (teacher.eval(),)
-
-    @property
-    def teacher(self) -> nn.Module:
-        """The frozen teacher."""
-        return self._teacher[0]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TeacherStudentTrunk:
-        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def forward(self, data: Any) -> Tensor:
-        """A batch -> ``(N, D_s + D_t)`` in train mode, ``(N, D_s)`` in eval mode."""
-        student: Tensor = self.student(data)
-        if not self.training:
-            return student
-        with torch.no_grad():
-            teacher: Tensor = self.teacher(data)
-        for side, x in (("student", student), ("teacher", teacher)):
-            if x.ndim != 2:
-                raise ValueError(
-                    f"TeacherStudentTrunk: {side} must return (N, D), got {tuple(x.shape)}; pool or flatten it"
-                )
-        return torch.cat([_widen(student, teacher.dtype), teacher], 1)
-
-
-class FromPacked(nn.Module):
-    """The ``metric_loss`` beside a `TeacherStudentTrunk`: unpacks its vectors, adds RKD and a task loss.
-
-    Args:
-        student_dim: ``D_s``, the width of the student's embeddings.
-        rkd_loss: a loss of this file, or its ``DistributedLossWrapper``; gets student, labels and the teacher.
-        task_loss: any PML loss; gets student, labels and what ``task_miner`` finds.
-        task_miner: any PML tuple miner. The trainer's own ``tuple_miner`` would mine packed vectors, and is refused.
-        rkd_weight: of ``rkd_loss``.
-        task_weight: of ``task_loss``.
-        teacher_dim: ``D_t``; if given, the packed width must be exactly ``D_s + D_t``.
-
-    Raises:
-        ValueError: when called with tuples, or with vectors too narrow to be packed, as those of a trunk in eval mode.
-
-    Example:
-        >>> import torch
-        >>> _ = torch.manual_seed(0)
-        >>> trunk = TeacherStudentTrunk(torch.nn.Linear(5, 3), torch.nn.Linear(5, 4))
-        >>> loss = FromPacked(3, RKDDALoss())(trunk(torch.randn(8, 5)), torch.arange(8))
-        >>> loss.backward()
-        >>> trunk.student.weight.grad.shape, trunk.teacher.weight.grad
-        (torch.Size([3, 5]), None)
-    """
-
-    def __init__(
-        self,
-        student_dim: int,
-        rkd_loss: nn.Module,
-        task_loss: nn.Module | None = None,
-        task_miner: nn.Module | None = None,
-        rkd_weight: float = 1.0,
-        task_weight: float = 1.0,
-        teacher_dim: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.student_dim = student_dim
-        self.teacher_dim = teacher_dim
-        self.rkd_loss = rkd_loss
-        self.task_loss = task_loss
-        self.task_miner = task_miner
-        self.rkd_weight = rkd_weight
-        self.task_weight = task_weight
-
-    def forward(self, packed: Tensor, labels: Tensor | None = None, indices_tuple: Any = None) -> Tensor:
-        """``(N, D_s + D_t)``, labels ``(N,)`` -> a scalar."""
-        if indices_tuple is not None:
-            raise ValueError(
-                "FromPacked: expected no indices_tuple, got one mined from packed vectors; "
-                "pass the miner as FromPacked(task_miner=...) instead of the trainer's tuple_miner"
-            )
-        width = packed.shape[-1] - self.student_dim
-        if width < 1 or width != (self.teacher_dim or width):
-            raise ValueError(
-                f"FromPacked: expected vectors (N, {self.student_dim} + {self.teacher_dim or 'teacher width'}), got "
-                f"{tuple(packed.shape)}; check student_dim, and that TeacherStudentTrunk is in train mode"
-            )
-        student, teacher = packed[:, : self.student_dim], packed[:, self.student_dim :]
-        loss: Tensor = self.rkd_weight * self.rkd_loss(student, labels, ref_emb=teacher)
-        if self.task_loss is not None:
-            mined = self.task_miner(student, labels) if self.task_miner is not None else None
-            loss = loss + self.task_weight * self.task_loss(student, labels, mined)
-        return loss
-
-
-class RKDTrainer(MetricLossOnly):
-    """PML's ``MetricLossOnly`` with a frozen ``teacher`` among the models and an ``rkd_loss`` among the losses.
-
-    ``models={"trunk": ..., "teacher": ...}``, an ``embedder`` if wanted; ``loss_funcs={"rkd_loss": RKDDALoss()}``, a
-    ``metric_loss`` if wanted; ``loss_weights`` for each. The teacher sees the same batches. ``tuple_miner`` mines the
-    student's embeddings for ``metric_loss``; ``rkd_loss`` always takes the whole batch. Other arguments are the host's.
-
-    The teacher is put into eval mode, needs no gradient and no optimiser, and is kept as ``trainer.teacher``, outside
-    ``trainer.models``, whose members the host sets to train mode, optimises and writes to disk.
-
-    Raises:
-        AssertionError: from the host, if a model or loss is missing or unknown.
-        ValueError: if the teacher is given an optimiser.
-
-    Example:
-        >>> import torch
-        >>> from pytorch_metric_learning.utils.common_functions import EmbeddingDataset
-        >>> student, teacher = torch.nn.Linear(5, 3), torch.nn.Linear(5, 4)
-        >>> trainer = RKDTrainer(
-        ...     models={"trunk": student, "teacher": teacher},
-        ...     optimizers={"trunk_optimizer": torch.optim.Adam(student.parameters())},
-        ...     batch_size=8,
-        ...     loss_funcs={"rkd_loss": RKDDALoss()},
-        ...     dataset=EmbeddingDataset(torch.randn(16, 5), torch.arange(16)),
-        ...     dataloader_num_workers=0,
-        ...     data_device="cpu",
-        ... )
-        >>> trainer.train(num_epochs=1)
-        >>> student.training, teacher.training
-        (True, False)
-    """
-
-    models: dict[str, nn.Module]
-
-    def modify_schema(self) -> None:
-        """Add the teacher and its loss to what the host accepts and requires."""
-        if "teacher_optimizer" in self.optimizers:
-            raise ValueError("RKDTrainer: the teacher is frozen, got a teacher_optimizer; remove it from optimizers")
-        self.schema["models"].keys += ["teacher"]
-        self.schema["models"].essential += ["teacher"]
-        self.schema["loss_funcs"].keys += ["rkd_loss"]
-        self.schema["loss_funcs"].essential += ["rkd_loss"]
-        self.schema["loss_funcs"].important = []  # metric_loss is a choice here, and missing without a warning
-        self.schema["optimizers"].important = [f"{name}_optimizer" for name in self.models if name != "teacher"]
-
-    def initialize_models(self) -> None:
-        """Freeze the teacher and take it out of the host's hands."""
-        self.teacher = self.models["teacher"].eval().requires_grad_(False)
-        self.models = {name: model for name, model in self.models.items() if name != "teacher"}
-        super().initialize_models()
-
-    def calculate_loss(self, curr_batch: tuple[Any, Tensor]) -> None:
-        """Fill ``self.losses`` for one batch."""
-        data, labels = curr_batch
-        embeddings = self.compute_embeddings(data)
-        if "metric_loss" in self.loss_funcs:
-            indices_tuple = self.maybe_mine_embeddings(embeddings, labels)
-            self.losses["metric_loss"] = self.maybe_get_metric_loss(embeddings, labels, indices_tuple)
-        if self.loss_weights["rkd_loss"] > 0:
-            teacher = self.teacher(c_f.to_device(data, device=self.data_device, dtype=self.dtype))
-            self.losses["rkd_loss"] = self.loss_funcs["rkd_loss"](embeddings, labels, ref_emb=teacher)
-
-
-def _widen(x: Tensor, dtype: torch.dtype) -> Tensor:
+def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` in the wider of its dtype and ``dtype``; the gradient that comes back saturates instead of overflowing."""
     wide = x.to(torch.promote_types(x.dtype, dtype))
     if wide.requires_grad and wide is not x:
