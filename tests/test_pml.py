@@ -172,7 +172,7 @@ def test_options_reach_the_core():
 def test_a_term_of_weight_zero_is_skipped(monkeypatch):
     student, teacher, labels = batch()
     expected = RKDDistanceLoss()(student, labels, ref_emb=teacher)
-    monkeypatch.setattr("rkd_plugin.adapters.pml.rkd_angle_loss", lambda *_, **__: pytest.fail("was computed"))
+    monkeypatch.setattr("rkd_plugin.adapters.pml.losses.rkd_angle_loss", lambda *_, **__: pytest.fail("was computed"))
     loss = RKDDALoss(angle_weight=0)(student, labels, ref_emb=teacher)
     loss.backward()
     assert loss == expected

@@ -65,20 +65,16 @@ def angle(
 
     def psi(side: Relations) -> Tensor:
         d_ab, d_ac, d_bc = side.squares[a, b], side.squares[a, c], side.squares[b, c]
-        return _cosines(d_ab / 2, d_ac / 2, d_bc / 2, inverse_lengths(d_ab) * inverse_lengths(d_ac))
+        scale = inverse_lengths(d_ab) * inverse_lengths(d_ac)
+        return _numerators(d_ab / 2, d_ac / 2, d_bc / 2).to(side.dtype) * scale
 
     losses = huber_loss(psi(student), psi(teacher), reduction="none", delta=huber_delta).masked_fill(b == c, 0)
     return losses.new_zeros(len(student.squares)).index_add(0, a, losses)
 
 
-def _cosines(
-    h_ab: Tensor, h_ac: Tensor, h_bc: Tensor, scale: Tensor, wide: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    """The law of cosines from halved squares, ``scale`` being ``r_ab * r_ac``; the sum cancels before it is rounded."""
-    total = torch.sub(h_ac, h_bc, out=wide).add_(h_ab)
-    if out is not None and out is not wide:
-        total = out.copy_(total)
-    return torch.mul(total.to(scale.dtype), scale, out=out)
+def _numerators(h_ab: Tensor, h_ac: Tensor, h_bc: Tensor, out: Tensor | None = None) -> Tensor:
+    """The law of cosines from halved squares, before ``r_ab * r_ac``: the sum cancels, and is not to be rounded before."""
+    return torch.sub(h_ac, h_bc, out=out).add_(h_ab)
 
 
 def _halves(squares: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,8 +91,7 @@ def _sweep(
     losses = student.new_zeros(rows)
     if rows == 0:
         return losses, student.new_zeros(0, 0)
-    # The student comes last, so that what the loop leaves in ``scale`` is the student's.
-    sides = [(_halves(squares, dtype), inverse_lengths(squares).to(dtype)) for squares in (teacher, student)]
+    sides = [(_halves(squares, dtype), inverse_lengths(squares).to(dtype)) for squares in (student, teacher)]
     # sum_c P and sum_c W * cos at [a, b], and sum_a P at [b, c]
     arms = student.new_zeros((2, rows, rows) if weights is not None else (2, 0), dtype=dtype)
     opposite = torch.zeros_like(arms[0])
@@ -116,25 +111,27 @@ def _sweep(
             a = slice(start, min(start + vertices, rows))
             shape = (a.stop - start, height, width)
             cosines, products = (buffer[: 2 * math.prod(shape)].view(2, *shape) for buffer in buffers)
-            scale, slope = products[0], products[1]
-            for (h_ab, h_ac, h_bc, r_ab, r_ac), cosine in zip(parts, cosines, strict=True):
-                wide = cosine if h_bc.dtype == dtype else wide_buffer[: math.prod(shape)].view(shape)
-                torch.mul(r_ab[a], r_ac[a], out=scale)
-                _cosines(h_ab[a], h_ac[a], h_bc, scale, wide, cosine)
-            difference = torch.sub(cosines[1], cosines[0], out=cosines[0])
+            for i, (h_ab, h_ac, h_bc, r_ab, r_ac) in enumerate(parts):
+                torch.mul(r_ab[a], r_ac[a], out=products[i])
+                wide = cosines[i] if h_bc.dtype == dtype else wide_buffer[: math.prod(shape)].view(shape)
+                total = _numerators(h_ab[a], h_ac[a], h_bc, wide)
+                if h_bc.dtype != dtype:
+                    cosines[i].copy_(total)
+            cosine = cosines[0].mul_(products[0])
+            difference = torch.addcmul(cosine, cosines[1], products[1], value=-1, out=cosines[1])
             difference[:, :, :height].mul_(upper)
-            torch.clamp(difference, -huber_delta, huber_delta, out=slope)
+            scale, slope = products[0], torch.clamp(difference, -huber_delta, huber_delta, out=products[1])
             losses[a].add_(difference.sub_(slope, alpha=0.5).mul_(slope).sum((1, 2)))
             if weights is None:
                 continue
             scale.mul_(slope)
-            slope.mul_(cosines[1])
+            slope.mul_(cosine)
             below[:, a].add_(products.sum(3))
             across[:, a].add_(products.sum(2))
             facing.add_((narrow[a] @ scale.flatten(1)).view(height, width))
     if weights is None:
         return 2 * losses, student.new_zeros(0)
-    through_arms = arms[0] - sides[1][1].square() * arms[1]
+    through_arms = arms[0] - sides[0][1].square() * arms[1]
     return 2 * losses, weights.unsqueeze(1) * through_arms - opposite
 
 
