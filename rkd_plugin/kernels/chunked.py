@@ -73,7 +73,7 @@ def angle(
 
 
 def _numerators(h_ab: Tensor, h_ac: Tensor, h_bc: Tensor, out: Tensor | None = None) -> Tensor:
-    """The law of cosines from halved squares, before ``r_ab * r_ac``: the sum cancels, and is not to be rounded before."""
+    """The law of cosines from halved squares, without ``r_ab * r_ac``; it cancels, so it is rounded only afterwards."""
     return torch.sub(h_ac, h_bc, out=out).add_(h_ab)
 
 
