@@ -117,8 +117,9 @@ def _sweep(
                 total = _numerators(h_ab[a], h_ac[a], h_bc, wide)
                 if h_bc.dtype != dtype:
                     cosines[i].copy_(total)
-            cosine = cosines[0].mul_(products[0])
-            difference = torch.addcmul(cosine, cosines[1], products[1], value=-1, out=cosines[1])
+            cosine, difference = cosines.mul_(products)
+            # Both cosines are rounded before they are compared, so that equal relations differ by exactly 0.
+            torch.sub(cosine, difference, out=difference)
             difference[:, :, :height].mul_(upper)
             scale, slope = products[0], torch.clamp(difference, -huber_delta, huber_delta, out=products[1])
             losses[a].add_(difference.sub_(slope, alpha=0.5).mul_(slope).sum((1, 2)))
