@@ -309,3 +309,14 @@ def test_many_rows(device):
     # Neither shifting nor scaling the student changes the loss, so that its gradient is at right angles to both.
     for products in (gradient, gradient * student):
         assert abs(products.double().sum()) < 1e-5 * products.double().abs().sum()
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_equal_relations_have_nothing_to_learn(impl):
+    """Exactly 0, value and gradient: not a rounding's worth of noise for an optimizer to scale up."""
+    teacher = torch.randn(40, 8)
+    student = (4 * teacher).requires_grad_()
+    loss = rkd_da_loss(student, teacher, impl=impl)
+    loss.backward()
+    assert loss == 0
+    assert not student.grad.any()
