@@ -1,12 +1,14 @@
 """What a torchdistill experiment names in YAML once it lists ``dependencies: ['rkd_plugin.adapters.torchdistill']``.
 
 Losses (mid-level): ``RKDDistanceLoss``, ``RKDAngleLoss``, ``RKDDALoss`` on any pair of hooked modules, and ``PMLLoss``,
-any loss of pytorch-metric-learning. Forward process: ``forward_in_eval_mode``, for teachers. torchdistill's own
-``RKDLoss`` stays as it is.
+any loss of pytorch-metric-learning. Model wrapper: ``TrainedWith``, for a loss that has parameters. Forward processes,
+for teachers: ``forward_in_eval_mode``, and ``no_forward`` for a stage without one. torchdistill's own ``RKDLoss`` stays
+as it is.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, get_args
 
@@ -14,6 +16,8 @@ import torchvision  # noqa: F401  before torchdistill, whose registries look for
 from torch import Tensor, nn
 from torchdistill.core.interfaces.registry import FORWARD_PROC_FUNC_DICT, register_forward_proc_func
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, register_mid_level_loss
+from torchdistill.models.registry import AUXILIARY_MODEL_WRAPPER_DICT, register_auxiliary_model_wrapper
+from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
 from rkd_plugin import losses
 
@@ -38,8 +42,9 @@ def _register(register: Callable[[T], T], registry: Mapping[str, Any]) -> Callab
     return decorate
 
 
-_mid_level_loss = _register(register_mid_level_loss, MIDDLE_LEVEL_LOSS_DICT)
+mid_level_loss = _register(register_mid_level_loss, MIDDLE_LEVEL_LOSS_DICT)
 _forward_proc = _register(register_forward_proc_func, FORWARD_PROC_FUNC_DICT)
+_model_wrapper = _register(register_auxiliary_model_wrapper, AUXILIARY_MODEL_WRAPPER_DICT)
 
 
 def _find(io_dict: Hooked, side: str, path: str, io: str) -> Tensor:
@@ -55,8 +60,8 @@ def _find(io_dict: Hooked, side: str, path: str, io: str) -> Tensor:
     return value
 
 
-class _HookedLoss(nn.Module):
-    """Finds student and teacher embeddings in the host's dictionaries, for the loss that it is mixed into."""
+class HookedLoss(nn.Module):
+    """Finds student and teacher embeddings in the host's dictionaries, for the loss of two tensors it is mixed into."""
 
     def __init__(
         self,
@@ -104,8 +109,8 @@ class _HookedLoss(nn.Module):
         return f"{places}, pool={self.pool!r}, {super().extra_repr()}"
 
 
-@_mid_level_loss
-class RKDDistanceLoss(_HookedLoss, losses.RKDDistanceLoss):
+@mid_level_loss
+class RKDDistanceLoss(HookedLoss, losses.RKDDistanceLoss):
     """See `rkd_plugin.rkd_distance_loss`; between any two hooked modules, of any widths.
 
     Args:
@@ -129,17 +134,53 @@ class RKDDistanceLoss(_HookedLoss, losses.RKDDistanceLoss):
     """
 
 
-@_mid_level_loss
-class RKDAngleLoss(_HookedLoss, losses.RKDAngleLoss):
+@mid_level_loss
+class RKDAngleLoss(HookedLoss, losses.RKDAngleLoss):
     """See `rkd_plugin.rkd_angle_loss`; arguments as `RKDDistanceLoss`."""
 
 
-@_mid_level_loss
-class RKDDALoss(_HookedLoss, losses.RKDDALoss):
+@mid_level_loss
+class RKDDALoss(HookedLoss, losses.RKDDALoss):
     """See `rkd_plugin.rkd_da_loss`; arguments as `RKDDistanceLoss`."""
 
 
-@_mid_level_loss
+_TRAINED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@_model_wrapper
+class TrainedWith(AuxiliaryModelWrapper):
+    """A model and the modules that train with it, such as a loss of pytorch-metric-learning with proxies.
+
+    ``train.student.auxiliary_model_wrapper: {key: TrainedWith, kwargs: {modules: {proxies: *loss}}}``, where ``&loss``
+    marks the ``!import_call`` of a `PMLLoss`. The model's own hooks are then under ``student_model.`` (or ``model.``,
+    where there is no teacher).
+
+    Args:
+        modules: name -> module; their parameters go to the optimizer and into the checkpoint.
+        student_model: given by torchdistill, or
+        model: likewise, where there is no teacher.
+        kwargs: further arguments of torchdistill, about devices.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        student_model: nn.Module | None = None,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.path = "student_model" if model is None else "model"
+        self.add_module(self.path, student_model if model is None else model)
+        self.trained = nn.ModuleDict(modules)
+        _TRAINED.update(self.trained.values())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns."""
+        return getattr(self, self.path)(*args, **kwargs)
+
+
+@mid_level_loss
 class PMLLoss(nn.Module):
     """Any loss of pytorch-metric-learning, with or without a miner, as a mid-level loss.
 
@@ -151,7 +192,14 @@ class PMLLoss(nn.Module):
 
     Raises:
         TypeError: if ``loss`` is no module.
-        ValueError: if ``loss`` has parameters, which torchdistill would not train, or the module is not hooked.
+        ValueError: if ``loss`` has parameters and no `TrainedWith` trains them, or the module is not hooked.
+
+    Example:
+        >>> import torch
+        >>> from pytorch_metric_learning.losses import ContrastiveLoss
+        >>> embeddings = torch.tensor([[1., 0.], [0., 1.], [-1., 0.]])
+        >>> PMLLoss(ContrastiveLoss())({".": {"output": embeddings}}, {}, torch.tensor([0, 0, 1]))
+        tensor(1.4142)
     """
 
     def __init__(
@@ -164,10 +212,10 @@ class PMLLoss(nn.Module):
         super().__init__()
         if not isinstance(loss, nn.Module):
             raise TypeError(f"PMLLoss: loss must be a module, built with !import_call, got {loss!r}")
-        if any(True for _ in loss.parameters()):
+        if loss not in _TRAINED and any(True for _ in loss.parameters()):
             raise ValueError(
                 f"PMLLoss: {type(loss).__name__} has parameters, which torchdistill does not give to the optimizer; "
-                "use a loss without"
+                "name it under auxiliary_model_wrapper with the key TrainedWith as well"
             )
         self.loss = loss
         self.miner = miner
@@ -191,3 +239,8 @@ def forward_in_eval_mode(model: nn.Module, sample_batch: Any, *_: Any, **__: Any
     if any(module.training for module in model.modules()):
         model.eval()
     return model(sample_batch)
+
+
+@_forward_proc
+def no_forward(model: nn.Module, *_: Any, **__: Any) -> None:
+    """``train.stage2.teacher.forward_proc`` where the student goes on alone: the teacher costs nothing."""

@@ -2,41 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import LpDistance
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from pytorch_metric_learning.utils.inference import CustomKNN
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+
+from rkd_plugin.kernels.pairwise import widest
+
+BLOCK = 2**24  # distances at once, 128 MiB in float64
+TIE = 1e-12  # of the largest squared distance from the centre, which float64 resolves to about 1e-15
 
 
 @torch.no_grad()
-def embed(model: nn.Module, loader: DataLoader[tuple[Tensor, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Outputs ``(M, D)`` of ``model`` in eval mode, and labels ``(M,)``, for everything in ``loader``."""
+def embed(model: nn.Module, batches: Iterable[Sequence[Any]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Outputs ``(M, D)`` of ``model`` in eval mode, and labels ``(M,)``, for all batches of images and labels."""
     training = model.training
     model.eval()
-    batches = [(model(images.to(device)), labels.to(device)) for images, labels, *_ in loader]
+    embedded = [(model(images.to(device)), labels.to(device)) for images, labels, *_ in batches]
     model.train(training)
-    outputs, labels = zip(*batches, strict=True)
+    outputs, labels = zip(*embedded, strict=True)
     return torch.cat(outputs), torch.cat(labels)
 
 
-def retrieval(outputs: Tensor, labels: Tensor) -> dict[str, float]:
-    """Recall@1 in percent: how often the nearest other row, by Euclidean distance, has the same label.
+@torch.no_grad()
+def retrieval(outputs: Tensor, labels: Tensor, recall_at: Sequence[int] = (1,)) -> dict[str, float]:
+    """Recall@K and MAP@R in percent: every row is a query, and looks for its class among all other rows.
+
+    Recall@K: how often one of the K nearest is of the query's class. MAP@R: the mean over queries of
+    ``1/R sum over i = 1..R of P(i)``, with R the number of others of the class, and P(i) the share of the class among
+    the i nearest if the i-th is of the class, else 0 (Musgrave, Belongie, Lim, "A Metric Learning Reality Check",
+    ECCV 2020).
+
+    Exact, by Euclidean distance in float64, in blocks of queries: no ``(M, M)`` matrix. Of two rows at one distance the
+    one of another class counts as nearer, so that a model that has collapsed gets 0. A row whose class has no other
+    is no query, but stays among the rows that the others look through.
+
+    Args:
+        outputs: embeddings ``(M, D)``, floating point.
+        labels: classes ``(M,)``.
+        recall_at: the values of K.
+
+    Returns:
+        ``recall_at_<K>`` for each K, and ``map_at_r``.
+
+    Raises:
+        ValueError: if the shapes do not fit, a K is below 1, an output is not finite, or every class has one row only.
 
     Example:
-        >>> retrieval(torch.tensor([[0.], [1.], [5.], [1.6]]), torch.tensor([0, 0, 1, 1]))
-        {'recall_at_1': 50.0}
+        >>> retrieval(torch.tensor([[0.], [1.], [5.], [1.6]]), torch.tensor([0, 0, 1, 1]), recall_at=[1, 2])
+        {'recall_at_1': 50.0, 'recall_at_2': 75.0, 'map_at_r': 50.0}
     """
-    # A k-nearest-neighbour search of our choice: pytorch-metric-learning's default needs faiss and fails without it.
-    nearest = CustomKNN(LpDistance(normalize_embeddings=False), batch_size=1024)
-    calculator = AccuracyCalculator(include=("precision_at_1",), k=1, knn_func=nearest, device=outputs.device)
-    return {"recall_at_1": 100 * calculator.get_accuracy(outputs, labels)["precision_at_1"]}
+    _check(outputs, labels, recall_at)
+    # Sorted by class, the rows of a class stand side by side.
+    order = labels.argsort(stable=True)
+    _, counts = torch.unique_consecutive(labels[order], return_counts=True)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    size = counts.repeat_interleave(counts)
+    queries = (size > 1).nonzero().squeeze(1)
+    if not len(queries):
+        raise ValueError(
+            f"retrieval: expected a class with two rows or more, got {len(labels)} rows of as many classes"
+        )
+    rows = outputs[order].to(widest(outputs))
+    rows = rows - rows.mean(0)
+    norms = rows.square().sum(1)
+    tie = TIE * norms.max()
+    nearer = torch.empty(len(queries), dtype=torch.long, device=rows.device)
+    average_precision = 0.0
+    for part in torch.split(torch.arange(len(queries), device=rows.device), max(BLOCK // len(rows), 1)):
+        block = queries[part]
+        squares = torch.addmm(norms, rows[block], rows.T, alpha=-2).add_(norms[block, None])
+        # The places of the query's class, as many as the largest class of the block has; others repeat the first place.
+        offsets = torch.arange(int(size[block].max()), device=rows.device)
+        is_class = offsets < size[block, None]
+        places = first[block, None] + offsets * is_class
+        own = squares.gather(1, places).masked_fill(~is_class | (places == block[:, None]), torch.inf).sort(1).values
+        squares.scatter_(1, places, torch.inf)
+        own, relevant = own[:, :-1] + tie, size[block] - 1
+        nearer[part] = (squares <= own[:, :1]).sum(1)
+        others = squares.topk(min(own.shape[1], len(rows)), largest=False).values
+        found = torch.arange(1, own.shape[1] + 1, dtype=rows.dtype, device=rows.device)
+        place = torch.searchsorted(others, own, right=True) + found
+        precision = (found / place).where(place <= relevant[:, None], 0.0).sum(1) / relevant
+        average_precision += float(precision.sum())
+    recalls = {f"recall_at_{k}": 100 * float((nearer < k).double().mean()) for k in recall_at}
+    return {**recalls, "map_at_r": 100 * average_precision / len(queries)}
 
 
-Evaluator = Callable[[Tensor, Tensor], dict[str, float]]
+def _check(outputs: Tensor, labels: Tensor, recall_at: Sequence[int]) -> None:
+    if outputs.ndim != 2 or not outputs.is_floating_point():
+        raise ValueError(
+            f"retrieval: outputs must be (M, D) and floating point, got {tuple(outputs.shape)} {outputs.dtype}"
+        )
+    if labels.shape != outputs.shape[:1] or len(labels) < 2:
+        raise ValueError(
+            f"retrieval: labels must be (M,), for M of at least 2, got {tuple(labels.shape)} for {len(outputs)} outputs"
+        )
+    if min(recall_at, default=1) < 1:
+        raise ValueError(f"retrieval: every K of recall_at must be at least 1, got {list(recall_at)}")
+    bad = int((~outputs.isfinite().all(1)).sum())
+    if bad:
+        raise ValueError(f"retrieval: outputs must be finite, got NaN or Inf in {bad} of {len(outputs)} rows")
+
+
+Evaluator = Callable[..., dict[str, float]]
 
 # Task -> what it measures; the first metric is the one that a better model has higher, and that `best` goes by.
 EVALUATORS: dict[str, Evaluator] = {"metric_learning": retrieval}

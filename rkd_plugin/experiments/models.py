@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any, cast
 
-import torchvision  # noqa: F401  torchdistill's registries read it from sys.modules
+import torch
+import torchvision  # before torchdistill, whose registries look for it in sys.modules
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchdistill.models.registry import register_model
@@ -46,3 +49,136 @@ class ConvEmbedding(nn.Sequential):
         """``(N, C, H, W) -> (N, embedding_dim)``."""
         embeddings: Tensor = super().forward(images)  # type: ignore[no-untyped-call]
         return normalize(embeddings) if self.l2_normalize else embeddings
+
+
+@register_model
+class Conv4Embedding(nn.Module):
+    """Four blocks of 3 x 3 convolution, BatchNorm, ReLU and 2 x 2 max-pooling, then flattened.
+
+    Its modules, for hooks: ``block1`` to ``block4``, and ``linear``.
+
+    Args:
+        widths: channels of the four blocks.
+        embedding_dim: width of a linear layer at the end; None for the flattened maps themselves.
+        l2_normalize: whether embeddings are scaled to length 1.
+        image_size: side of the images in pixels, which the linear layer depends on.
+        in_channels: of the images.
+
+    Source: the encoder of Snell et al., "Prototypical Networks", NeurIPS 2017, whose widths are all 64.
+
+    Example:
+        >>> import torch
+        >>> model = Conv4Embedding([8, 8, 8, 8], embedding_dim=4, l2_normalize=True, image_size=32)
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        embedding_dim: int | None,
+        l2_normalize: bool,
+        image_size: int,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        first, second, third, fourth = (
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
+            for a, b in pairwise([in_channels, *widths])
+        )
+        self.block1, self.block2, self.block3, self.block4 = first, second, third, fourth
+        flat = widths[-1] * (image_size // 16) ** 2
+        self.linear = nn.Identity() if embedding_dim is None else nn.Linear(flat, embedding_dim)
+        self.l2_normalize = l2_normalize
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(N, in_channels, image_size, image_size) -> (N, embedding_dim)``."""
+        maps = self.block4(self.block3(self.block2(self.block1(images))))
+        embeddings: Tensor = self.linear(maps.flatten(1))
+        return normalize(embeddings) if self.l2_normalize else embeddings
+
+
+@register_model
+class BackboneEmbedding(nn.Module):
+    """A network of torchvision up to its pooling, one linear layer, L2 normalisation on or off.
+
+    Its modules, for hooks: ``backbone`` with the names that torchvision gave (``backbone.layer2``), and ``linear``.
+
+    Args:
+        backbone: name of an image classification network, as ``torchvision.models.list_models()`` shows them.
+        embedding_dim: width of the linear layer; None for the pooled features themselves.
+        l2_normalize: whether embeddings are scaled to length 1.
+        weights: name of pretrained weights such as ``'IMAGENET1K_V1'``, which torchvision downloads where they are not
+            in its cache; None for random ones.
+        backbone_kwargs: further arguments of the network, such as ``{'zero_init_residual': True}``.
+
+    Raises:
+        ValueError: for an unknown network or weights, or a network whose head is not made of linear layers.
+        ConnectionError: if the weights cannot be downloaded.
+
+    Source: the authors' ``model/embedding.py``.
+
+    Example:
+        >>> import torch
+        >>> model = BackboneEmbedding("resnet18", embedding_dim=16, l2_normalize=True, weights=None)
+        >>> model(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 16])
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        embedding_dim: int | None,
+        l2_normalize: bool,
+        weights: str | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = _network(backbone, weights, backbone_kwargs or {})
+        width = _cut_head(self.backbone, backbone)
+        self.linear = nn.Identity() if embedding_dim is None else nn.Linear(width, embedding_dim)
+        self.l2_normalize = l2_normalize
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(N, 3, H, W) -> (N, embedding_dim)``."""
+        embeddings: Tensor = self.linear(self.backbone(images).flatten(1))
+        return normalize(embeddings) if self.l2_normalize else embeddings
+
+
+def _network(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
+    # Only GoogLeNet and Inception have auxiliary classifiers and dropout behind the pooling, which are no part of an
+    # embedding, and warn unless they are told how to be initialised.
+    has_auxiliary = name in ("googlenet", "inception_v3")
+    auxiliary = {"aux_logits": weights is not None, "init_weights": weights is None} if has_auxiliary else {}
+    try:
+        network: nn.Module = torchvision.models.get_model(name, weights=weights, **{**auxiliary, **options})
+    except KeyError as error:
+        raise ValueError(
+            f"BackboneEmbedding: expected weights that torchvision has for {name}, got {weights!r}"
+        ) from error
+    except OSError as error:
+        raise ConnectionError(
+            f"BackboneEmbedding: the weights {weights} of {name} are not in {torch.hub.get_dir()}/checkpoints and "
+            f"could not be downloaded ({error}); put the file there, or set weights to null"
+        ) from error
+    if has_auxiliary:
+        vars(network)["aux_logits"] = False
+        for auxiliary_name in {"aux1", "aux2", "AuxLogits"} & dict(network.named_children()).keys():
+            setattr(network, auxiliary_name, None)
+        network.dropout = nn.Identity()
+    return network
+
+
+def _cut_head(network: nn.Module, name: str) -> int:
+    """Take the linear layers off the end of a network; the width of what it then returns."""
+    for head_name in ("fc", "classifier", "heads", "head"):
+        head = getattr(network, head_name, None)
+        if head is None:
+            continue
+        layers = list(head) if isinstance(head, nn.Sequential) else [head]
+        linear = [index for index, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
+        if linear:
+            kept = [layer for layer in layers[: linear[0]] if not isinstance(layer, nn.Dropout)]
+            setattr(network, head_name, nn.Sequential(*kept))
+            return cast(nn.Linear, layers[linear[0]]).in_features
+    raise ValueError(f"BackboneEmbedding: expected a network that ends in linear layers, got {name!r}; try 'resnet18'")

@@ -1,0 +1,175 @@
+"""What the paper compares RKD with, where neither host has it; import this file to have it in torchdistill.
+
+Attention transfer is torchdistill's ``ATLoss``, a hint is PyTorch's ``MSELoss``, and the triplet loss is
+pytorch-metric-learning's, with the miner of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pytorch_metric_learning.miners import BaseMiner
+from pytorch_metric_learning.utils.loss_and_miner_utils import get_all_pairs_indices
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torchdistill.models.registry import register_auxiliary_model_wrapper
+from torchdistill.models.wrapper import AuxiliaryModelWrapper
+
+from rkd_plugin.adapters.torchdistill import HookedLoss, mid_level_loss
+from rkd_plugin.kernels.pairwise import squared_distances, widest
+
+
+class DistanceWeightedNegatives(BaseMiner):
+    """Every pair of the same class with one negative, drawn with a probability inverse to the density of its distance.
+
+    On the unit sphere of ``D`` dimensions distances have density ``q(d) ~ d^(D-2) (1 - d^2/4)^((D-3)/2)`` (Wu et al.,
+    "Sampling Matters in Deep Embedding Learning", ICCV 2017); a negative at distance d is drawn with probability
+    ``~ 1/q(max(d, floor))`` if ``d < cutoff``, and never otherwise. Like the authors' code
+    (``metric/pairsampler.py``), it takes all negatives alike where none is near enough, or where the weight of each
+    underflows beside that of the nearest row of any class, which in wide embeddings is often. PML's own
+    ``DistanceWeightedMiner`` leaves such anchors out, and draws positives at random.
+
+    Args:
+        floor: nearer negatives count as this far.
+        cutoff: negatives at this distance or beyond have no loss and are not drawn.
+        kwargs: of every PML miner.
+
+    Example:
+        >>> embeddings = torch.tensor([[1., 0., 0.], [.8, .6, 0.], [.6, .8, 0.], [-1., 0., 0.]])
+        >>> anchors, positives, negatives = DistanceWeightedNegatives()(embeddings, torch.tensor([0, 0, 1, 2]))
+        >>> anchors, positives, negatives  # the opposite row is too far to be drawn
+        (tensor([0, 1]), tensor([1, 0]), tensor([2, 2]))
+    """
+
+    def __init__(self, floor: float = 0.5, cutoff: float = 1.4, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.floor = floor
+        self.cutoff = cutoff
+
+    def mine(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The base class's hook: embeddings ``(N, D)``, labels ``(N,)`` -> indices of anchors, positives, negatives."""
+        anchors, positives, _, _ = get_all_pairs_indices(labels, None if ref_labels is labels else ref_labels)
+        probabilities = self.probabilities(embeddings, labels, ref_emb, ref_labels)[anchors]
+        has_negative = probabilities.sum(1) > 0
+        negatives = torch.multinomial(probabilities[has_negative], 1).squeeze(1)
+        return anchors[has_negative], positives[has_negative], negatives
+
+    def probabilities(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Tensor:
+        """``(N, M)``: of drawing row j of ``ref_emb`` as the negative of row i; 0 where there is no negative at all."""
+        distances = self.distance(embeddings.float(), ref_emb.float())
+        if ref_emb is embeddings:
+            distances = distances.fill_diagonal_(
+                1.0
+            )  # as in the authors' code: a row's own distance bounds the weights
+        clamped = distances.clamp(min=self.floor)
+        dim = embeddings.shape[1]
+        # Opposite rows have density 0, and rounding may put them beyond.
+        height = (1.0 - 0.25 * clamped.square()).clamp(min=torch.finfo(clamped.dtype).eps)
+        weights = (2.0 - dim) * clamped.log() - (dim - 3.0) / 2.0 * height.log()
+        weights = (weights - weights.max(1, keepdim=True).values).exp()
+        negative = labels[:, None] != ref_labels
+        weights = torch.where(negative & (clamped < self.cutoff), weights, 0.0)
+        weights = torch.where(weights.sum(1, keepdim=True) == 0, negative.float(), weights)
+        return weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+class HardDarkRank(nn.Module):
+    """Likelihood of the teacher's ranking under the student's distances: the HardRank loss of DarkRank.
+
+    For each row, the teacher's ``list_length`` nearest others in their order; the student's scores
+    ``S = -alpha * distance ** beta`` make this order a sequence of draws without repetition, each with probability
+    ``softmax(S)`` among those left; the loss is the mean over rows of the negative log likelihood.
+
+    Args:
+        alpha: weight of a distance.
+        beta: its exponent.
+        list_length: how many neighbours are ranked; all others, if there are fewer.
+
+    Raises:
+        ValueError: when called, if the row counts differ or are below 2.
+
+    Source: Chen, Wang, Zhang, "DarkRank", AAAI 2018; values as in the authors' ``metric/loss.py``.
+
+    Example:
+        >>> teacher = torch.tensor([[0.], [1.], [3.]])
+        >>> HardDarkRank(alpha=1.0, beta=1.0)(teacher, teacher)  # softmax of (-1, -3), (-1, -2) and (-2, -3)
+        tensor(0.2512)
+    """
+
+    def __init__(self, alpha: float = 3.0, beta: float = 3.0, list_length: int = 4) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.beta = beta
+        self.list_length = list_length
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """``(N, D_s), (N, D_t) -> scalar``; no gradient flows to ``teacher``."""
+        count = len(student)
+        if len(teacher) != count or count < 2:
+            raise ValueError(
+                f"HardDarkRank: expected as many student as teacher rows, at least 2, got {count} and {len(teacher)}"
+            )
+        student, teacher = student.to(widest(student)), teacher.detach().to(widest(teacher))
+        nearest = squared_distances(teacher).fill_diagonal_(-1.0).argsort(1)[:, 1 : self.list_length + 1]
+        squared = squared_distances(student).gather(1, nearest)
+        # A root has no gradient at 0, between equal rows.
+        scores = -self.alpha * torch.where(squared > 0, squared, 1.0).pow(self.beta / 2) * (squared > 0)
+        left = scores.flip(1).logcumsumexp(1).flip(1)
+        return (left - scores).sum(1).mean().float()
+
+
+@mid_level_loss
+class DarkRankLoss(HookedLoss, HardDarkRank):
+    """See `HardDarkRank`; between any two hooked modules, whose arguments are those of the RKD losses."""
+
+
+class HintRegressor(nn.Conv2d):
+    """A 1 x 1 convolution without bias: feature maps ``(N, C, H, W)``, or vectors ``(N, C)``, in another width."""
+
+    def __init__(self, student_width: int, teacher_width: int, *, init_range: float) -> None:
+        super().__init__(student_width, teacher_width, 1, bias=False)
+        nn.init.uniform_(self.weight, -init_range, init_range)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The student's features in the teacher's width."""
+        return super().forward(features) if features.ndim == 4 else linear(features, self.weight.flatten(1))
+
+
+@register_auxiliary_model_wrapper
+class HintRegressors(AuxiliaryModelWrapper):
+    """A student whose hooked outputs are also mapped to the teacher's widths, by 1 x 1 convolutions that train with it.
+
+    Modules for hooks are then ``student_model.<path>`` and ``regressors.<name>``.
+
+    Args:
+        student_model: given by torchdistill.
+        regressors: name -> ``{path: ..., channels: [student's, teacher's]}``; the path is ``'.'`` or a hooked module.
+        init_range: weights start uniform in ``[-init_range, init_range]``, without bias.
+        kwargs: further arguments of torchdistill, about devices.
+
+    Source: Romero et al., "FitNets", ICLR 2015; regressor and initial values as in the authors' ``metric/loss.py``.
+    Their ``run_distill_fitnet.py`` leaves the regressors out of the optimizer; here they train, as in FitNets.
+    """
+
+    def __init__(
+        self, student_model: nn.Module, regressors: Mapping[str, Any], init_range: float = 0.005, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        self.student_model = student_model
+        self.paths = {name: config["path"] for name, config in regressors.items()}
+        self.regressors = nn.ModuleDict(
+            {name: HintRegressor(*config["channels"], init_range=init_range) for name, config in regressors.items()}
+        )
+
+    def forward(self, images: Tensor) -> Any:
+        """What the student returns."""
+        return self.student_model(images)
+
+    def secondary_forward(self, io_dict: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Map what the hooks kept; hooks on the regressors keep the result."""
+        for name, path in self.paths.items():
+            self.regressors[name](io_dict[path]["output"])

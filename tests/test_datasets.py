@@ -1,0 +1,365 @@
+"""Data sets in their true layout on disk: what is read, what is refused, and nothing that is fetched unasked."""
+
+import functools
+import hashlib
+import io
+import pickle
+import tarfile
+import threading
+import zipfile
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from rkd_plugin.experiments import datasets
+from rkd_plugin.experiments.datasets import CUB, Cached, Cars196, ClassFolders, StanfordOnlineProducts, unpack
+
+
+def write_image(path, shade=100, mode="RGB", size=(12, 10)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, shade if mode == "L" else (shade, 0, 255 - shade)).save(path)
+
+
+def write_cub(root):
+    """Four images of the classes 1, 2, 101 and 200; one is grey, as eight of the true ones are."""
+    folder = root / "CUB_200_2011"
+    names = ["001.Albatross/A.jpg", "002.Auk/B.jpg", "101.Pelican/C.jpg", "200.Yellowthroat/D.jpg"]
+    for index, name in enumerate(names):
+        write_image(folder / "images" / name, 40 * index, "L" if index == 1 else "RGB")
+    (folder / "images.txt").write_text("".join(f"{i + 1} {name}\n" for i, name in enumerate(names)))
+    labels = [int(name[:3]) for name in names]
+    (folder / "image_class_labels.txt").write_text("".join(f"{i + 1} {label}\n" for i, label in enumerate(labels)))
+    return CUB
+
+
+def write_cars(root):
+    names = [f"Make Model {number}" for number in range(1, 197)]
+    names[0] = "Ram C/V Cargo Van"
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "names.csv").write_text("\n".join(names))
+    for split, labels in (("train", [1, 98, 99]), ("test", [1, 196])):
+        lines = [f"{number:05}.jpg,10,20,30,40,{label}\n" for number, label in enumerate(labels)]
+        (root / f"anno_{split}.csv").write_text("".join(lines))
+        for number, label in enumerate(labels):
+            write_image(
+                root / "car_data" / "car_data" / split / names[label - 1].replace("/", "-") / f"{number:05}.jpg"
+            )
+    return Cars196
+
+
+def write_sop(root):
+    folder = root / "Stanford_Online_Products"
+    for split, classes in (("train", [1, 1, 2]), ("test", [11319, 11320])):
+        lines = ["image_id class_id super_class_id path"]
+        for number, label in enumerate(classes):
+            path = f"bicycle_final/{label}_{number}.JPG"
+            write_image(folder / path)
+            lines.append(f"{number} {label} 1 {path}")
+        (folder / f"Ebay_{split}.txt").write_text("\n".join(lines))
+    return StanfordOnlineProducts
+
+
+LAYOUTS = {
+    "cub": (write_cub, [1, 2], [101, 200]),
+    "cars": (write_cars, [1, 98, 1], [99, 196]),
+    "sop": (write_sop, [1, 1, 2], [11319, 11320]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_splits_are_the_papers_and_images_rgb(layout, tmp_path):
+    write, train, test = LAYOUTS[layout]
+    data_set = write(tmp_path)
+    for split, labels in (("train", train), ("test", test), ("train+test", None)):
+        data = data_set(tmp_path, split, transform=v2.PILToTensor())
+        assert sorted(data.targets) == sorted(labels or train + test)
+        for index in range(len(data)):
+            image, label = data[index]
+            assert image.shape == (3, 10, 12)
+            assert label == data.targets[index]
+    with pytest.raises(ValueError, match="train, test"):
+        data_set(tmp_path, "validation")
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "home"),
+    [
+        ("cub", "CUB_200_2011/images.txt", "data.caltech.edu/records/65de6-vp158"),
+        ("cars", "names.csv", "kaggle.com/datasets/jutrera"),
+        ("cars", "anno_test.csv", "kaggle.com/datasets/jutrera"),
+        ("sop", "Stanford_Online_Products/Ebay_test.txt", "Deep-Metric-Learning-CVPR16"),
+    ],
+)
+def test_a_missing_list_is_named_with_where_to_get_it(layout, file, home, tmp_path):
+    data_set = LAYOUTS[layout][0](tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(
+        FileNotFoundError, match=f"{data_set.__name__}: expected .*{Path(file).name}, found none; .*{home}"
+    ):
+        data_set(tmp_path, "train+test")
+    with pytest.raises(FileNotFoundError, match=f"expected a folder .*nowhere, found none; .*{home}"):
+        data_set(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_half_unpacked_archive_is_told_before_training(layout, tmp_path):
+    data_set = LAYOUTS[layout][0](tmp_path)
+    data = data_set(tmp_path, "test")
+    Path(data.paths[1]).unlink()
+    with pytest.raises(
+        FileNotFoundError, match=f"1 of {len(data)} images are missing, the first one is {data.paths[1]}"
+    ):
+        data_set(tmp_path, "test")
+
+
+def test_malformed_lists_and_images_are_named(tmp_path):
+    data = write_cub(tmp_path)(tmp_path, "train")
+    Path(data.paths[0]).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"expected an image in .*A\.jpg, could not read it"):
+        data[0]
+    (tmp_path / "CUB_200_2011" / "images.txt").write_text("1\n2 x\n")
+    with pytest.raises(ValueError, match=r"CUB: a list in .* is malformed .*; unpack it again"):
+        CUB(tmp_path, "train")
+
+
+# Downloads
+
+
+def archive_of(folder, kind):
+    buffer = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(buffer, "w") as zipped:
+            for path in sorted(folder.rglob("*")):
+                zipped.write(path, path.relative_to(folder))
+    else:
+        with tarfile.open(fileobj=buffer, mode="w:gz") as tarred:
+            tarred.add(folder, ".")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A folder and its address on a web server of this machine."""
+
+    class Silent(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    folder = tmp_path / "web"
+    folder.mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def serve(monkeypatch, web, data_set, content, md5=None):
+    folder, address = web
+    (folder / "archive").write_bytes(content)
+    monkeypatch.setattr(data_set, "DOWNLOAD_URL", f"{address}/archive", raising=False)
+    monkeypatch.setattr(data_set, "MD5", md5 or hashlib.md5(content).hexdigest())
+
+
+@pytest.mark.parametrize(("layout", "kind"), [("cub", "tar"), ("sop", "zip")])
+def test_a_download_is_unpacked_once_and_leaves_nothing_else(layout, kind, tmp_path, monkeypatch, web):
+    data_set = LAYOUTS[layout][0](tmp_path / "original")
+    serve(monkeypatch, web, data_set, archive_of(tmp_path / "original", kind))
+    root = tmp_path / "root"
+    with pytest.raises(FileNotFoundError):
+        data_set(root)
+    assert not root.exists()
+    assert len(data_set(root, "train+test", download=True)) == len(data_set(tmp_path / "original", "train+test"))
+    assert [path.name for path in root.iterdir()] == [data_set.FOLDER]
+    monkeypatch.setattr(datasets, "download_url", None)
+    data_set(root, download=True)  # it is there
+
+
+def test_a_download_with_another_checksum_is_not_unpacked(tmp_path, monkeypatch, web):
+    write_cub(tmp_path / "original")
+    serve(monkeypatch, web, CUB, archive_of(tmp_path / "original", "tar"), md5="0" * 32)
+    with pytest.raises(ValueError, match=f"CUB: http:.* gave an archive whose MD5 is not {'0' * 32}; get CUB_200_2011"):
+        CUB(tmp_path / "root", download=True)
+    assert list((tmp_path / "root").iterdir()) == []
+
+
+def test_a_download_that_fails_and_one_that_cannot_be_checked(tmp_path, monkeypatch, web):
+    monkeypatch.setattr(CUB, "DOWNLOAD_URL", f"{web[1]}/missing", raising=False)
+    with pytest.raises(ConnectionError, match=r"CUB: http:.*missing failed .*404.*; get CUB_200_2011"):
+        CUB(tmp_path / "root", download=True)
+    assert list((tmp_path / "root").iterdir()) == []
+    with pytest.raises(ValueError, match=r"Cars196: no checksum is published .*; get https://www.kaggle"):
+        Cars196(tmp_path / "root", download=True)
+
+
+def hostile(name, link=None):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tarred:
+        member = tarfile.TarInfo(name)
+        if link:
+            member.type, member.linkname = tarfile.SYMTYPE, link
+            tarred.addfile(member)
+        else:
+            member.size = 4
+            tarred.addfile(member, io.BytesIO(b"evil"))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("name", "link"), [("../../evil", None), ("link", "/etc"), ("a/link", "../../..")])
+def test_an_archive_cannot_write_outside_its_folder(name, link, tmp_path, monkeypatch, web):
+    serve(monkeypatch, web, CUB, hostile(name, link))
+    with pytest.raises(ValueError, match="expected an archive that stays in its folder in archive, refused it"):
+        CUB(tmp_path / "root", download=True)
+    assert list((tmp_path / "root").iterdir()) == []
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_a_zip_cannot_either(tmp_path):
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as zipped:
+        zipped.writestr("../../evil", "evil")
+    unpack(tmp_path / "evil.zip", tmp_path / "deep" / "inside")
+    assert [path.parent for path in tmp_path.rglob("evil")] == [tmp_path / "deep" / "inside"]
+
+
+# Folders of one's own
+
+
+def write_folders(root, classes=5, images=3, size=(12, 10)):
+    for label in range(classes):
+        for number in range(images):
+            write_image(root / f"{label:03}.class" / f"{number}.png", 20 * label + number, size=size)
+    return root
+
+
+def test_folders_are_split_by_class(tmp_path):
+    root = write_folders(tmp_path)
+    parts = {split: ClassFolders(root, split).targets for split in ("train", "test", "train+test")}
+    assert parts == {
+        "train": [0] * 3 + [1] * 3,
+        "test": [2] * 3 + [3] * 3 + [4] * 3,
+        "train+test": sorted([*range(5)] * 3),
+    }
+    assert set(ClassFolders(root, "test", train_classes=4).targets) == {4}
+    image, label = ClassFolders(root, "test", transform=v2.PILToTensor())[4]
+    assert label == 3
+    assert image[0, 0, 0] == 20 * 3 + 1
+
+
+def test_errors_of_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected a folder per class in .*nowhere, which is not there"):
+        ClassFolders(tmp_path / "nowhere")
+    root = write_folders(tmp_path / "root")
+    for count in (0, 5, -1):
+        with pytest.raises(ValueError, match=f"one class to train and one to test, got {count} of the 5 folders"):
+            ClassFolders(root, train_classes=count)
+    with pytest.raises(ValueError, match=r"split must be one of train, test, train\+test, got 'val'"):
+        ClassFolders(root, "val")
+    (root / "000.class" / "0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"expected an image in .*0\.png, could not read it"):
+        ClassFolders(root)[0]
+    (root / "001.empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"001\.empty"):
+        ClassFolders(root)
+
+
+# The cache
+
+RESIZED = v2.Compose([v2.Resize((8, 8)), v2.PILToTensor()])
+
+
+def cached(root, folder, transform=None, resized=RESIZED):
+    return Cached(ClassFolders(root, "train+test", transform=resized), folder, transform)
+
+
+def test_cached_images_are_the_decoded_ones(tmp_path, monkeypatch):
+    root = write_folders(tmp_path / "images")
+    plain, fast = cached(root, None), cached(root, tmp_path / "cache")
+    monkeypatch.setattr(datasets, "_open", None)
+    again = cached(root, tmp_path / "cache")
+    monkeypatch.undo()
+    assert fast.targets == plain.targets
+    assert len(fast) == 15
+    for index in range(15):
+        for data in (fast, again):
+            assert torch.equal(data[index][0], plain[index][0])
+            assert data[index][1] == plain[index][1]
+    fast[0][0].zero_()  # an access is a copy
+    assert torch.equal(fast[0][0], plain[0][0])
+
+
+def test_the_transform_sees_the_cached_image_at_each_access(tmp_path):
+    root = write_folders(tmp_path / "images")
+    data = cached(root, tmp_path / "cache", v2.Compose([v2.RandomCrop(4), v2.ToDtype(torch.float32, scale=True)]))
+    image, _ = data[7]
+    assert image.shape == (3, 4, 4)
+    assert image.max() <= 1
+    torch.testing.assert_close(image[2], torch.full((4, 4), int(cached(root, None)[7][0][2, 0, 0]) / 255))
+
+
+def test_processes_read_one_cache(tmp_path):
+    data = cached(write_folders(tmp_path / "images"), tmp_path / "cache")
+    data[0]
+    assert len(pickle.dumps(data)) < 10_000
+    batches = list(DataLoader(data, batch_size=5, num_workers=2))
+    assert torch.equal(torch.cat([images for images, _ in batches]), torch.stack([image for image, _ in data]))
+
+
+def test_many_images_are_decoded_by_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "LARGE", 10)
+    data = cached(write_folders(tmp_path / "images"), tmp_path / "cache")
+    plain = cached(tmp_path / "images", None)
+    assert all(torch.equal(data[index][0], plain[index][0]) for index in range(15))
+
+
+def test_what_changed_is_decoded_again(tmp_path):
+    root, folder = write_folders(tmp_path / "images"), tmp_path / "cache"
+    first = cached(root, folder)
+    write_image(root / "000.class" / "0.png", 200, size=(30, 30))
+    changed = cached(root, folder)
+    assert changed.path != first.path
+    assert changed[0][0][0, 0, 0] == 200
+    smaller = cached(root, folder, resized=v2.Compose([v2.Resize((4, 4)), v2.PILToTensor()]))
+    assert smaller[0][0].shape == (3, 4, 4)
+    assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"cut", "half", "foreign"])
+def test_a_damaged_cache_is_decoded_again(content, tmp_path):
+    root, folder = write_folders(tmp_path / "images"), tmp_path / "cache"
+    first = cached(root, folder)
+    whole = first.path.read_bytes()
+    if content == "foreign":
+        np.save(first.path, np.zeros((3, 2)))
+    else:
+        first.path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    cached(root, folder)
+    assert first.path.read_bytes() == whole
+
+
+def test_an_interrupted_decoding_leaves_nothing(tmp_path):
+    root, folder = write_folders(tmp_path / "images"), tmp_path / "cache"
+    (root / "004.class" / "2.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="expected an image"):
+        cached(root, folder)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("resized", "got"),
+    [
+        (v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32)]), r"torch.float32 \(3, 10, 12\) for image 0"),
+        (None, r"Image \(\) for image 0"),
+        (v2.PILToTensor(), r"torch.uint8 \(3, 30, 30\) for image 3"),
+    ],
+)
+def test_images_that_cannot_be_cached(resized, got, tmp_path):
+    root = write_folders(tmp_path / "images")
+    write_image(root / "001.class" / "0.png", size=(30, 30))
+    with pytest.raises(ValueError, match=f"Cached: expected uint8 tensors of one size, got {got}"):
+        cached(root, tmp_path / "cache", resized=resized)
+    assert list((tmp_path / "cache").iterdir()) == []

@@ -1,0 +1,137 @@
+"""Retrieval: equal to a search by hand, whatever the ties, sizes and scales, and lean in memory."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN
+
+from rkd_plugin.experiments import metrics
+from rkd_plugin.experiments.metrics import retrieval
+
+
+def by_hand(outputs, labels, recall_at):
+    """Query by query: all others sorted by distance, at equal distance those of other classes first."""
+    outputs, labels = outputs.double(), labels.tolist()
+    hits, precisions = [], []
+    for i, label in enumerate(labels):
+        others = [j for j in range(len(labels)) if j != i]
+        relevant = sum(labels[j] == label for j in others)
+        if not relevant:
+            continue
+        others.sort(key=lambda j: (float((outputs[i] - outputs[j]).square().sum()), labels[j] == label))
+        right = [labels[j] == label for j in others]
+        hits.append([any(right[:k]) for k in recall_at])
+        precisions.append(sum(right[n] * sum(right[: n + 1]) / (n + 1) for n in range(relevant)) / relevant)
+    recalls = torch.tensor(hits, dtype=torch.float64).mean(0) * 100
+    return {
+        **{f"recall_at_{k}": recall for k, recall in zip(recall_at, recalls.tolist(), strict=True)},
+        "map_at_r": 100 * sum(precisions) / len(precisions),
+    }
+
+
+def assert_equal(outputs, labels, recall_at=(1, 2, 3, 100)):
+    ours = retrieval(outputs, labels, recall_at)
+    assert ours == pytest.approx(by_hand(outputs, labels, recall_at), abs=1e-9)
+    assert list(ours) == [*(f"recall_at_{k}" for k in recall_at), "map_at_r"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_equal_to_a_search_by_hand(data):
+    """Small whole coordinates make ties and duplicates common; classes are of all sizes, one included."""
+    rows = data.draw(st.integers(3, 24))
+    dim = data.draw(st.integers(1, 3))
+    labels = torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=rows, max_size=rows)))
+    if len(labels.unique()) == rows:
+        labels[0] = labels[1]
+    values = data.draw(st.lists(st.integers(-2, 2), min_size=rows * dim, max_size=rows * dim))
+    assert_equal(torch.tensor(values, dtype=torch.float32).view(rows, dim), labels)
+
+
+@pytest.mark.parametrize("block", [1, 100, 1000])
+def test_blocks_change_nothing(block, monkeypatch):
+    outputs, labels = torch.randn(53, 4), torch.randint(0, 9, (53,))
+    expected = retrieval(outputs, labels, [1, 5])
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    assert retrieval(outputs, labels, [1, 5]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_collapsed_model_gets_nothing():
+    labels = torch.arange(40) // 4
+    for row in (torch.zeros(1, 8), torch.randn(1, 8), 1000 + torch.randn(1, 8)):
+        assert retrieval(row.expand(40, 8), labels, [1, 10]) == {"recall_at_1": 0, "recall_at_10": 0, "map_at_r": 0}
+
+
+def test_far_from_the_origin_and_in_any_dtype(dtype):
+    offset = 1000 if dtype in (torch.float32, torch.float64) else 10
+    assert_equal((torch.randn(60, 6) + offset).to(dtype), torch.arange(60) // 5)
+
+
+def test_agrees_with_pytorch_metric_learning():
+    outputs, labels = torch.randn(120, 6, dtype=torch.float64) + torch.arange(120)[:, None] // 8, torch.arange(120) // 8
+    labels[::17] = torch.arange(100, 100 + len(labels[::17]))  # some classes of one image, which both leave out
+    calculator = AccuracyCalculator(
+        include=("precision_at_1", "mean_average_precision_at_r"),
+        knn_func=CustomKNN(LpDistance(normalize_embeddings=False)),
+        device=torch.device("cpu"),
+        k="max_bin_count",
+    )
+    theirs = calculator.get_accuracy(outputs, labels)
+    ours = retrieval(outputs, labels)
+    assert 20 < ours["recall_at_1"] < 80
+    assert ours["recall_at_1"] == pytest.approx(100 * theirs["precision_at_1"])
+    assert ours["map_at_r"] == pytest.approx(100 * theirs["mean_average_precision_at_r"])
+
+
+def test_recall_is_the_authors():
+    """metric/utils.py, recall: the K nearest others by squared distance, any of the query's class."""
+    outputs, labels = torch.randn(90, 5, dtype=torch.float64), torch.arange(90) // 6
+    squares = (outputs[:, None] - outputs).square().sum(2)
+    nearest = squares.topk(9, dim=1, largest=False).indices[:, 1:]
+    for k in (1, 2, 4, 8):
+        share = (labels[nearest[:, :k]] == labels[:, None]).any(1).double().mean()
+        assert retrieval(outputs, labels, [k])[f"recall_at_{k}"] == pytest.approx(100 * share.item())
+
+
+MEMORY = """
+import resource, torch
+from rkd_plugin.experiments import metrics
+metrics.BLOCK = 2**19
+outputs, labels = torch.randn(6000, 32), torch.arange(6000) // 5
+metrics.retrieval(outputs[:100], labels[:100])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+metrics.retrieval(outputs, labels, [1, 1000])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_is_that_of_blocks():
+    # glibc gives blocks above this back as soon as they are freed.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", MEMORY], env=env, capture_output=True, text=True, check=True)
+    # Blocks of 4 MiB, with their masks and copies; the matrix alone would take 281,250 KiB.
+    assert int(done.stdout) < 40_000
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "recall_at", "message"),
+    [
+        (torch.zeros(4), torch.zeros(4), [1], r"outputs must be \(M, D\) and floating point, got \(4,\) torch.float32"),
+        (torch.zeros(4, 2, dtype=torch.long), torch.zeros(4), [1], r"floating point, got \(4, 2\) torch.int64"),
+        (torch.zeros(4, 2), torch.zeros(3), [1], r"labels must be \(M,\), .* got \(3,\) for 4 outputs"),
+        (torch.zeros(1, 2), torch.zeros(1), [1], r"for M of at least 2, got \(1,\) for 1 outputs"),
+        (torch.zeros(4, 2), torch.zeros(4), [1, 0], r"every K of recall_at must be at least 1, got \[1, 0\]"),
+        (torch.zeros(4, 2), torch.arange(4), [1], r"a class with two rows or more, got 4 rows of as many classes"),
+        (torch.tensor([[0.0], [torch.nan]]), torch.zeros(2), [1], r"got NaN or Inf in 1 of 2 rows"),
+    ],
+)
+def test_errors(outputs, labels, recall_at, message):
+    with pytest.raises(ValueError, match=message):
+        retrieval(outputs, labels, recall_at)

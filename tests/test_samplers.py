@@ -1,0 +1,128 @@
+"""Class-balanced batches: what is in them, that the seed decides, and that processes share them."""
+
+import random
+from collections import Counter
+from itertools import chain
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
+from pytorch_metric_learning.utils.common_functions import EmbeddingDataset
+from torch import distributed, multiprocessing
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+from torchdistill.datasets.util import build_data_loader
+
+from rkd_plugin.experiments.samplers import ClassBalancedBatchSampler
+
+LABELS = [label for label in range(40) for _ in range(3 + label % 5)]  # classes of 3 to 7 images
+
+
+class Data(torch.utils.data.Dataset):
+    targets = LABELS
+
+    def __len__(self):
+        return len(LABELS)
+
+    def __getitem__(self, index):
+        return torch.tensor(float(index)), LABELS[index]
+
+
+def batches(batch_size=32, images_per_class=5, iterations=4, data=None):
+    sampler = SequentialSampler(data or Data())
+    return ClassBalancedBatchSampler(sampler, batch_size, images_per_class, iterations)
+
+
+def test_batches_are_the_authors():
+    """Whole classes of up to five images in random order, the last one cut; no image twice."""
+    sampler = batches()
+    assert len(sampler) == len(list(sampler)) == 4
+    for batch in sampler:
+        assert len(batch) == len(set(batch)) == 32
+        runs = [LABELS[index] for index in batch]
+        classes = list(dict.fromkeys(runs))
+        assert runs == sorted(runs, key=classes.index)
+        counts = Counter(runs)
+        assert all(counts[label] == min(5, LABELS.count(label)) for label in classes[:-1])
+        assert counts[classes[-1]] <= min(5, LABELS.count(classes[-1]))
+
+
+def test_every_class_and_image_is_as_likely():
+    counts = Counter(index for batch in batches(iterations=4000) for index in batch)
+    by_class = Counter(LABELS[index] for index in counts.elements())
+    for label in range(40):
+        images = [index for index in range(len(LABELS)) if LABELS[index] == label]
+        share = [counts[index] / by_class[label] for index in images]
+        # About 800 times a class: five standard deviations of an image's share.
+        assert max(abs(s - 1 / len(images)) for s in share) < 5 * (1 / len(images) / 800) ** 0.5
+
+
+def test_the_seed_decides_and_epochs_differ():
+    torch.manual_seed(3)
+    sampler = batches()
+    first, second = list(sampler), list(sampler)
+    assert first != second
+    torch.manual_seed(3)
+    random.seed(99)  # which is not asked
+    assert list(sampler) == first
+
+
+def test_in_torchdistills_loader_wrapped_or_not():
+    config = {
+        "sampler": {"class_or_func": SequentialSampler},
+        "batch_sampler": {
+            "key": "ClassBalancedBatchSampler",
+            "kwargs": {"batch_size": 8, "images_per_class": 2, "iterations": 3},
+        },
+        "kwargs": {"num_workers": 0},
+    }
+    for requires_supp in (False, True):
+        loader = build_data_loader(Data(), {**config, "requires_supp": requires_supp}, False)
+        seen = [batch[1] for batch in loader]
+        assert [len(labels) for labels in seen] == [8, 8, 8]
+        assert all((Counter(labels.tolist())[int(labels[0])]) == 2 for labels in seen)
+
+
+def test_labels_of_pytorch_metric_learning():
+    data = EmbeddingDataset(torch.randn(12, 2), torch.arange(12) // 3)
+    assert all(len(batch) == 6 for batch in batches(6, 3, 2, data))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"images_per_class": -1}, "images_per_class must be at least 1, got -1"),
+        ({"iterations": 0}, "iterations must be at least 1, got 0"),
+        ({"batch_size": 500, "images_per_class": 3}, "a batch of 500, got 120 from 40 classes with at most 3 each"),
+    ],
+)
+def test_errors(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        batches(**kwargs)
+
+
+def test_a_data_set_without_labels():
+    with pytest.raises(TypeError, match="labels in targets or labels, got SimpleNamespace"):
+        ClassBalancedBatchSampler(SimpleNamespace(data_source=SimpleNamespace()), 2, 1, 1)
+
+
+def _process(rank, processes, address, results):
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
+    torch.manual_seed(rank)  # processes that were seeded differently still share their batches
+    sampler = ClassBalancedBatchSampler(DistributedSampler(Data()), 32, 5, 3)
+    loader = DataLoader(Data(), batch_sampler=sampler)
+    results[rank] = [list(map(int, images)) for images, _ in loader]
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_batches_of_one(processes, tmp_path):
+    with multiprocessing.Manager() as manager:
+        results = manager.dict()
+        multiprocessing.spawn(_process, (processes, f"file://{tmp_path}/store", results), processes)
+        parts = [results[rank] for rank in range(processes)]
+    torch.manual_seed(0)
+    whole = [list(map(int, images)) for images, _ in DataLoader(Data(), batch_sampler=batches(iterations=3))]
+    assert [list(chain(*shares)) for shares in zip(*parts, strict=True)] == whole
+    assert all(abs(len(share) - 32 / processes) < 1 for part in parts for share in part)
