@@ -61,17 +61,32 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("overrides", nargs="*", help=OVERRIDES)
     run.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE)")
 
-    evaluate = verb("eval", _eval, "measure a run's model on its test data", "eval runs/teacher --checkpoint best")
-    evaluate.add_argument("run", type=Path, help="folder of `rkd run`")
-    evaluate.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    evaluate = verb(
+        "eval", _eval, "measure a model on test data, and picture what it makes of it",
+        "eval runs/teacher --checkpoint best --pictures",
+        "eval quickstart/student --checkpoint runs/student/last.pt",
+        "eval runs/cars_rkd_da --data metric_learning/test_sets/cub200",
+    )  # fmt: skip
+    evaluate.add_argument("recipe", help=f"folder of `rkd run`, or {RECIPE}")
+    evaluate.add_argument("overrides", nargs="*", help=OVERRIDES)
+    evaluate.add_argument(
+        "--checkpoint",
+        help="a file; of a run also `last` or `best` (default: last; of a recipe: its model as it is built)",
+    )
+    evaluate.add_argument("--data", help="a recipe whose test data is taken instead")
+    evaluate.add_argument("--pictures", action="store_true", help="retrieval, map, distances and relations as PNG")
+    evaluate.add_argument("--out", type=Path, help="folder of the pictures (default: in the run, or runs/eval/RECIPE)")
 
     reproduce = verb(
         "reproduce", _reproduce, "run a whole table, or read what of it is there, and write tables and pictures",
         "reproduce quickstart", "reproduce quickstart --seeds 7 8 9 --out /tmp/table",
+        "reproduce metric_learning/table1_cub200 recipe.data_root=/data/cub200 --rows cub200_rkd_da_128_x",
     )  # fmt: skip
-    reproduce.add_argument("suite", help="the name of a suite, its folder, or a YAML file")
-    reproduce.add_argument("--out", type=Path, help="folder of runs and tables (default: runs/SUITE)")
+    reproduce.add_argument("suite", help="the name of a suite, or a YAML file")
+    reproduce.add_argument("overrides", nargs="*", help=f"{OVERRIDES}, in every row")
+    reproduce.add_argument("--out", type=Path, help="folder of runs and tables (default: runs/ and the suite's folder)")
     reproduce.add_argument("--seeds", type=int, nargs="+", help="instead of the suite's own")
+    reproduce.add_argument("--rows", nargs="+", metavar="ROW", help="only these, and the teachers that they need")
 
     bench = verb(
         "bench", _bench, "time and memory of the losses beside torchdistill's own, in one run",
@@ -120,17 +135,33 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from rkd_plugin.experiments.runner import evaluate
+    from rkd_plugin.experiments.recipe import read
+    from rkd_plugin.experiments.runner import evaluate, of_folder
 
-    for name, value in evaluate(options.run, options.checkpoint).items():
+    folder = Path(options.recipe)
+    if folder.is_dir():
+        recipe = of_folder(folder, options.overrides)
+        checkpoint = options.checkpoint or "last"
+        checkpoint = folder / f"{checkpoint}.pt" if checkpoint in ("last", "best") else Path(checkpoint)
+    else:
+        recipe = read(options.recipe, options.overrides)
+        checkpoint = options.checkpoint and Path(options.checkpoint)
+        folder = Path("runs", "eval", recipe.path.stem)
+    evaluation = evaluate(recipe, checkpoint, read(options.data) if options.data else None)
+    for name, value in evaluation.metrics.items():
         print(f"{name} {value:.4g}")
+    if options.pictures:
+        from rkd_plugin.experiments.report import evaluation_pictures
+
+        for path in evaluation_pictures(evaluation, options.out or folder / "pictures"):
+            print(path)
     return 0
 
 
 def _reproduce(options: argparse.Namespace) -> int:
     from rkd_plugin.experiments.suite import reproduce
 
-    folder, table = reproduce(options.suite, options.out, options.seeds)
+    folder, table = reproduce(options.suite, options.out, options.seeds, options.rows, options.overrides)
     print(table)
     print(f"in {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())))
     return 0

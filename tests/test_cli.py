@@ -41,6 +41,22 @@ def test_run_and_eval_say_the_same(tmp_path, capsys):
     final = capsys.readouterr().out.splitlines()[0].split()
     assert main(["eval", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.split() == final[1:]
+    checkpoint = str(tmp_path / "run" / "last.pt")
+    assert main(["eval", "quickstart/student", "--checkpoint", checkpoint, "--data", "quickstart/teacher"]) == 0
+    assert capsys.readouterr().out.split() == final[1:]
+
+
+def test_eval_draws_pictures(tmp_path, capsys):
+    assert main(["run", "quickstart/teacher", *SMALL, "--out", str(tmp_path / "teacher")]) == 0
+    overrides = [*SMALL, f"recipe.teacher_checkpoint={tmp_path / 'teacher' / 'last.pt'}"]
+    assert main(["run", "quickstart/rkd_da", *overrides, "--out", str(tmp_path / "student")]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "student"), "--checkpoint", "best", "--pictures"]) == 0
+    names = {"retrieval.png", "embedding_map.png", "distances.png", "relations.png"}
+    printed = [Path(line) for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
+    assert {path.name for path in printed} == names
+    assert all(path.stat().st_size > 10_000 for path in printed)
+    assert len(list((tmp_path / "student" / "pictures").glob("events.out.tfevents.*"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,22 @@ from rkd_plugin.experiments.recipe.reading import Recipe, Tagged, parse
 from rkd_plugin.experiments.recipe.signatures import arguments, mismatch
 
 # Every YAML under configs/: a new file is added here, and so to the tests below.
-SUITES = {"quickstart"}
+ROWS = {"teacher", "triplet", "fitnet", "attention", "darkrank", "rkd_d", "rkd_a", "rkd_da"}
+SUITES = {
+    "quickstart",
+    "metric_learning/figure3",
+    "metric_learning/small_birds",
+    "metric_learning/table1_cars196",
+    "metric_learning/table1_cub200",
+    "metric_learning/table2",
+    "metric_learning/table3",
+    "metric_learning/table3_sop",
+}
+TEST_SETS = {f"metric_learning/test_sets/{name}" for name in ("cars196", "cifar100", "cub200", "stanford_dogs")}
 RECIPES = {
-    "quickstart/rkd_a",
-    "quickstart/rkd_d",
-    "quickstart/rkd_da",
-    "quickstart/student",
-    "quickstart/teacher",
+    *(f"quickstart/{row}" for row in ("rkd_a", "rkd_d", "rkd_da", "student", "teacher")),
+    *(f"metric_learning/{data}/{row}" for data in ("cars196", "cub200", "small_birds", "sop") for row in ROWS),
+    *(f"metric_learning/class_folders/{row}" for row in ("rkd_da", "teacher")),
 }
 TEXT = find("quickstart/rkd_da").read_text(encoding="utf-8")
 
@@ -46,23 +55,24 @@ def children(node: yaml.MappingNode) -> dict[str, yaml.Node]:
 
 
 def test_every_config_is_known():
-    assert {entry.name for entry in names()} == RECIPES | SUITES
+    assert {entry.name for entry in names()} == RECIPES | TEST_SETS | SUITES
     assert {entry.name for entry in names() if entry.is_suite} == SUITES
-    assert len(list(configs_root().rglob("*.y*ml"))) == len(RECIPES | SUITES)
+    assert len(list(configs_root().rglob("*.y*ml"))) == len(RECIPES | TEST_SETS | SUITES)
 
 
 def test_every_config_says_in_a_sentence_what_it_is():
     assert all(entry.summary.endswith(".") and len(entry.summary) > 30 for entry in names())
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("name", sorted(RECIPES | TEST_SETS))
 def test_every_recipe_is_without_problems(name):
     assert check(read(name)) == []
 
 
 @pytest.mark.parametrize("name", sorted(SUITES))
 def test_every_suite_is_without_problems(name):
-    assert read_suite(name)["rows"]
+    for row in read_suite(name)["rows"]:
+        assert check(read(row["recipe"], row.get("overrides", ()))) == []
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -85,8 +95,10 @@ def test_criterion_of_every_recipe_runs(name):
             for io in ("input", "output"):
                 for path in hooks.get(io, ()):
                     paths.setdefault(path, []).append(io)
+            # A path that says embedding, or nothing, is of vectors; the others are of maps.
+            shapes = {path: (8, 16) if path in (".", "regressors.embedding") else (8, 16, 3, 3) for path in paths}
             io_dict["teacher" if side == "teacher" else "student"] = {
-                path: {io: torch.randn(8, 16, requires_grad=side != "teacher") for io in kinds}
+                path: {io: torch.randn(shapes[path], requires_grad=side != "teacher") for io in kinds}
                 for path, kinds in paths.items()
             }
         loss = get_high_level_loss(config)(io_dict, {}, torch.arange(8) // 2)

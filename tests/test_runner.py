@@ -1,6 +1,7 @@
 """Runs: what they write, how they end, and that a stopped one ends as if nothing had happened."""
 
 import json
+import math
 import pickle
 import shutil
 import signal
@@ -50,8 +51,10 @@ def test_what_a_run_leaves(undisturbed):
 
 def test_checkpoints_hold_the_epochs_they_claim(undisturbed):
     folder, result = undisturbed
-    assert runner.evaluate(folder, "last") == result["final"]
-    assert runner.evaluate(folder, "best") == {"recall_at_1": result["best"]["recall_at_1"]}
+    recipe = runner.of_folder(folder)
+    assert runner.evaluate(recipe, folder / "last.pt").metrics == result["final"]
+    best = runner.evaluate(recipe, folder / "best.pt").metrics
+    assert best == {name: value for name, value in result["best"].items() if name != "epoch"}
     assert len(read_checkpoint(folder / "best.pt")["history"]) == result["best"]["epoch"]
 
 
@@ -162,8 +165,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
             run(tmp_path)
     kept = (tmp_path / "last.pt").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(runner.torch, "isfinite", lambda loss: torch.tensor(False))
-        with pytest.raises(FloatingPointError, match=r"the loss became .* in epoch 3"):
+        patch.setattr(torch.Tensor, "item", lambda self: math.nan)
+        with pytest.raises(FloatingPointError, match=r"the loss became nan in epoch 3"):
             run(tmp_path)
     assert (tmp_path / "last.pt").read_bytes() == kept
 
@@ -221,7 +224,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 def test_eval_of_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected a folder of `rkd run` with recipe\.yaml"):
-        runner.evaluate(tmp_path)
+        runner.of_folder(tmp_path)
 
 
 def test_best_is_kept_apart_from_last(undisturbed, tmp_path):
@@ -229,4 +232,47 @@ def test_best_is_kept_apart_from_last(undisturbed, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "best.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected a checkpoint at .*best\.pt"):
-        runner.evaluate(tmp_path / "copy", "best")
+        runner.evaluate(runner.of_folder(tmp_path / "copy"), tmp_path / "copy" / "best.pt")
+
+
+def test_a_checkpoint_of_another_model_is_refused(undisturbed):
+    folder, _ = undisturbed
+    with pytest.raises(ValueError, match=r"last\.pt holds another model than .*teacher\.yaml describes"):
+        runner.evaluate(read("quickstart/teacher"), folder / "last.pt")
+
+
+def test_without_a_checkpoint_the_model_is_measured_as_it_is_built(undisturbed):
+    folder, result = undisturbed
+    first, second = (runner.evaluate(runner.of_folder(folder)) for _ in range(2))
+    assert first.metrics == second.metrics
+    assert first.metrics["recall_at_1"] < result["final"]["recall_at_1"]
+
+
+def switched(path, *settings):
+    """The student's recipe with further settings."""
+    text = Path(read("quickstart/student").path).read_text()
+    path.write_text(text.replace("recipe:\n", "recipe:\n" + "".join(f"  {setting}\n" for setting in settings), 1))
+    return path
+
+
+def test_bf16_and_channels_last_train_close_to_float32(undisturbed, tmp_path):
+    _, result = undisturbed
+    recipe = read(switched(tmp_path / "fast.yaml", "precision: bf16", "channels_last: True"), TINY)
+    fast = runner.run(recipe, tmp_path / "fast")
+    assert without_times(fast["history"]) != without_times(result["history"])
+    # bfloat16 has three digits; the two trainings part slowly.
+    assert fast["history"][0]["loss"] == pytest.approx(result["history"][0]["loss"], rel=0.1)
+    assert fast["final"]["recall_at_1"] == pytest.approx(result["final"]["recall_at_1"], abs=15)
+
+
+@pytest.mark.parametrize(("setting", "where"), [("precision: fp8", "precision"), ("recall_at: 1", "recall_at")])
+def test_switches_are_checked(tmp_path, setting, where):
+    with pytest.raises(ValueError, match=f"recipe.{where}: "):
+        runner.run(read(switched(tmp_path / "wrong.yaml", setting)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_recall_at_what_the_recipe_says(tmp_path):
+    result = run(tmp_path / "out", switched(tmp_path / "k.yaml", "recall_at: [1, 4]"), TINY)
+    assert list(result["final"]) == ["recall_at_1", "recall_at_4", "map_at_r"]
+    assert result["final"]["recall_at_4"] > result["final"]["recall_at_1"] > result["final"]["map_at_r"]

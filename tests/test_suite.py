@@ -1,19 +1,20 @@
 """Suites: the runs they make, the tables and pictures they write."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from rkd_plugin.experiments import suite as suites
-from rkd_plugin.experiments.recipe import RecipeError, read_suite
+from rkd_plugin.experiments.recipe import RecipeError, configs_root, read, read_suite
+from rkd_plugin.experiments.runner import evaluate, of_folder
 
 SMALL = ["recipe.num_epochs=2", "recipe.samples_per_epoch=256", "recipe.batch_size=64"]
 SUITE = {
     "title": "A small table",
-    "metric": "recall_at_1",
-    "metric_label": "Recall@1 (%)",
+    "metrics": {"recall_at_1": "Recall@1 (%)"},
     "seeds": [3, 4],
     "panels": ["teacher", "rkd_d"],
     "rows": [
@@ -38,17 +39,21 @@ def reproduced(tmp_path_factory):
 
 def test_the_table_holds_what_the_runs_gave(reproduced):
     _, folder, table = reproduced
-    assert (folder / "table.md").read_text() == table
+    assert (folder / "small.md").read_text() == table
     runs = {
         (row, seed): json.loads((folder / f"{row}-seed{seed}" / "result.json").read_text())
         for row in ("teacher", "rkd_d")
         for seed in (3, 4)
     }
     for row, label in (("teacher", "Teacher"), ("rkd_d", "RKD-D")):
-        values = [runs[row, seed]["final"]["recall_at_1"] for seed in (3, 4)]
-        mean, std = sum(values) / 2, abs(values[0] - values[1]) / 2**0.5
-        assert f"| {label} | {mean:.1f} ± {std:.1f} | {values[0]:.1f}, {values[1]:.1f} |" in table
-    results = json.loads((folder / "results.json").read_text())
+        cells = []
+        for when in ("final", "best"):
+            values = [runs[row, seed][when]["recall_at_1"] for seed in (3, 4)]
+            cells.append(f"{sum(values) / 2:.1f} ± {abs(values[0] - values[1]) / 2**0.5:.1f}")
+        each = ", ".join(f"{runs[row, seed]['final']['recall_at_1']:.1f}" for seed in (3, 4))
+        assert f"| {label} | {cells[0]} | {cells[1]} | {each} |" in table
+    assert "| last epoch | best test epoch | last epoch, each seed |" in table
+    results = json.loads((folder / "small.json").read_text())
     assert [row["name"] for row in results["rows"]] == ["teacher", "rkd_d"]
     assert results["runs"]["rkd_d"] == [runs["rkd_d", 3], runs["rkd_d", 4]]
     for key in ("commit", "device", "torch"):
@@ -64,7 +69,7 @@ def test_every_student_had_the_teacher_of_its_seed(reproduced):
 
 def test_pictures_show_something(reproduced):
     _, folder, _ = reproduced
-    for name in ("learning_curves.png", "retrieval.png"):
+    for name in ("small_learning_curves.png", "small_retrieval.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 300
             assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 50
@@ -79,7 +84,76 @@ def test_what_is_there_is_read(reproduced, monkeypatch):
 def test_one_seed_has_no_spread(reproduced):
     name, folder, _ = reproduced
     _, table = suites.reproduce(name, folder, [3])
-    assert "±" not in table.split("\n\n")[1]
+    assert all("±" not in line["last epoch"] for line in cells_of(table))
+
+
+def cells_of(table):
+    lines = [line[2:-2].split(" | ") for line in table.splitlines() if line.startswith("|")]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def test_the_papers_number_stands_beside_ours(reproduced, tmp_path):
+    _, folder, _ = reproduced
+    rows = [{**SUITE["rows"][0], "paper": {"recall_at_1": 50}}, SUITE["rows"][1]]
+    metrics = {"recall_at_1": "Recall@1 (%)", "map_at_r": "MAP@R (%)"}
+    _, table = suites.reproduce(written(tmp_path, rows=rows, metrics=metrics), folder, [3])
+    teacher, missing, *_ = cells_of(table)
+    result = json.loads((folder / "teacher-seed3" / "result.json").read_text())
+    assert teacher["metric"] == "Recall@1 (%)"
+    assert teacher["paper"] == "50.00"
+    assert teacher["last epoch"] == f"{result['final']['recall_at_1']:.1f}"
+    assert teacher["last epoch - paper"] == f"{result['final']['recall_at_1'] - 50:+.1f}"
+    assert teacher["best test epoch - paper"] == f"{result['best']['recall_at_1'] - 50:+.1f}"
+    assert missing["metric"] == "MAP@R (%)"
+    assert missing["last epoch"] == f"{result['final']['map_at_r']:.1f}"
+    assert missing["paper"] == missing["last epoch - paper"] == ""
+
+
+def test_some_rows_and_the_teachers_they_need(reproduced, monkeypatch):
+    name, folder, _ = reproduced
+    monkeypatch.setattr("rkd_plugin.experiments.runner._train", None)
+    _, table = suites.reproduce(name, folder, rows=["rkd_d"])
+    assert [line[""] for line in cells_of(table)] == ["Teacher", "RKD-D"]
+    _, table = suites.reproduce(name, folder, rows=["teacher"])
+    assert [line[""] for line in cells_of(table)] == ["Teacher"]
+    with pytest.raises(RecipeError, match="the suite has no row 'rkd_dd'; did you mean rkd_d"):
+        suites.reproduce(name, folder, rows=["rkd_dd"])
+
+
+def test_overrides_reach_every_row_and_are_named(tmp_path):
+    rows = [{**row, "overrides": SMALL[1:]} for row in SUITE["rows"]]
+    _, table = suites.reproduce(written(tmp_path, rows=rows), tmp_path, [3], overrides=["recipe.num_epochs=1"])
+    assert "the seeds 3, with recipe.num_epochs=1;" in table
+    for row in ("teacher", "rkd_d"):
+        assert len(json.loads((tmp_path / f"{row}-seed3" / "result.json").read_text())["history"]) == 1
+
+
+def test_models_are_tested_on_other_data(reproduced, tmp_path, monkeypatch):
+    """As Figure 3: each row on each set of test data, one row as it was built, without training."""
+    _, folder, _ = reproduced
+    untrained = {"name": "untrained", "label": "Untrained", "recipe": "quickstart/teacher", "trained": False}
+    sevens = (configs_root() / "quickstart" / "teacher.yaml").read_text()
+    kept = [part for part in re.split(r"\n(?=\w)", sevens) if not part.startswith(("models", "train", "test"))]
+    test = "test:\n  test_data_loader:\n    dataset_id: digits/test\n    sampler: {class_or_func: !import_get {key: "
+    test += "torch.utils.data.SequentialSampler}}\n    kwargs: {batch_size: 100}\n"
+    (tmp_path / "sevens.yaml").write_text("\n".join([*kept, test]).replace("[5, 6, 7, 8, 9]", "[7, 8]"))
+    sets = {"own": "quickstart/teacher", "sevens": str(tmp_path / "sevens.yaml")}
+    rows = [*SUITE["rows"], {**untrained, "paper": {"sevens": 12.5}}]
+    _, table = suites.reproduce(written(tmp_path, rows=rows, test_sets=sets), folder, [3])
+    lines = cells_of(table)
+    assert [(line[""], line["tested on"]) for line in lines] == [
+        (label, where) for label in ("Teacher", "RKD-D", "Untrained") for where in sets
+    ]
+    result = json.loads((folder / "teacher-seed3" / "result.json").read_text())
+    assert lines[0]["last epoch"] == f"{result['final']['recall_at_1']:.1f}"
+    assert lines[0]["best test epoch"] == f"{result['best']['recall_at_1']:.1f}"
+    expected = evaluate(of_folder(folder / "teacher-seed3"), folder / "teacher-seed3" / "last.pt", read(sets["sevens"]))
+    assert lines[1]["last epoch"] == f"{expected.metrics['recall_at_1']:.1f}"
+    assert set(expected.labels.tolist()) == {7, 8}
+    assert lines[5]["paper"] == "12.50"
+    assert lines[5]["last epoch"] == lines[5]["best test epoch"]
+    monkeypatch.setattr("rkd_plugin.experiments.suite.evaluate", None)
+    assert suites.reproduce(written(tmp_path, rows=rows, test_sets=sets), folder, [3])[1] == table
 
 
 def test_a_problem_in_any_recipe_stops_before_the_first_run(tmp_path):

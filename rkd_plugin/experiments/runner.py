@@ -7,17 +7,22 @@ one that never was: every epoch starts from random numbers of its own, and its e
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+import math
 import random
+import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
-from torch import nn
+from torch import Tensor, nn
 from torchdistill.common import yaml_util
 from torchdistill.common.main_util import import_dependencies
 from torchdistill.core.distillation import get_distillation_box
@@ -34,17 +39,34 @@ from rkd_plugin.experiments.recipe import Recipe, read
 
 
 class Experiment:
-    """A recipe, built by torchdistill's own loader, which executes what the recipe names: data sets and models."""
+    """A recipe, built by torchdistill's own loader, which executes what the recipe names: data sets and models.
 
-    def __init__(self, folder: Path) -> None:
-        self.settings = read(folder / "recipe.yaml").settings
+    Args:
+        recipe: a recipe, or one of test data alone, which has neither ``models`` nor ``train``.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.settings = recipe.settings
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.layout = torch.channels_last if self.settings.get("channels_last") else torch.preserve_format
         self.seed(0)
-        self.config = yaml_util.load_yaml_file(str(folder / "recipe.yaml"))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "recipe.yaml")
+            path.write_text(recipe.resolved(), encoding="utf-8")
+            self.config = yaml_util.load_yaml_file(str(path))
         import_dependencies(self.config["dependencies"])
-        self.evaluate_outputs = EVALUATORS[self.settings["task"]]
-        models = self.config["models"]
-        self.student = self._build(models["student_model" if "student_model" in models else "model"])
+
+    @functools.cached_property
+    def student(self) -> nn.Module:
+        """The model that is trained and measured.
+
+        Raises:
+            ValueError: if the recipe has none.
+        """
+        models = self.config.get("models", {})
+        if not models:
+            raise ValueError("this recipe describes test data only: train another one, and name this one with --data")
+        return self._build(models["student_model" if "student_model" in models else "model"])
 
     def seed(self, epoch: int) -> None:
         """Random numbers that depend on the recipe's seed and the epoch, and on nothing that came before."""
@@ -60,24 +82,59 @@ class Experiment:
         if config.get("src_ckpt"):
             # torchdistill goes on with random weights where this file is missing, and executes what it holds.
             model.load_state_dict(read_checkpoint(Path(config["src_ckpt"]))["model"])
-        built: nn.Module = model.to(self.device)
+        built: nn.Module = model.to(self.device, memory_format=self.layout)
         return built
+
+    def teacher(self) -> nn.Module | None:
+        """The teacher with its checkpoint, None if the recipe has none."""
+        config = self.config.get("models", {}).get("teacher_model")
+        return None if config is None else self._build(config)
+
+    def place(self, images: Tensor) -> Tensor:
+        """A batch on the device, in the recipe's memory layout."""
+        layout = (
+            torch.channels_last if self.settings.get("channels_last") and images.ndim == 4 else torch.preserve_format
+        )
+        return images.to(self.device, memory_format=layout, non_blocking=True)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """What forward passes run in: autocast to bfloat16 if ``recipe.precision`` says so."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.get("precision") == "bf16")
 
     def box(self) -> Any:
         """Torchdistill's training or distillation box: models, criterion, optimizer and data loaders of ``train``."""
+        student, teacher = self.student, self.teacher()
         common = (self.config["datasets"], self.config["train"], self.device, None, False, 1)
-        if "teacher_model" not in self.config["models"]:
-            return get_training_box(self.student, *common)
-        return get_distillation_box(self._build(self.config["models"]["teacher_model"]), self.student, *common)
+        return get_distillation_box(teacher, student, *common) if teacher else get_training_box(student, *common)
 
-    def evaluate(self, loader: Any) -> dict[str, float]:
-        """The task's metrics of the student."""
-        return self.evaluate_outputs(*embed(self.student, loader, self.device))
+    def embed(self, model: nn.Module, loader: Any) -> tuple[Tensor, Tensor]:
+        """See `metrics.embed`, in the recipe's precision and memory layout."""
+        with self.precision():
+            outputs, labels = embed(model, ((self.place(images), labels) for images, labels, *_ in loader), self.device)
+        return outputs.float(), labels
+
+    def measure(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """The task's metrics, with what the recipe says of them (such as ``recipe.recall_at``)."""
+        evaluator = EVALUATORS[self.settings["task"]]
+        options = {
+            name: self.settings[name] for name in inspect.signature(evaluator).parameters if name in self.settings
+        }
+        return evaluator(outputs, labels, **options)
 
     def test_loader(self) -> Any:
         """The loader that ``test`` describes."""
         config = self.config["test"]["test_data_loader"]
         return build_data_loader(self.config["datasets"][config["dataset_id"]], config, False)
+
+
+class Evaluation(NamedTuple):
+    """Test data as a model sees it: metrics, embeddings ``(M, D)``, labels ``(M,)``, and where they came from."""
+
+    metrics: dict[str, float]
+    outputs: Tensor
+    labels: Tensor
+    loader: Any
+    experiment: Experiment
 
 
 def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
@@ -103,11 +160,11 @@ def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
         result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         return result
     recipe.validate()
-    write_text(held, resolved)
-    experiment = Experiment(folder)
+    experiment = Experiment(recipe)
     box = experiment.box()
+    write_text(held, resolved)
     history = _resume(folder / "last.pt", experiment.student, box)
-    with _events(folder, purge_step=len(history)) as events:
+    with events_in(folder, len(history)) as events:
         _train(experiment, box, history, folder, events, label or recipe.path.stem)
     result = _result(recipe, experiment, history)
     write_json(folder / "result.json", result)
@@ -126,16 +183,16 @@ def _train(
             total = 0.0
             for batch, targets, supplement in box.train_data_loader:
                 box.pre_forward_process()
-                loss = box.forward_process(batch.to(experiment.device), targets.to(experiment.device), supplement)
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the loss became {loss.item()} in epoch {epoch + 1}; nothing was overwritten"
-                    )
-                total += loss.item()
+                with experiment.precision():
+                    loss = box.forward_process(experiment.place(batch), targets.to(experiment.device), supplement)
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"the loss became {value} in epoch {epoch + 1}; nothing was overwritten")
+                total += value
                 box.post_forward_process(loss)
                 bar.update()
             rate = box.optimizer.param_groups[0]["lr"]
-            metrics = experiment.evaluate(box.val_data_loader)
+            metrics = experiment.measure(*experiment.embed(experiment.student, box.val_data_loader))
             box.post_epoch_process()
             history.append(
                 {
@@ -196,12 +253,13 @@ def _resume(path: Path, student: nn.Module, box: Any) -> list[dict[str, Any]]:
     return history
 
 
-def _events(folder: Path, purge_step: int) -> AbstractContextManager[Any]:
+def events_in(folder: Path, done: int = 0) -> AbstractContextManager[Any]:
+    """A writer of TensorBoard events that goes on after ``done`` epochs; None without TensorBoard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # an extra: rkd-plugin[report]
         return nullcontext()
-    return SummaryWriter(str(folder), purge_step=purge_step + 1)
+    return SummaryWriter(str(folder), purge_step=done + 1)
 
 
 def _result(recipe: Recipe, experiment: Experiment, history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -211,7 +269,7 @@ def _result(recipe: Recipe, experiment: Experiment, history: list[dict[str, Any]
         "recipe": recipe.path.stem,
         "task": experiment.settings["task"],
         "seed": experiment.settings["seed"],
-        "final": {name: history[-1][name] for name in metrics},
+        "final": {name: history[-1][name] for name in metrics},  # of the last epoch, which nobody chose
         "best": {name: best[name] for name in ("epoch", *metrics)},
         "parameters": sum(parameter.numel() for parameter in experiment.student.parameters()),
         "seconds": sum(epoch["seconds"] for epoch in history),
@@ -220,21 +278,41 @@ def _result(recipe: Recipe, experiment: Experiment, history: list[dict[str, Any]
     }
 
 
-def evaluate(folder: Path, checkpoint: str = "last") -> dict[str, float]:
-    """The metrics of a run's ``last`` or ``best`` checkpoint on its test data.
+def evaluate(recipe: Recipe, checkpoint: Path | None = None, data: Recipe | None = None) -> Evaluation:
+    """Embed and measure test data with a recipe's student.
+
+    Args:
+        recipe: whose model it is, and whose precision.
+        checkpoint: of `run`; None for the model as the recipe builds it, such as with pretrained weights alone.
+        data: a recipe whose test data and metrics are taken instead of the first one's own.
 
     Raises:
-        FileNotFoundError: if the folder holds no run, or no such checkpoint.
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if the checkpoint is none, or of another model.
+    """
+    for described in (recipe, *([data] if data else [])):
+        described.validate()
+    weights = None if checkpoint is None else read_checkpoint(checkpoint)["model"]
+    experiment = Experiment(recipe)
+    if weights is not None:
+        try:
+            experiment.student.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{checkpoint} holds another model than {recipe.path} describes; give the run's own folder"
+            ) from error
+    source = Experiment(data) if data else experiment
+    loader = source.test_loader()
+    outputs, labels = experiment.embed(experiment.student, loader)
+    return Evaluation(source.measure(outputs, labels), outputs, labels, loader, experiment)
+
+
+def of_folder(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run, as it was resolved.
+
+    Raises:
+        FileNotFoundError: if the folder holds no run.
     """
     if not (folder / "recipe.yaml").is_file():
         raise FileNotFoundError(f"expected a folder of `rkd run` with recipe.yaml, found none in {folder}")
-    experiment = load(folder, checkpoint)
-    return experiment.evaluate(experiment.test_loader())
-
-
-def load(folder: Path, checkpoint: str = "last") -> Experiment:
-    """A run's experiment with its student as the checkpoint has it."""
-    weights = read_checkpoint(folder / f"{checkpoint}.pt")["model"]
-    experiment = Experiment(folder)
-    experiment.student.load_state_dict(weights)
-    return experiment
+    return read(folder / "recipe.yaml", overrides)

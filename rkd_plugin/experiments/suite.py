@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +12,32 @@ from tqdm import tqdm
 
 from rkd_plugin.experiments import report
 from rkd_plugin.experiments.files import write_json, write_text
-from rkd_plugin.experiments.recipe import read, read_suite
-from rkd_plugin.experiments.runner import run
+from rkd_plugin.experiments.recipe import Recipe, RecipeError, read, read_suite
+from rkd_plugin.experiments.recipe.errors import suggest
+from rkd_plugin.experiments.runner import evaluate, of_folder, run
+
+Result = dict[str, Any]
 
 
-def reproduce(name: str, out: Path | None = None, seeds: list[int] | None = None) -> tuple[Path, str]:
-    """Run every row of a suite for every seed, and write ``table.md``, ``results.json`` and pictures.
+def reproduce(
+    name: str,
+    out: Path | None = None,
+    seeds: Sequence[int] | None = None,
+    rows: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[Path, str]:
+    """Run the rows of a suite for every seed, and write ``<suite>.md``, ``<suite>.json`` and pictures.
 
     A row that names a ``teacher`` learns from the last checkpoint of that row, of the same seed. Runs that are there
-    already are read, and one that was stopped goes on.
+    already are read, and one that was stopped goes on. A run's folder is named by its row and seed, so that suites
+    that write into one folder share the rows that they name alike.
 
     Args:
         name: the suite's name or path.
-        out: folder for runs and tables; ``runs/<suite>`` if not given.
+        out: folder for runs and tables; ``runs/`` and the suite's folder if not given.
         seeds: instead of the suite's own.
+        rows: names of some of the rows; their teachers are run as well. All, if not given.
+        overrides: of every recipe, such as ``recipe.data_root=/data``; the table names them.
 
     Returns:
         The folder, and the table in Markdown.
@@ -32,47 +46,88 @@ def reproduce(name: str, out: Path | None = None, seeds: list[int] | None = None
         RecipeError: if the suite or any of its recipes has problems; nothing was run then.
     """
     suite = read_suite(name)
-    folder = (out or Path("runs") / Path(name).stem).absolute()
+    suite["rows"] = _chosen(suite["rows"], rows)
+    suite["overrides"] = list(overrides)
+    stem = Path(name).with_suffix("")
+    folder = (out or Path("runs", *stem.parts[-2:-1] or stem.parts)).absolute()
     seeds = seeds or suite["seeds"]
     # Every recipe is read and checked before the first of them is run.
+    tests = {key: read(recipe) for key, recipe in suite.get("test_sets", {}).items()}
     planned = [(seed, row, _folder(folder, row["name"], seed)) for seed in seeds for row in suite["rows"]]
-    recipes = [read(row["recipe"], _overrides(folder, row, seed)) for seed, row, _ in planned]
-    for recipe in recipes:
+    recipes = [read(row["recipe"], _overrides(folder, row, seed, overrides)) for seed, row, _ in planned]
+    for recipe in [*recipes, *tests.values()]:
         recipe.validate()
-    results: dict[str, list[dict[str, Any]]] = {row["name"]: [] for row in suite["rows"]}
+    results: dict[str, list[Result]] = {row["name"]: [] for row in suite["rows"]}
     for (seed, row, target), recipe in zip(tqdm(planned, desc=suite["title"], unit="run"), recipes, strict=True):
-        results[row["name"]].append(run(recipe, target, f"{row['label']}, seed {seed}"))
-    rows = [_summary(row, results[row["name"]], suite["metric"]) for row in suite["rows"]]
-    table = report.table(suite, rows, results)
-    write_text(folder / "table.md", table)
-    write_json(
-        folder / "results.json", {"title": suite["title"], "metric": suite["metric"], "rows": rows, "runs": results}
-    )
-    report.pictures(
-        suite, folder, results, {row["name"]: _folder(folder, row["name"], seeds[0]) for row in suite["rows"]}
-    )
+        trained = row.get("trained", True)
+        result = run(recipe, target, f"{row['label']}, seed {seed}") if trained else {"seed": seed}
+        if tests:
+            result = {**result, **_on_other_data(recipe, target, tests, next(iter(suite["metrics"])), trained)}
+        results[row["name"]].append(result)
+    columns = list(tests or suite["metrics"])
+    summaries = [_summary(row, results[row["name"]], columns) for row in suite["rows"]]
+    table = report.table(suite, summaries, results)
+    write_text(folder / f"{stem.name}.md", table)
+    write_json(folder / f"{stem.name}.json", {"title": suite["title"], "rows": summaries, "runs": results})
+    shown = {row["name"]: _folder(folder, row["name"], seeds[0]) for row in suite["rows"] if row.get("trained", True)}
+    report.suite_pictures(suite, folder / stem.name, results, shown)
     return folder, table
+
+
+def _chosen(rows: list[Result], names: Sequence[str] | None) -> list[Result]:
+    """The rows of these names and those that teach them, in the suite's order."""
+    by_name = {row["name"]: row for row in rows}
+    wanted = list(names or by_name)
+    for name in wanted:
+        if name not in by_name:
+            raise RecipeError("rows", [("", f"the suite has no row {name!r}{suggest(name, by_name)}")])
+        if "teacher" in by_name[name] and by_name[name]["teacher"] not in wanted:
+            wanted.append(by_name[name]["teacher"])
+    return [row for row in rows if row["name"] in wanted]
 
 
 def _folder(folder: Path, row: str, seed: int) -> Path:
     return folder / f"{row}-seed{seed}"
 
 
-def _overrides(folder: Path, row: dict[str, Any], seed: int) -> list[str]:
-    overrides = [f"recipe.seed={seed}", *row.get("overrides", [])]
+def _overrides(folder: Path, row: Result, seed: int, everywhere: Sequence[str]) -> list[str]:
+    overrides = [*everywhere, f"recipe.seed={seed}", *row.get("overrides", [])]
     if "teacher" in row:
         overrides.append(f"recipe.teacher_checkpoint={_folder(folder, row['teacher'], seed) / 'last.pt'}")
     return overrides
 
 
-def _summary(row: dict[str, Any], results: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    values = [result["final"][metric] for result in results]
+def _on_other_data(recipe: Recipe, folder: Path, tests: dict[str, Recipe], metric: str, trained: bool) -> Result:
+    """``final`` and ``best`` with a value for each set of test data, measured once and kept beside the run."""
+    measured: Result = {"final": {}, "best": {}}
+    for key, data in tests.items():
+        kept = folder / f"test_{key}.json"
+        described = {"recipe": recipe.resolved(), "data": data.resolved()}
+        found = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+        if found.get("described") != described:
+            checkpoints = {"final": folder / "last.pt", "best": folder / "best.pt"}
+            found = {"described": described} | {
+                when: evaluate(of_folder(folder) if trained else recipe, path if trained else None, data).metrics
+                for when, path in checkpoints.items()
+            }
+            write_json(kept, found)
+        for when, values in measured.items():
+            values[key] = found[when][metric]
+    return measured
+
+
+def _summary(row: Result, results: list[Result], columns: Sequence[str]) -> Result:
+    def over_seeds(when: str, column: str) -> Result:
+        values = [result[when][column] for result in results]
+        std = statistics.stdev(values) if len(values) > 1 else None
+        return {"values": values, "mean": statistics.mean(values), "std": std}
+
+    trained = row.get("trained", True)
     return {
         "name": row["name"],
         "label": row["label"],
-        "values": values,
-        "mean": statistics.mean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "parameters": results[0]["parameters"],
-        "seconds": statistics.mean(result["seconds"] for result in results),
+        "paper": row.get("paper", {}),
+        **{when: {column: over_seeds(when, column) for column in columns} for when in ("final", "best")},
+        "parameters": results[0]["parameters"] if trained else None,
+        "seconds": statistics.mean(result["seconds"] for result in results) if trained else None,
     }

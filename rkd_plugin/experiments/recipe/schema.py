@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torchvision
@@ -52,8 +52,9 @@ def mid_level_losses() -> Mapping[str, Any]:
 
 
 def check_recipe(walk: Walk) -> None:
-    """Report everything that the schema has to say about a recipe."""
-    _RECIPE(walk, walk.data, "")
+    """Report everything that the schema has to say about a recipe, or one that describes test data alone."""
+    spec = _RECIPE if {"models", "train"} & set(walk.data) else _TEST_RECIPE
+    spec(walk, walk.data, "")
 
 
 def has_teacher(data: Mapping[Any, Any]) -> bool:
@@ -281,13 +282,16 @@ def _train(walk: Walk, value: Any, path: str) -> None:
     section(numbered | {"log_freq": positive}, dict.fromkeys(sides, side))(walk, value, path)
 
 
-_RECIPE = section(
-    {
-        "recipe": section({"task": one_of("task", lambda: EVALUATORS), "seed": _WHOLE}, is_open=True),
-        "dependencies": _dependencies,
-        "datasets": of(dict),
-        "models": _models,
-        "train": _train,
-        "test": section({"test_data_loader": _data_loader}),
-    }
+_SETTINGS = section(
+    {"task": one_of("task", lambda: EVALUATORS), "seed": _WHOLE},
+    {"precision": of(Literal["float32", "bf16"]), "channels_last": _FLAG, "recall_at": of(list[int])},
+    is_open=True,
 )
+_TEST_DATA: dict[str, Spec] = {
+    "recipe": _SETTINGS,
+    "dependencies": _dependencies,
+    "datasets": of(dict),
+    "test": section({"test_data_loader": _data_loader}),
+}
+_RECIPE = section(_TEST_DATA | {"models": _models, "train": _train})
+_TEST_RECIPE = section(_TEST_DATA)

@@ -10,15 +10,18 @@ from rkd_plugin.experiments.recipe.errors import RecipeError
 from rkd_plugin.experiments.recipe.reading import read
 from rkd_plugin.experiments.recipe.walking import Walk, each, of, section
 
-_ROW = section({"name": of(str), "label": of(str), "recipe": of(str)}, {"teacher": of(str), "overrides": of(list[str])})
+_ROW = section(
+    {"name": of(str), "label": of(str), "recipe": of(str)},
+    {"teacher": of(str), "overrides": of(list[str]), "paper": each(of(float)), "trained": of(bool)},
+)
 _SUITE = section(
-    {"title": of(str), "metric": of(str), "metric_label": of(str), "seeds": of(list[int]), "rows": each(_ROW)},
-    {"panels": of(list[str])},
+    {"title": of(str), "metrics": each(of(str)), "seeds": of(list[int]), "rows": each(_ROW)},
+    {"panels": of(list[str]), "notes": of(str), "test_sets": each(of(str))},
 )
 
 
 def read_suite(name: str | Path) -> dict[str, Any]:
-    """The ``suite:`` section of a file: title, metric, metric_label, seeds, rows, and the rows to picture.
+    """The ``suite:`` section of a file: title, metrics and their labels, seeds, rows, and what they are tested on.
 
     Raises:
         RecipeError: if there is no such file, or anything in it is not as it should be, the recipes' names included.
@@ -36,17 +39,27 @@ def read_suite(name: str | Path) -> dict[str, Any]:
 
 def _check_rows(walk: Walk, suite: dict[str, Any]) -> None:
     names: list[str] = []
+    columns = suite.get("test_sets", suite["metrics"])
     for index, row in enumerate(suite["rows"]):
         path = f"suite.rows.{index}"
         if row["name"] in names:
             walk.report(f"{path}.name", f"{row['name']!r} is the name of two rows")
         if row.get("teacher", row["name"]) not in [*names, row["name"]]:
             walk.report(f"{path}.teacher", f"a row above was expected, got {row['teacher']!r}")
+        for column in row.get("paper", {}):
+            if column not in columns:
+                walk.report(f"{path}.paper.{column}", f"one of {', '.join(columns)} was expected")
         names.append(row["name"])
-        try:
-            find(row["recipe"])
-        except RecipeError as error:
-            walk.report(f"{path}.recipe", f"{row['recipe']!r} is {error.problems[0][1]}")
+        _check_name(walk, f"{path}.recipe", row["recipe"])
+    for name, recipe in suite.get("test_sets", {}).items():
+        _check_name(walk, f"suite.test_sets.{name}", recipe)
     for index, name in enumerate(suite.get("panels", ())):
         if name not in names:
             walk.report(f"suite.panels.{index}", f"the name of a row was expected, got {name!r}")
+
+
+def _check_name(walk: Walk, path: str, recipe: str) -> None:
+    try:
+        find(recipe)
+    except RecipeError as error:
+        walk.report(path, f"{recipe!r} is {error.problems[0][1]}")
