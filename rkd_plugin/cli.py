@@ -89,9 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--rows", nargs="+", metavar="ROW", help="only these, and the teachers that they need")
 
     bench = verb(
-        "bench", _bench, "time and memory of the losses beside torchdistill's own, in one run",
-        "bench", "bench --sizes 128 512 --repeats 9",
+        "bench", _bench, "time and memory of the losses beside torchdistill's own, or a recipe's training step",
+        "bench", "bench --sizes 128 512 --repeats 9", "bench quickstart/rkd_da --steps 40",
     )  # fmt: skip
+    bench.add_argument("recipe", nargs="?", help=f"time training steps of this: {RECIPE}")
+    bench.add_argument("overrides", nargs="*", help=OVERRIDES)
+    bench.add_argument("--steps", type=int, default=20, help="of a recipe, in each of three rounds")
     bench.add_argument("--sizes", type=int, nargs="+", default=[128, 512, 1024], help="batch sizes")
     bench.add_argument("--repeats", type=int, default=5, help="timed repetitions; the table shows their median")
     bench.add_argument("--json", action="store_true", help="JSON instead of a table")
@@ -168,6 +171,12 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    if options.recipe:
+        from rkd_plugin.experiments.recipe import read
+        from rkd_plugin.experiments.throughput import throughput
+
+        print(throughput(read(options.recipe, options.overrides), options.steps))
+        return 0
     from rkd_plugin.bench import main as bench
 
     return bench(options.sizes, options.repeats, options.json, options.peer_limit_gb, options.device)

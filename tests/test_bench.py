@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rkd_plugin import bench
+from rkd_plugin.cli import main
 from rkd_plugin.kernels import chunked
 
 SIZE = 6
@@ -98,3 +99,17 @@ def test_nothing_to_measure(rows, repeats):
 def test_peak_growth_sees_what_is_allocated():
     """In a fresh process: the peer's cubes, within what the estimate leaves out at so few rows."""
     assert 0.7 < bench.peak_growth("torchdistill", 128, "cpu") / bench.peer_bytes(128) < 1.3
+
+
+def test_a_recipes_step_is_timed_beside_torchdistills(capsys):
+    small = ["recipe.samples_per_epoch=512", "recipe.batch_size=64"]
+    assert main(["bench", "quickstart/student", *small, "--steps", "2"]) == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    times = {name.strip("| "): float(ms) for name, ms, *_ in lines[1:]}
+    assert list(times) == [
+        "torchdistill's loop", "rkd run", "rkd run, channels_last", "rkd run, bf16", "rkd run, bf16, channels_last",
+        "data alone",
+    ]  # fmt: skip
+    assert all(ms > 0 for ms in times.values())
+    assert main(["bench", "quickstart/student", *small, "--steps", "20"]) == 1
+    assert "expected at least 22 steps an epoch, got 8; ask for fewer" in capsys.readouterr().err

@@ -64,7 +64,9 @@ def test_eval_draws_pictures(tmp_path, capsys):
     [
         (["run", "quickstart/rkd_dd"], "did you mean quickstart/rkd_d"),
         (["run", "quickstart/student", "train.num_epoch=2"], "num_epochs"),
-        (["eval", "nowhere"], "expected a folder of `rkd run`"),
+        (["eval", "."], "expected a folder of `rkd run`"),
+        (["eval", "nowhere"], "neither a file nor a packaged recipe"),
+        (["eval", "quickstart/student", "--checkpoint", "none.pt"], "expected a checkpoint at none.pt, found none"),
         (["reproduce", "quickstar"], "did you mean quickstart"),
         (["reproduce", "quickstart/student"], "suite"),
         (["bench", "--sizes", "1"], "at least 2 rows"),

@@ -158,6 +158,68 @@ def test_pml_loss_with_and_without_a_miner(io_dicts):
     assert torch.equal(mined, loss(embeddings, labels, miner(embeddings, labels)))
 
 
+BRIDGE = """
+key: WeightedSumLoss
+kwargs:
+  sub_terms:
+    contrastive:
+      criterion:
+        key: PMLLoss
+        kwargs:
+          loss: !import_call
+            key: 'pytorch_metric_learning.losses.ContrastiveLoss'
+            init:
+              kwargs:
+                distance: !import_call {key: 'pytorch_metric_learning.distances.CosineSimilarity'}
+                pos_margin: 1.0
+                neg_margin: 0.1
+                reducer: !import_call
+                  key: 'pytorch_metric_learning.reducers.ThresholdReducer'
+                  init: {kwargs: {low: 0.05}}
+                embedding_regularizer: !import_call {key: 'pytorch_metric_learning.regularizers.LpRegularizer'}
+                embedding_reg_weight: 0.5
+          miner: !import_call {key: 'pytorch_metric_learning.miners.MultiSimilarityMiner'}
+      weight: 2.0
+    rkd:
+      criterion:
+        key: RKDDALoss
+        kwargs: {student_module_path: '.', teacher_module_path: 'fc'}
+      weight: 3.0
+"""
+
+
+def test_a_loss_of_pml_with_all_its_parts_shares_an_experiment_with_rkd(tmp_path):
+    from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
+
+    (tmp_path / "criterion.yaml").write_text(BRIDGE)
+    criterion = get_high_level_loss(yaml_util.load_yaml_file(str(tmp_path / "criterion.yaml")))
+    student, teacher, labels = torch.randn(12, 5, requires_grad=True), torch.randn(12, 7), torch.arange(12) // 3
+    io_dict = {"student": {".": {"output": student}}, "teacher": {"fc": {"output": teacher}}}
+    alone = losses.ContrastiveLoss(
+        distance=distances.CosineSimilarity(), pos_margin=1.0, neg_margin=0.1,
+        reducer=reducers.ThresholdReducer(low=0.05), embedding_regularizer=regularizers.LpRegularizer(),
+        embedding_reg_weight=0.5,
+    )  # fmt: skip
+    expected = 2 * alone(student, labels, miners.MultiSimilarityMiner()(student, labels))
+    expected = expected + 3 * rkd_plugin.rkd_da_loss(student, teacher)
+    torch.testing.assert_close(criterion(io_dict, {}, labels), expected)
+
+
+def test_pml_loss_under_autocast_is_computed_in_float32():
+    from pytorch_metric_learning.losses import TripletMarginLoss
+
+    from rkd_plugin.experiments.baselines import DistanceWeightedNegatives
+
+    embeddings, labels = nn.functional.normalize(torch.randn(16, 6)).bfloat16(), torch.arange(16) // 4
+    term = mid_level_loss("PMLLoss", loss=TripletMarginLoss(), miner=DistanceWeightedNegatives())
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = term({".": {"output": embeddings}}, {}, labels)
+    torch.manual_seed(0)
+    assert torch.equal(half, term({".": {"output": embeddings.float()}}, {}, labels))
+    assert half.dtype == torch.float32
+
+
 def test_pml_loss_refuses_what_torchdistill_would_not_train():
     from pytorch_metric_learning.losses import ProxyAnchorLoss
 

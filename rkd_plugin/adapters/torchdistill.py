@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, get_args
 
+import torch
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
 from torch import Tensor, nn
 from torchdistill.core.interfaces.registry import FORWARD_PROC_FUNC_DICT, register_forward_proc_func
@@ -195,7 +196,6 @@ class PMLLoss(nn.Module):
         ValueError: if ``loss`` has parameters and no `TrainedWith` trains them, or the module is not hooked.
 
     Example:
-        >>> import torch
         >>> from pytorch_metric_learning.losses import ContrastiveLoss
         >>> embeddings = torch.tensor([[1., 0.], [0., 1.], [-1., 0.]])
         >>> PMLLoss(ContrastiveLoss())({".": {"output": embeddings}}, {}, torch.tensor([0, 0, 1]))
@@ -225,7 +225,11 @@ class PMLLoss(nn.Module):
     def forward(self, student_io_dict: Hooked, teacher_io_dict: Hooked, targets: Tensor, *_: Any) -> Tensor:
         """The host's dictionaries and class labels ``(N,)`` -> a scalar."""
         embeddings = _find(student_io_dict, "student", self.student_module_path, self.student_module_io)
-        loss: Tensor = self.loss(embeddings, targets, None if self.miner is None else self.miner(embeddings, targets))
+        # In half precision the host's distances are coarse, and some of its miners fail.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+            mined = None if self.miner is None else self.miner(embeddings, targets)
+            loss: Tensor = self.loss(embeddings, targets, mined)
         return loss
 
 

@@ -14,7 +14,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,15 +181,10 @@ def _train(
             experiment.seed(epoch + 1)
             box.pre_epoch_process(epoch=epoch)
             total = 0.0
-            for batch, targets, supplement in box.train_data_loader:
-                box.pre_forward_process()
-                with experiment.precision():
-                    loss = box.forward_process(experiment.place(batch), targets.to(experiment.device), supplement)
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"the loss became {value} in epoch {epoch + 1}; nothing was overwritten")
-                total += value
-                box.post_forward_process(loss)
+            for loss in steps_of(experiment, box):
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss became {loss} in epoch {epoch + 1}; nothing was overwritten")
+                total += loss
                 bar.update()
             rate = box.optimizer.param_groups[0]["lr"]
             metrics = experiment.measure(*experiment.embed(experiment.student, box.val_data_loader))
@@ -208,6 +203,18 @@ def _train(
                 for name, value in history[-1].items():
                     events.add_scalar(name, value, epoch + 1)
             _save(folder, experiment.student, box, history, next(iter(metrics)))
+
+
+def steps_of(experiment: Experiment, box: Any) -> Iterator[float]:
+    """One epoch; the loss of each step, whose update is done unless the loss is not finite."""
+    for batch, targets, supplement in box.train_data_loader:
+        box.pre_forward_process()
+        with experiment.precision():
+            loss = box.forward_process(experiment.place(batch), targets.to(experiment.device), supplement)
+        value = loss.item()
+        if math.isfinite(value):
+            box.post_forward_process(loss)
+        yield value
 
 
 def _save(folder: Path, student: nn.Module, box: Any, history: list[dict[str, Any]], metric: str) -> None:

@@ -1,0 +1,110 @@
+"""Training steps a second: our loop beside torchdistill's own on the same recipe, and the data alone."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torchdistill.misc.log import MetricLogger, SmoothedValue
+from tqdm import tqdm
+
+from rkd_plugin.bench import environment
+from rkd_plugin.experiments.recipe import Recipe
+from rkd_plugin.experiments.runner import Experiment, steps_of
+
+WARM_UPS = 2
+ROUNDS = 3
+SWITCHES: dict[str, dict[str, Any]] = {
+    "rkd run": {"precision": "float32", "channels_last": False},
+    "rkd run, channels_last": {"precision": "float32", "channels_last": True},
+    "rkd run, bf16": {"precision": "bf16", "channels_last": False},
+    "rkd run, bf16, channels_last": {"precision": "bf16", "channels_last": True},
+}
+
+
+def throughput(recipe: Recipe, steps: int) -> str:
+    """A Markdown table of the median time of a training step, data loading included.
+
+    The contenders take turns, so that a noisy machine is noisy for all: torchdistill's boxes in the loop of its example
+    scripts, in `runner`'s loop, with each switch of a recipe, and the data loader with no model at all.
+
+    Args:
+        recipe: what is trained; nothing is written.
+        steps: of each contender in each of three rounds.
+
+    Raises:
+        RecipeError: if the recipe has problems.
+        ValueError: if it has fewer steps in an epoch than are asked for.
+    """
+    recipe.validate()
+    plain = _switched(recipe, SWITCHES["rkd run"])
+    contenders: dict[str, Callable[[], Iterator[Any]]] = {
+        "torchdistill's loop": _loop(plain, _as_torchdistill),
+        **{name: _loop(_switched(recipe, switches), steps_of) for name, switches in SWITCHES.items()},
+        "data alone": _loop(plain, lambda _, box: iter(box.train_data_loader)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(ROUNDS):
+        for name, start in tqdm(contenders.items(), desc="throughput", leave=False):
+            seconds[name] += _times(start(), steps)
+    images = recipe.settings["batch_size"]
+    theirs = statistics.median(seconds["torchdistill's loop"])
+    lines = ["| | ms a step | IQR ms | images a second | times faster |", "|---|---|---|---|---|"]
+    for name, times in seconds.items():
+        low, middle, high = statistics.quantiles(times, n=4)
+        ratio = "" if name == "data alone" else f"{theirs / middle:.2f}"
+        lines.append(f"| {name} | {1e3 * middle:.1f} | {1e3 * (high - low):.1f} | {images / middle:,.0f} | {ratio} |")
+    where = environment("cuda" if torch.cuda.is_available() else "cpu")
+    return "\n".join([*lines, "", ", ".join(f"{key} {value}" for key, value in where.items())])
+
+
+def _switched(recipe: Recipe, switches: dict[str, Any]) -> Recipe:
+    return replace(recipe, data={**recipe.data, "recipe": {**recipe.settings, **switches}})
+
+
+def _loop(recipe: Recipe, loop: Callable[[Experiment, Any], Iterator[Any]]) -> Callable[[], Iterator[Any]]:
+    experiment = Experiment(recipe)
+    box = experiment.box()
+
+    def start() -> Iterator[Any]:
+        experiment.seed(1)
+        box.pre_epoch_process(epoch=0)
+        return loop(experiment, box)
+
+    return start
+
+
+def _times(steps: Iterator[Any], count: int) -> list[float]:
+    times = []
+    started = time.perf_counter()
+    for _ in islice(steps, WARM_UPS + count):
+        times.append(time.perf_counter() - started)
+        started = time.perf_counter()
+    if len(times) < WARM_UPS + count:
+        raise ValueError(
+            f"throughput: expected at least {WARM_UPS + count} steps an epoch, got {len(times)}; ask for fewer"
+        )
+    return times[WARM_UPS:]
+
+
+def _as_torchdistill(experiment: Experiment, box: Any) -> Iterator[float]:
+    """What torchdistill's example scripts do in a step, its log included, which is not printed."""
+    log = MetricLogger(delimiter="  ")
+    log.add_meter("lr", SmoothedValue(window_size=1, fmt="{value}"))
+    log.add_meter("img/s", SmoothedValue(window_size=10, fmt="{value}"))
+    for batch, targets, supplement in box.train_data_loader:
+        started = time.time()
+        batch, targets = batch.to(experiment.device), targets.to(experiment.device)
+        box.pre_forward_process()
+        loss = box.forward_process(batch, targets, supplement)
+        box.post_forward_process(loss)
+        log.update(loss=loss.item(), lr=box.optimizer.param_groups[0]["lr"])
+        log.meters["img/s"].update(len(batch) / (time.time() - started))
+        if torch.isnan(loss) or torch.isinf(loss):
+            raise FloatingPointError("the loss is not finite")
+        yield loss.item()

@@ -1,0 +1,86 @@
+"""Embedding nets: widths, norms, names of modules, and what cannot be built."""
+
+import urllib.error
+
+import pytest
+import torch
+import torchvision
+
+from rkd_plugin.experiments.models import BackboneEmbedding, Conv4Embedding
+
+
+@pytest.mark.parametrize(
+    ("backbone", "pooled", "hooked"),
+    [
+        ("resnet18", 512, "backbone.layer4"), ("resnet50", 2048, "backbone.layer2"),
+        ("googlenet", 1024, "backbone.inception5b"), ("inception_v3", 2048, "backbone.Mixed_7c"),
+        ("mobilenet_v3_small", 576, "backbone.features"), ("efficientnet_b0", 1280, "backbone.features"),
+        ("convnext_tiny", 768, "backbone.features"), ("densenet121", 1024, "backbone.features"),
+        ("shufflenet_v2_x0_5", 1024, "backbone.stage4"), ("vit_b_16", 768, "backbone.encoder"),
+        ("swin_t", 768, "backbone.features"), ("vgg11_bn", 25088, "backbone.features"),
+    ],
+)  # fmt: skip
+def test_backbones_up_to_their_pooling(backbone, pooled, hooked):
+    side = 299 if backbone == "inception_v3" else 224
+    with torch.device("meta"):
+        model = BackboneEmbedding(backbone, 16, l2_normalize=True).train()
+        features = BackboneEmbedding(backbone, None, l2_normalize=False)
+        images = torch.zeros(2, 3, side, side)
+    assert model(images).shape == (2, 16)
+    assert features(images).shape == (2, pooled)
+    assert model.linear.in_features == pooled
+    assert hooked in dict(model.named_modules())
+
+
+@pytest.mark.parametrize("side", [64, 224])
+def test_it_is_the_network_of_torchvision(side):
+    """The same weights and pooled features, then the linear layer, then the norm, as in the authors' embedding.py."""
+    model = BackboneEmbedding("resnet18", 8, l2_normalize=True).eval()
+    whole = torchvision.models.resnet18()
+    missing = whole.load_state_dict(model.backbone.state_dict(), strict=False)
+    assert missing.missing_keys == ["fc.weight", "fc.bias"]
+    assert missing.unexpected_keys == []
+    whole.fc = torch.nn.Identity()
+    images = torch.randn(2, 3, side, side)
+    expected = torch.nn.functional.normalize(model.linear(whole.eval()(images)))
+    torch.testing.assert_close(model(images), expected)
+    torch.testing.assert_close(model(images).norm(dim=1), torch.ones(2))
+    model.l2_normalize = False
+    assert (model(images).norm(dim=1) - 1).abs().min() > 1e-3
+
+
+def test_weights_by_name(monkeypatch):
+    wanted = torchvision.models.resnet18().state_dict()
+    asked = []
+    monkeypatch.setattr(
+        torchvision.models._api.WeightsEnum, "get_state_dict", lambda self, **_: asked.append(self.name) or wanted
+    )
+    model = BackboneEmbedding("resnet18", 8, l2_normalize=True, weights="IMAGENET1K_V1")
+    assert asked == ["IMAGENET1K_V1"]
+    assert torch.equal(model.backbone.layer4[1].conv2.weight, wanted["layer4.1.conv2.weight"])
+
+
+def test_errors(monkeypatch):
+    with pytest.raises(ValueError, match="Unknown model resnet19"):
+        BackboneEmbedding("resnet19", 8, l2_normalize=True)
+    with pytest.raises(ValueError, match="expected weights that torchvision has for resnet18, got 'IMAGENET'"):
+        BackboneEmbedding("resnet18", 8, l2_normalize=True, weights="IMAGENET")
+    with pytest.raises(ValueError, match="ends in linear layers, got 'squeezenet1_1'; try 'resnet18'"):
+        BackboneEmbedding("squeezenet1_1", 8, l2_normalize=True)
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
+    with pytest.raises(ConnectionError, match=r"IMAGENET1K_V1 of resnet18 are not in .*could not be downloaded .*null"):
+        BackboneEmbedding("resnet18", 8, l2_normalize=True, weights="IMAGENET1K_V1")
+
+
+@pytest.mark.parametrize(("side", "flat"), [(28, 64), (84, 1600), (48, 576)])
+def test_conv4_is_the_prototypical_encoder(side, flat):
+    model = Conv4Embedding([64] * 4, None, l2_normalize=False, image_size=side, in_channels=1)
+    assert model(torch.zeros(2, 1, side, side)).shape == (2, flat)
+    linear = Conv4Embedding([64] * 4, 5, l2_normalize=True, image_size=side, in_channels=1)
+    torch.testing.assert_close(linear(torch.randn(2, 1, side, side)).norm(dim=1), torch.ones(2))
+    # Four convolutions with bias and BatchNorm.
+    assert sum(p.numel() for p in model.parameters()) == 1 * 64 * 9 + 3 * 64 * 64 * 9 + 4 * (64 + 2 * 64)
