@@ -118,14 +118,43 @@ def test_a_half_unpacked_archive_is_told_before_training(layout, tmp_path):
         data_set(tmp_path, "test")
 
 
-def test_malformed_lists_and_images_are_named(tmp_path):
+@pytest.mark.parametrize(
+    ("layout", "file", "line"),
+    [
+        ("cub", "CUB_200_2011/images.txt", "2"),
+        ("cub", "CUB_200_2011/image_class_labels.txt", "2 Auk"),
+        ("cars", "anno_train.csv", "00001.jpg,10,20,30,40"),
+        ("sop", "Stanford_Online_Products/Ebay_train.txt", "1 1 1"),
+    ],
+)
+def test_a_malformed_line_is_named(layout, file, line, tmp_path):
+    data_set = LAYOUTS[layout][0](tmp_path)
+    lines = (tmp_path / file).read_text().splitlines()
+    (tmp_path / file).write_text("\n".join([lines[0], line.replace(",40", ",forty"), *lines[2:]]))
+    with pytest.raises(
+        ValueError, match=rf"{data_set.__name__}: line 2 of {tmp_path / file} is malformed, '{line[:2]}"
+    ):
+        data_set(tmp_path, "train")
+
+
+def test_lists_that_are_too_short_are_told(tmp_path):
+    write_cars(tmp_path / "cars")
+    (tmp_path / "cars" / "names.csv").write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match=r"a name for each class in .*names\.csv, got fewer"):
+        Cars196(tmp_path / "cars")
+    write_cub(tmp_path / "cub")
+    (tmp_path / "cub" / "CUB_200_2011" / "images.txt").write_text("")
+    with pytest.raises(ValueError, match="CUB: the lists in .* name no image of split 'test'"):
+        CUB(tmp_path / "cub", "test")
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
     data = write_cub(tmp_path)(tmp_path, "train")
     Path(data.paths[0]).write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"expected an image in .*A\.jpg, could not read it"):
-        data[0]
-    (tmp_path / "CUB_200_2011" / "images.txt").write_text("1\n2 x\n")
-    with pytest.raises(ValueError, match=r"CUB: a list in .* is malformed .*; unpack it again"):
-        CUB(tmp_path, "train")
+    Path(data.paths[1]).write_bytes(b"P6 1 x 255 ")  # a header for which PIL raises no OSError, but a bare ValueError
+    for index, name in enumerate("AB"):
+        with pytest.raises(ValueError, match=rf"expected an image in .*{name}\.jpg, could not read it"):
+            data[index]
 
 
 # Downloads
@@ -213,7 +242,7 @@ def hostile(name, link=None):
 @pytest.mark.parametrize(("name", "link"), [("../../evil", None), ("link", "/etc"), ("a/link", "../../..")])
 def test_an_archive_cannot_write_outside_its_folder(name, link, tmp_path, monkeypatch, web):
     serve(monkeypatch, web, CUB, hostile(name, link))
-    with pytest.raises(ValueError, match="expected an archive that stays in its folder in archive, refused it"):
+    with pytest.raises(ValueError, match="expected an archive that stays in its folder in CUB archive, refused it"):
         CUB(tmp_path / "root", download=True)
     assert list((tmp_path / "root").iterdir()) == []
     assert not list(tmp_path.rglob("evil"))
@@ -311,21 +340,43 @@ def test_processes_read_one_cache(tmp_path):
 
 def test_many_images_are_decoded_by_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "LARGE", 10)
-    data = cached(write_folders(tmp_path / "images"), tmp_path / "cache")
-    plain = cached(tmp_path / "images", None)
+    root = write_folders(tmp_path / "images")
+    data, plain = cached(root, tmp_path / "cache"), cached(root, None)
     assert all(torch.equal(data[index][0], plain[index][0]) for index in range(15))
+    (root / "004.class" / "2.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="^expected an image in .*") as raised:
+        cached(root, tmp_path / "cache")
+    assert "\n" not in str(raised.value)  # one sentence, not the traceback of a process
 
 
-def test_what_changed_is_decoded_again(tmp_path):
+def test_what_changed_is_decoded_again_in_place_of_what_it_was(tmp_path):
     root, folder = write_folders(tmp_path / "images"), tmp_path / "cache"
     first = cached(root, folder)
     write_image(root / "000.class" / "0.png", 200, size=(30, 30))
     changed = cached(root, folder)
-    assert changed.path != first.path
     assert changed[0][0][0, 0, 0] == 200
-    smaller = cached(root, folder, resized=v2.Compose([v2.Resize((4, 4)), v2.PILToTensor()]))
-    assert smaller[0][0].shape == (3, 4, 4)
-    assert len(list(folder.iterdir())) == 3
+    assert list(folder.iterdir()) == [changed.path] != [first.path]
+
+
+def test_data_sets_are_cached_side_by_side(tmp_path):
+    folder, other = tmp_path / "cache", v2.Compose([v2.Resize((4, 4)), v2.PILToTensor()])
+    roots = [write_folders(tmp_path / name) for name in ("one", "two")]
+    caches = [cached(root, folder, resized=resized) for root in roots for resized in (RESIZED, other)]
+    caches += [Cached(ClassFolders(roots[0], "train", count, transform=RESIZED), folder) for count in (2, 3)]
+    assert {path.name for path in folder.iterdir()} == {data.path.name for data in caches}
+    assert len({data.path for data in caches}) == 6
+    assert [data[0][0].shape[1] for data in caches] == [8, 4, 8, 4, 8, 8]
+
+
+def test_what_cannot_be_told_from_another_is_not_cached(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"a transform whose repr is the same in each run, got <function .*folder to None"
+    ):
+        cached(write_folders(tmp_path / "images"), tmp_path / "cache", resized=lambda image: image)
+    with pytest.raises(TypeError, match="`paths` or `samples` name its files, got Digits; set folder to None"):
+        Cached(datasets.Digits(), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    assert Cached(datasets.Digits(), None)[3][0].shape == (1, 8, 8)
 
 
 @pytest.mark.parametrize("content", [b"", b"cut", "half", "foreign"])

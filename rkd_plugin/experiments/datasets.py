@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +64,14 @@ def _open(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except OSError as error:  # PIL's UnidentifiedImageError is one too, and so is a missing file
+    except Exception as error:  # PIL raises half a dozen kinds for a file that is broken
         raise ValueError(f"expected an image in {path}, could not read it: {error}") from error
 
 
-class _Listed(pml.BaseDataset):
+class Listed(pml.BaseDataset):
     """A data set of pytorch-metric-learning whose files are looked for before anything is trained on them.
+
+    Items are ``(image, label)``; ``targets`` are the labels of all of them, ``paths`` their files.
 
     Args:
         root: the folder that the archive was unpacked in.
@@ -78,12 +82,13 @@ class _Listed(pml.BaseDataset):
 
     Raises:
         FileNotFoundError: if a list or an image that it names is missing.
-        ValueError: if a list is malformed, an image cannot be decoded, a download is not what was published, or none
-            can be checked.
+        ValueError: if a line of a list is malformed, an image cannot be decoded, a download is not what was
+            published, or no checksum of it is.
         ConnectionError: if the download fails.
     """
 
     FOLDER = ""  # that the archive makes
+    LISTS: tuple[tuple[str, str], ...] = ()  # files, and what each line of them must match
     MD5: str | None = None  # of the archive
     HOME = ""  # where people get it today
 
@@ -99,25 +104,34 @@ class _Listed(pml.BaseDataset):
         if download and not Path(root, self.FOLDER).is_dir():
             self._download()
         elif not Path(root).is_dir():
-            raise FileNotFoundError(f"{type(self).__name__}: expected a folder {root}, found none; {self.HOME}")
+            raise FileNotFoundError(f"{type(self).__name__}: expected a folder {root}, found none; {self._remedy}")
         super().__init__(self.root, split, transform, target_transform)
         self.targets: list[int] = self.labels
 
     def generate_split(self) -> None:
         """The host's hook: paths and labels of the split."""
         name = type(self).__name__
-        try:
-            super().generate_split()
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{name}: expected {error.filename}, found none; {self.HOME}") from error
-        except (ValueError, IndexError) as error:
-            raise ValueError(f"{name}: a list in {self.root} is malformed ({error}); unpack it again") from error
+        for file, pattern in self.LISTS:
+            path = Path(self.root, file)
+            if not path.is_file():
+                raise FileNotFoundError(f"{name}: expected a file {path}, found none; {self._remedy}")
+            with path.open(errors="replace") as lines:
+                for number, line in enumerate(lines, 1):
+                    if not re.fullmatch(pattern, line.strip()):
+                        raise ValueError(f"{name}: line {number} of {path} is malformed, {line!r}; {self._remedy}")
+        super().generate_split()
         missing = [path for path in self.paths if not os.path.isfile(path)]
         if missing:
             raise FileNotFoundError(
                 f"{name}: {len(missing)} of {len(self.paths)} images are missing, the first one is {missing[0]}; "
-                f"unpack the archive again, or {self.HOME}"
+                f"{self._remedy}"
             )
+        if not self.paths:
+            raise ValueError(f"{name}: the lists in {self.root} name no image of split {self.split!r}; {self._remedy}")
+
+    @property
+    def _remedy(self) -> str:
+        return f"{self.HOME}, or delete any {self.FOLDER} and set download to True" if self.MD5 else self.HOME
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """The image and its label."""
@@ -133,11 +147,11 @@ class _Listed(pml.BaseDataset):
         if self.MD5 is None:
             raise ValueError(f"{name}: no checksum is published that a download could be held against; {self.HOME}")
         Path(self.root).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.root) as folder:
-            archive = Path(folder, "archive")
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=self.root) as folder:
+            archive = Path(folder, f"{name} archive")
             try:
                 download_url(self.DOWNLOAD_URL, folder, archive.name, self.MD5)
-            except OSError as error:
+            except (OSError, HTTPException) as error:
                 raise ConnectionError(f"{name}: {self.DOWNLOAD_URL} failed ({error}); {self.HOME}") from error
             except RuntimeError as error:
                 raise ValueError(
@@ -166,32 +180,56 @@ def unpack(archive: Path, folder: Path) -> None:
         ) from error
 
 
-class CUB(_Listed, pml.CUB):
-    """CUB-200-2011, ``root/CUB_200_2011/images.txt`` and so on: classes 1 to 100 train, 101 to 200 test."""
+class CUB(Listed, pml.CUB):
+    """CUB-200-2011, ``root/CUB_200_2011/images.txt`` and so on: classes 1 to 100 train, 101 to 200 test.
+
+    Arguments and errors: see `Listed`.
+    """
 
     FOLDER = "CUB_200_2011"
+    LISTS = (("CUB_200_2011/images.txt", r"\d+ \S+"), ("CUB_200_2011/image_class_labels.txt", r"\d+ \d+"))
     MD5 = "97eceeb196236b17998738112f37df78"
-    HOME = "get CUB_200_2011.tgz from https://data.caltech.edu/records/65de6-vp158 or set download to True"
+    HOME = "get CUB_200_2011.tgz from https://data.caltech.edu/records/65de6-vp158 and unpack it in that folder"
 
 
-class Cars196(_Listed, pml.Cars196):
-    """Cars196, ``root/names.csv``, ``root/car_data`` and so on: classes 1 to 98 train, 99 to 196 test."""
+class Cars196(Listed, pml.Cars196):
+    """Cars196, ``root/names.csv``, ``root/car_data`` and so on: classes 1 to 98 train, 99 to 196 test.
+
+    Arguments and errors: see `Listed`; there is no download.
+    """
 
     FOLDER = "car_data"
+    LISTS = (("names.csv", r".*"), ("anno_train.csv", r".+,\d+"), ("anno_test.csv", r".+,\d+"))
     HOME = (
         "get https://www.kaggle.com/datasets/jutrera/stanford-car-dataset-by-classes-folder and unpack it so that "
         "names.csv, anno_train.csv, anno_test.csv and car_data lie in that folder"
     )
 
+    def generate_split(self) -> None:
+        """The host's hook: paths and labels of the split."""
+        try:
+            super().generate_split()
+        except IndexError as error:
+            raise ValueError(
+                f"Cars196: expected a name for each class in {self.root}/names.csv, got fewer; {self.HOME}"
+            ) from error
 
-class StanfordOnlineProducts(_Listed, pml.StanfordOnlineProducts):
-    """Stanford Online Products, ``root/Stanford_Online_Products/Ebay_train.txt`` and so on: 11,318 classes train."""
+
+class StanfordOnlineProducts(Listed, pml.StanfordOnlineProducts):
+    """Stanford Online Products, ``root/Stanford_Online_Products/Ebay_train.txt`` and so on: that list's classes train.
+
+    Arguments and errors: see `Listed`.
+    """
 
     FOLDER = "Stanford_Online_Products"
+    LISTS = (
+        ("Stanford_Online_Products/Ebay_train.txt", r"(\d+ \d+ \d+|image_id class_id super_class_id) \S+"),
+        ("Stanford_Online_Products/Ebay_test.txt", r"(\d+ \d+ \d+|image_id class_id super_class_id) \S+"),
+    )
     MD5 = "7f73d41a2f44250d4779881525aea32e"
     HOME = (
-        "get Stanford_Online_Products.zip as https://github.com/rksltnl/Deep-Metric-Learning-CVPR16 says, or set "
-        "download to True"
+        "get Stanford_Online_Products.zip as https://github.com/rksltnl/Deep-Metric-Learning-CVPR16 says and unpack it "
+        "in that folder"
     )
 
 
@@ -208,6 +246,19 @@ class ClassFolders(ImageFolder):
     Raises:
         FileNotFoundError: if the folder is missing, or a class has no image.
         ValueError: if a split would be empty or is unknown, or an image cannot be decoded.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for name in ("auk", "jay", "owl"):
+        ...         Path(root, name).mkdir()
+        ...         Image.new("L", (12, 10)).save(Path(root, name, "1.png"))
+        ...     train, test = ClassFolders(root, "train"), ClassFolders(root, "test")
+        ...     image, label = test[0]
+        >>> train.classes, test.classes, test.targets
+        (['auk'], ['jay', 'owl'], [1, 2])
+        >>> image.mode, label
+        ('RGB', 1)
     """
 
     def __init__(
@@ -243,17 +294,33 @@ class ClassFolders(ImageFolder):
 class Cached(Dataset[tuple[Any, int]]):
     """Images decoded once into a memory-mapped file, of which an access is a copy; transformed at each access.
 
-    The file's name tells the data set's paths, sizes, times and transform by a hash, so that another file is written
+    The file's name tells the data set's paths, sizes, times and transform by hashes, so that another file is written
     when any of them changes; it is written whole or not at all. Processes share what the system keeps of it in memory.
 
     Args:
         dataset: its images are uint8 tensors ``(C, H, W)`` of one size, as PILToTensor makes them after a Resize to
-            height and width; its labels are in ``targets``.
-        folder: of the file; None to decode each image each time.
+            height and width; their files are in ``paths`` or ``samples``, and the labels, used as they are, in
+            ``targets``.
+        folder: of the file, ``C * H * W`` bytes an image; None to decode each image each time.
         transform: of a uint8 tensor, such as a random crop.
 
     Raises:
-        ValueError: if the images are not uint8 tensors of one size.
+        TypeError: if the data set does not tell its files.
+        ValueError: if the images are not uint8 tensors of one size, or the data set's transform cannot be told from
+            another one by its ``repr``.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torchvision.transforms import v2
+        >>> small = v2.Compose([v2.Resize((8, 8)), v2.PILToTensor()])
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for name in ("auk", "jay"):
+        ...         Path(root, name).mkdir()
+        ...         Image.new("RGB", (12, 10)).save(Path(root, name, "1.png"))
+        ...     data = Cached(ClassFolders(root, "test", transform=small), root, v2.RandomCrop(6))
+        ...     image, label = data[0]
+        >>> image.shape, image.dtype, label
+        (torch.Size([3, 6, 6]), torch.uint8, 1)
     """
 
     def __init__(
@@ -262,10 +329,14 @@ class Cached(Dataset[tuple[Any, int]]):
         self.dataset = dataset
         self.targets: list[int] = dataset.targets
         self.transform = transform
-        self.path = None if folder is None else Path(folder, f"{type(dataset).__name__}-{_fingerprint(dataset)}.npy")
+        self.path = None if folder is None else Path(folder, f"{_stem(dataset)}-{_stats(dataset)}.npy")
         self._images: np.ndarray[Any, Any] | None = None
         if self.path is not None and not _is_whole(self.path, len(dataset)):
             _decode(dataset, self.path)
+            # The same files as they were before: nothing will ask for that again.
+            for stale in self.path.parent.glob(f"{_stem(dataset)}-*.npy"):
+                if stale != self.path:
+                    stale.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -285,11 +356,36 @@ class Cached(Dataset[tuple[Any, int]]):
         return {**self.__dict__, "_images": None}
 
 
-def _fingerprint(dataset: Any) -> str:
+def _files(dataset: Any) -> list[str]:
     paths = getattr(dataset, "paths", None) or [path for path, _ in getattr(dataset, "samples", ())]
-    stats = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
-    content = repr((VERSION, type(dataset).__qualname__, len(dataset), stats, repr(dataset.transform)))
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    if not paths:
+        raise TypeError(
+            f"Cached: expected a data set whose `paths` or `samples` name its files, got {type(dataset).__name__}; set "
+            "folder to None"
+        )
+    return [str(path) for path in paths]
+
+
+def _stem(dataset: Any) -> str:
+    """Tells data sets apart that can be in use side by side."""
+    transform = repr(dataset.transform)
+    if " at 0x" in transform:
+        raise ValueError(
+            f"Cached: expected a transform whose repr is the same in each run, got {transform}; use those of "
+            "torchvision.transforms.v2, or set folder to None"
+        )
+    names = [type(dataset).__name__, *([dataset.split] if hasattr(dataset, "split") else [])]
+    return "-".join([*names, _hash((VERSION, _files(dataset), transform))])
+
+
+def _stats(dataset: Any) -> str:
+    """Tells a file from what it was before."""
+    stats = map(os.stat, _files(dataset))
+    return _hash([(stat.st_size, stat.st_mtime_ns) for stat in stats])
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def _is_whole(path: Path, count: int) -> bool:
@@ -302,27 +398,26 @@ def _is_whole(path: Path, count: int) -> bool:
 
 def _decode(dataset: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    workers = (os.cpu_count() or 1) if len(dataset) > LARGE else 0
     # No collation: images of different sizes get our sentence, and not torch's.
+    workers = torch.get_num_threads() if len(dataset) > LARGE else 0
     loader = DataLoader(_Images(dataset), batch_size=None, num_workers=workers)
     # With the process's number: of two that decode at the same time, the last one's file stays, and it is the same.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
-    shape: tuple[int, ...] = ()
+    size: torch.Size | None = None
     try:
         for index, image in enumerate(tqdm(loader, desc=f"decoding into {path.parent}", unit="image", leave=False)):
-            if (
-                not isinstance(image, Tensor)
-                or image.dtype != torch.uint8
-                or image.shape != (shape or image.shape)[-3:]
-            ):
+            if isinstance(image, ValueError):
+                raise image
+            is_image = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3
+            if not is_image or image.shape != (size or image.shape):
                 raise ValueError(
                     f"Cached: expected uint8 tensors of one size, got {getattr(image, 'dtype', type(image).__name__)} "
                     f"{tuple(getattr(image, 'shape', ()))} for image {index}; let the data set's transform end in "
                     "Resize to height and width, and PILToTensor"
                 )
-            if index == 0:
-                shape = (len(dataset), *image.shape)
-                images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+            if size is None:
+                size = image.shape
+                images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(dataset), *size))
             images[index] = image.numpy()
         images.flush()
         temporary.replace(path)
@@ -338,4 +433,7 @@ class _Images(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        return self.dataset[index][0]
+        try:
+            return self.dataset[index][0]
+        except ValueError as error:
+            return error  # raised in a process, it would come with its traceback as text
