@@ -138,8 +138,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    from rkd_plugin.experiments.experiment import evaluate, of_folder
     from rkd_plugin.experiments.recipe import read
-    from rkd_plugin.experiments.runner import evaluate, of_folder
 
     folder = Path(options.recipe)
     if folder.is_dir():

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from rkd_plugin.cli import main
-from rkd_plugin.experiments import runner
+from rkd_plugin.experiments import experiment, runner
 from rkd_plugin.experiments.files import read_checkpoint
 from rkd_plugin.experiments.recipe import read, read_suite
 
@@ -62,15 +62,15 @@ def test_every_row_trains_on_folders_of_images(birds, row):
 
 def test_fitnet_learns_hints_and_then_triplets(birds, monkeypatch, tmp_path):
     seen = []
-    forward = runner.get_distillation_box
+    build = experiment.get_distillation_box
 
     def spied(*args):
-        box = forward(*args)
+        box = build(*args)
         process = box.forward_process
         box.forward_process = lambda *a: (seen.append((box.stage_number, len(box.criterion.term_dict))), process(*a))[1]
         return box
 
-    monkeypatch.setattr(runner, "get_distillation_box", spied)
+    monkeypatch.setattr(experiment, "get_distillation_box", spied)
     monkeypatch.setattr(runner, "_result", lambda *args: {})
     root = tmp_path / "copy"
     root.mkdir()

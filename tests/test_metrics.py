@@ -25,7 +25,8 @@ def by_hand(outputs, labels, recall_at):
         relevant = sum(labels[j] == label for j in others)
         if not relevant:
             continue
-        others.sort(key=lambda j: (float((outputs[i] - outputs[j]).square().sum()), labels[j] == label))
+        squares = (outputs[i] - outputs).square().sum(1).tolist()
+        others.sort(key=lambda j: (squares[j], labels[j] == label))
         right = [labels[j] == label for j in others]
         hits.append([any(right[:k]) for k in recall_at])
         precisions.append(sum(right[n] * sum(right[: n + 1]) / (n + 1) for n in range(relevant)) / relevant)
@@ -36,8 +37,8 @@ def by_hand(outputs, labels, recall_at):
     }
 
 
-def assert_equal(outputs, labels, recall_at=(1, 2, 3, 100)):
-    ours = retrieval(outputs, labels, recall_at)
+def assert_equal(outputs, labels, recall_at=(1, 2, 3, 1000), device="cpu"):
+    ours = retrieval(outputs.to(device), labels, recall_at)
     assert ours == pytest.approx(by_hand(outputs, labels, recall_at), abs=1e-9)
     assert list(ours) == [*(f"recall_at_{k}" for k in recall_at), "map_at_r"]
 
@@ -69,9 +70,43 @@ def test_a_collapsed_model_gets_nothing():
         assert retrieval(row.expand(40, 8), labels, [1, 10]) == {"recall_at_1": 0, "recall_at_10": 0, "map_at_r": 0}
 
 
-def test_far_from_the_origin_and_in_any_dtype(dtype):
-    offset = 1000 if dtype in (torch.float32, torch.float64) else 10
-    assert_equal((torch.randn(60, 6) + offset).to(dtype), torch.arange(60) // 5)
+@pytest.mark.parametrize("copies", ["of its class", "of another class"])
+def test_equal_rows_of_many_dimensions(copies, device):
+    """Rounding sets the distances of a row and its copy apart, or might; they are ties all the same."""
+    outputs, labels = torch.randn(100, 512), torch.arange(100) // 4
+    if copies == "of its class":
+        assert_equal(outputs.repeat(2, 1), labels.repeat(2), device=device)
+        assert retrieval(outputs.repeat(2, 1), labels.repeat(2))["recall_at_1"] == 100
+    else:
+        outputs[1::2] = outputs[::2]
+        assert_equal(outputs.repeat(2, 1), torch.cat([labels, labels + 25]), device=device)
+
+
+def test_far_from_the_origin_and_in_any_dtype(dtype, device):
+    # As far as the dtype still tells the rows apart.
+    offset = {torch.float64: 1e6, torch.float32: 1000}.get(dtype, 10)
+    assert_equal((torch.randn(60, 6) + offset).to(dtype), torch.arange(60) // 5, device=device)
+
+
+@pytest.mark.parametrize("scale", [2.0**-600, 2.0**600])
+def test_scale_changes_nothing(scale):
+    """Not even one whose squares no float64 holds."""
+    outputs, labels = torch.randn(60, 6, dtype=torch.float64), torch.arange(60) // 5
+    assert retrieval(scale * outputs, labels) == retrieval(outputs, labels)
+
+
+def test_a_row_far_away_blurs_no_others():
+    outputs = torch.randn(60, 6)
+    outputs[7] *= 1e6
+    assert_equal(outputs, torch.arange(60) // 5)
+
+
+def test_classes_of_very_different_size():
+    """All rows of one class; one class of nearly all; a pair among single rows."""
+    outputs = torch.randn(40, 2)
+    assert set(retrieval(outputs, torch.zeros(40)).values()) == {100}
+    assert_equal(outputs, (torch.arange(40) > 37).long())
+    assert_equal(outputs, torch.arange(40).clamp(min=1))
 
 
 def test_agrees_with_pytorch_metric_learning():

@@ -353,6 +353,7 @@ def one_of_two(rank: int, folder: str) -> None:
     except ValueError as error:
         message = str(error)
     torch.save({"grad": net.weight.grad, "message": message}, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()  # nobody leaves while another still listens to it
     torch.distributed.destroy_process_group()
 
 

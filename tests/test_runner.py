@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 
-from rkd_plugin.experiments import runner
+from rkd_plugin.adapters.torchdistill import PMLLoss
+from rkd_plugin.experiments import experiment, runner
 from rkd_plugin.experiments.files import read_checkpoint, replacing, write_checkpoint
 from rkd_plugin.experiments.recipe import read
 
@@ -51,9 +52,9 @@ def test_what_a_run_leaves(undisturbed):
 
 def test_checkpoints_hold_the_epochs_they_claim(undisturbed):
     folder, result = undisturbed
-    recipe = runner.of_folder(folder)
-    assert runner.evaluate(recipe, folder / "last.pt").metrics == result["final"]
-    best = runner.evaluate(recipe, folder / "best.pt").metrics
+    recipe = experiment.of_folder(folder)
+    assert experiment.evaluate(recipe, folder / "last.pt").metrics == result["final"]
+    best = experiment.evaluate(recipe, folder / "best.pt").metrics
     assert best == {name: value for name, value in result["best"].items() if name != "epoch"}
     assert len(read_checkpoint(folder / "best.pt")["history"]) == result["best"]["epoch"]
 
@@ -165,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
             run(tmp_path)
     kept = (tmp_path / "last.pt").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "item", lambda self: math.nan)
+        patch.setattr(PMLLoss, "forward", lambda *_, **__: torch.tensor(math.nan))
         with pytest.raises(FloatingPointError, match=r"the loss became nan in epoch 3"):
             run(tmp_path)
     assert (tmp_path / "last.pt").read_bytes() == kept
@@ -224,7 +225,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 def test_eval_of_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected a folder of `rkd run` with recipe\.yaml"):
-        runner.of_folder(tmp_path)
+        experiment.of_folder(tmp_path)
 
 
 def test_best_is_kept_apart_from_last(undisturbed, tmp_path):
@@ -232,18 +233,18 @@ def test_best_is_kept_apart_from_last(undisturbed, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "best.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected a checkpoint at .*best\.pt"):
-        runner.evaluate(runner.of_folder(tmp_path / "copy"), tmp_path / "copy" / "best.pt")
+        experiment.evaluate(experiment.of_folder(tmp_path / "copy"), tmp_path / "copy" / "best.pt")
 
 
 def test_a_checkpoint_of_another_model_is_refused(undisturbed):
     folder, _ = undisturbed
     with pytest.raises(ValueError, match=r"last\.pt holds another model than .*teacher\.yaml describes"):
-        runner.evaluate(read("quickstart/teacher"), folder / "last.pt")
+        experiment.evaluate(read("quickstart/teacher"), folder / "last.pt")
 
 
 def test_without_a_checkpoint_the_model_is_measured_as_it_is_built(undisturbed):
     folder, result = undisturbed
-    first, second = (runner.evaluate(runner.of_folder(folder)) for _ in range(2))
+    first, second = (experiment.evaluate(experiment.of_folder(folder)) for _ in range(2))
     assert first.metrics == second.metrics
     assert first.metrics["recall_at_1"] < result["final"]["recall_at_1"]
 

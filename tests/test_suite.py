@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from rkd_plugin.experiments import suite as suites
+from rkd_plugin.experiments.experiment import Experiment, evaluate, of_folder
 from rkd_plugin.experiments.recipe import RecipeError, configs_root, read, read_suite
-from rkd_plugin.experiments.runner import evaluate, of_folder
 
 SMALL = ["recipe.num_epochs=2", "recipe.samples_per_epoch=256", "recipe.batch_size=64"]
 SUITE = {
@@ -79,6 +79,28 @@ def test_what_is_there_is_read(reproduced, monkeypatch):
     name, folder, table = reproduced
     monkeypatch.setattr("rkd_plugin.experiments.runner._train", None)
     assert suites.reproduce(name, folder)[1] == table
+
+
+def test_an_interrupted_suite_goes_on_and_ends_with_the_same_table(reproduced, tmp_path, monkeypatch):
+    name, _, table = reproduced
+    seed = Experiment.seed
+
+    def stop(self, epoch):
+        if epoch == 2 and self.settings["seed"] == 4:
+            raise KeyboardInterrupt
+        seed(self, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "seed", stop)
+        with pytest.raises(KeyboardInterrupt):
+            suites.reproduce(name, tmp_path)
+    assert not (tmp_path / "small.md").exists()
+    _, resumed = suites.reproduce(name, tmp_path)
+
+    def without_times(text):
+        return [[cell for head, cell in line.items() if head != "seconds a run"] for line in cells_of(text)]
+
+    assert without_times(resumed) == without_times(table)
 
 
 def test_one_seed_has_no_spread(reproduced):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rkd_plugin.experiments import pictures as draw
-from rkd_plugin.experiments.runner import Evaluation, evaluate, events_in, of_folder
+from rkd_plugin.experiments.experiment import Evaluation, evaluate, of_folder
+from rkd_plugin.experiments.runner import events_in
 
 Result = dict[str, Any]
 WHEN = {"final": "last epoch", "best": "best test epoch"}

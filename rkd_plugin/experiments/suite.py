@@ -11,10 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from rkd_plugin.experiments import report
+from rkd_plugin.experiments.experiment import evaluate, of_folder
 from rkd_plugin.experiments.files import write_json, write_text
 from rkd_plugin.experiments.recipe import Recipe, RecipeError, read, read_suite
 from rkd_plugin.experiments.recipe.errors import suggest
-from rkd_plugin.experiments.runner import evaluate, of_folder, run
+from rkd_plugin.experiments.runner import run
 
 Result = dict[str, Any]
 

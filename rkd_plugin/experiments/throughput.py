@@ -14,8 +14,9 @@ from torchdistill.misc.log import MetricLogger, SmoothedValue
 from tqdm import tqdm
 
 from rkd_plugin.bench import environment
+from rkd_plugin.experiments.experiment import Experiment
 from rkd_plugin.experiments.recipe import Recipe
-from rkd_plugin.experiments.runner import Experiment, steps_of
+from rkd_plugin.experiments.runner import steps_of
 
 WARM_UPS = 2
 ROUNDS = 3

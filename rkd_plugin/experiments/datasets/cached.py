@@ -1,0 +1,169 @@
+"""Images that are decoded once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+VERSION = 1  # of cached images: to be raised when what is decoded changes
+LARGE = 2000  # images, from which on decoding them is worth starting processes
+
+
+class Cached(Dataset[tuple[Any, int]]):
+    """Images decoded once into a memory-mapped file, of which an access is a copy; transformed at each access.
+
+    The file's name tells the data set's paths, sizes, times and transform by hashes, so that another file is written
+    when any of them changes; it is written whole or not at all. Processes share what the system keeps of it in memory.
+
+    Args:
+        dataset: its images are uint8 tensors ``(C, H, W)`` of one size, as PILToTensor makes them after a Resize to
+            height and width; their files are in ``paths`` or ``samples``, and the labels, used as they are, in
+            ``targets``.
+        folder: of the file, ``C * H * W`` bytes an image; None to decode each image each time.
+        transform: of a uint8 tensor, such as a random crop.
+
+    Raises:
+        TypeError: if the data set does not tell its files.
+        ValueError: if the images are not uint8 tensors of one size, or the data set's transform cannot be told from
+            another one by its ``repr``.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from rkd_plugin.experiments.datasets import ClassFolders
+        >>> from torchvision.transforms import v2
+        >>> small = v2.Compose([v2.Resize((8, 8)), v2.PILToTensor()])
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for name in ("auk", "jay"):
+        ...         Path(root, name).mkdir()
+        ...         Image.new("RGB", (12, 10)).save(Path(root, name, "1.png"))
+        ...     data = Cached(ClassFolders(root, "test", transform=small), root, v2.RandomCrop(6))
+        ...     image, label = data[0]
+        >>> image.shape, image.dtype, label
+        (torch.Size([3, 6, 6]), torch.uint8, 1)
+    """
+
+    def __init__(
+        self, dataset: Any, folder: str | Path | None, transform: Callable[[Tensor], Any] | None = None
+    ) -> None:
+        self.dataset = dataset
+        self.targets: list[int] = dataset.targets
+        self.transform = transform
+        self._images: np.ndarray[Any, Any] | None = None
+        self.path: Path | None = None
+        if folder is not None:
+            stem, state = _identify(dataset)
+            self.path = Path(folder, f"{stem}-{state}.npy")
+            if not _is_whole(self.path, len(dataset)):
+                _decode(dataset, self.path)
+                for stale in {*Path(folder).glob(f"{stem}-*.npy")} - {self.path}:
+                    stale.unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """The transformed image, and its label."""
+        if self.path is None:
+            image = self.dataset[index][0]
+        else:
+            # Each process maps the file itself: a pickled map would carry all images.
+            if self._images is None:
+                self._images = np.lib.format.open_memmap(self.path, mode="r")
+            image = torch.from_numpy(self._images[index].copy())
+        return (self.transform(image) if self.transform else image), self.targets[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_images": None}
+
+
+def _identify(dataset: Any) -> tuple[str, str]:
+    """What tells the data set from others that may be in use beside it, and from what its files were before."""
+    files = getattr(dataset, "paths", None) or [path for path, _ in getattr(dataset, "samples", ())]
+    if not files:
+        raise TypeError(
+            f"Cached: expected a data set whose `paths` or `samples` name its files, got {type(dataset).__name__}; set "
+            "folder to None"
+        )
+    transform = repr(dataset.transform)
+    if " at 0x" in transform:
+        raise ValueError(
+            f"Cached: expected a transform whose repr is the same in each run, got {transform}; use those of "
+            "torchvision.transforms.v2, or set folder to None"
+        )
+    names = [type(dataset).__name__, *([dataset.split] if hasattr(dataset, "split") else [])]
+    stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
+    return "-".join([*names, _hash((VERSION, [*map(str, files)], transform))]), _hash(stats)
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def _is_whole(path: Path, count: int) -> bool:
+    try:
+        images = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError):  # missing, cut or foreign
+        return False
+    return images.dtype == np.uint8 and images.ndim == 4 and len(images) == count
+
+
+def _decode(dataset: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # With the process's number: of two that decode at the same time, the last one's file stays, and it is the same.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
+    workers = torch.get_num_threads() if len(dataset) > LARGE else 1
+    loader = DataLoader(_Decoder(dataset, temporary), batch_size=None, num_workers=workers if workers > 1 else 0)
+    try:
+        shape = (len(dataset), *_decoded(dataset, 0).shape)
+        np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        for error in tqdm(loader, desc=f"decoding into {path.parent}", unit="image", leave=False):
+            if error is not None:
+                raise error
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _Decoder(Dataset[ValueError | None]):
+    """Writes the image that it is asked for into the file, so that none travels between processes."""
+
+    def __init__(self, dataset: Any, path: Path) -> None:
+        self.dataset = dataset
+        self.path = path
+        self._images: np.ndarray[Any, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> ValueError | None:
+        if self._images is None:
+            self._images = np.lib.format.open_memmap(self.path, mode="r+")
+        try:
+            self._images[index] = _decoded(self.dataset, index, self._images.shape[1:])
+        except ValueError as error:
+            return error  # raised in a process, it would come with its traceback as text
+        return None
+
+
+def _decoded(dataset: Any, index: int, size: tuple[int, ...] | None = None) -> np.ndarray[Any, Any]:
+    image = dataset[index][0]
+    is_image = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3
+    if not is_image or image.shape != (size or image.shape):
+        raise ValueError(
+            f"Cached: expected uint8 tensors of one size, got {getattr(image, 'dtype', type(image).__name__)} "
+            f"{tuple(getattr(image, 'shape', ()))} for image {index}; let the data set's transform end in "
+            "Resize to height and width, and PILToTensor"
+        )
+    return np.asarray(image)
