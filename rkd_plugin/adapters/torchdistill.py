@@ -2,8 +2,8 @@
 
 Losses (mid-level): ``RKDDistanceLoss``, ``RKDAngleLoss``, ``RKDDALoss`` on any pair of hooked modules, and ``PMLLoss``,
 any loss of pytorch-metric-learning. Model wrapper: ``TrainedWith``, for a loss that has parameters. Forward processes,
-for teachers: ``forward_in_eval_mode``, and ``no_forward`` for a stage without one. torchdistill's own ``RKDLoss`` stays
-as it is.
+for teachers: ``forward_in_eval_mode``, and ``no_forward`` for a stage without one. Pre-epoch process: ``seeded_epoch``.
+torchdistill's own ``RKDLoss`` stays as it is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
 from torch import Tensor, nn
-from torchdistill.core.interfaces.registry import FORWARD_PROC_FUNC_DICT, register_forward_proc_func
+from torchdistill.common.main_util import set_seed
+from torchdistill.core.interfaces.pre_epoch_proc import (
+    default_pre_epoch_process_with_teacher,
+    default_pre_epoch_process_without_teacher,
+)
+from torchdistill.core.interfaces.registry import (
+    FORWARD_PROC_FUNC_DICT,
+    PRE_EPOCH_PROC_FUNC_DICT,
+    register_forward_proc_func,
+    register_pre_epoch_proc_func,
+)
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, register_mid_level_loss
 from torchdistill.models.registry import AUXILIARY_MODEL_WRAPPER_DICT, register_auxiliary_model_wrapper
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
@@ -45,6 +55,7 @@ def _register(register: Callable[[T], T], registry: Mapping[str, Any]) -> Callab
 
 mid_level_loss = _register(register_mid_level_loss, MIDDLE_LEVEL_LOSS_DICT)
 _forward_proc = _register(register_forward_proc_func, FORWARD_PROC_FUNC_DICT)
+_pre_epoch_proc = _register(register_pre_epoch_proc_func, PRE_EPOCH_PROC_FUNC_DICT)
 _model_wrapper = _register(register_auxiliary_model_wrapper, AUXILIARY_MODEL_WRAPPER_DICT)
 
 
@@ -248,3 +259,23 @@ def forward_in_eval_mode(model: nn.Module, sample_batch: Any, *_: Any, **__: Any
 @_forward_proc
 def no_forward(model: nn.Module, *_: Any, **__: Any) -> None:
     """``train.stage2.teacher.forward_proc`` where the student goes on alone: the teacher costs nothing."""
+
+
+def seed_epoch(seed: int, epoch: int) -> None:
+    """Random numbers for an epoch, from 1, or for building the models, 0; they depend on nothing that came before."""
+    set_seed((seed * 1_000_003 + epoch) % 2**32 if epoch else seed)
+
+
+@_pre_epoch_proc
+def seeded_epoch(self: Any, epoch: int = 0, **kwargs: Any) -> None:
+    """``train.pre_epoch_process``: the host's own, then `seed_epoch` from the seed that the script was started with.
+
+    So torchdistill's scripts with ``--seed S`` draw the random numbers of ``rkd run`` with ``recipe.seed=S``.
+    """
+    if hasattr(self, "teacher_model"):
+        default_pre_epoch_process_with_teacher(self, epoch=epoch, **kwargs)
+    else:
+        default_pre_epoch_process_without_teacher(self, epoch=epoch, **kwargs)
+    if not hasattr(self, "seed"):
+        self.seed = torch.initial_seed()
+    seed_epoch(self.seed, epoch + 1)

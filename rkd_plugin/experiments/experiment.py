@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import random
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
 from torch import Tensor, nn
@@ -23,6 +21,7 @@ from torchdistill.datasets.util import build_data_loader
 from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
+from rkd_plugin.adapters.torchdistill import seed_epoch
 from rkd_plugin.experiments.files import read_checkpoint
 from rkd_plugin.experiments.metrics import EVALUATORS, embed
 from rkd_plugin.experiments.recipe import Recipe, read
@@ -59,11 +58,8 @@ class Experiment:
         return self._build(models["student_model" if "student_model" in models else "model"])
 
     def seed(self, epoch: int) -> None:
-        """Random numbers that depend on the recipe's seed and the epoch, and on nothing that came before."""
-        value = (self.settings["seed"] * 1_000_003 + epoch) % 2**32
-        random.seed(value)
-        np.random.seed(value)
-        torch.manual_seed(value)
+        """See `seed_epoch`."""
+        seed_epoch(self.settings["seed"], epoch)
 
     def _build(self, config: dict[str, Any]) -> nn.Module:
         model = get_image_classification_model(config)
@@ -90,7 +86,8 @@ class Experiment:
 
     def box(self) -> Any:
         """Torchdistill's training or distillation box: models, criterion, optimizer and data loaders of ``train``."""
-        student, teacher = self.student, self.teacher()
+        teacher = self.teacher()  # first, as in torchdistill's scripts: both draw their weights from one seed
+        student = self.student
         common = (self.config["datasets"], self.config["train"], self.device, None, False, 1)
         return get_distillation_box(teacher, student, *common) if teacher else get_training_box(student, *common)
 

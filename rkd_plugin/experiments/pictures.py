@@ -48,11 +48,12 @@ def learning_curves(runs: Mapping[str, Sequence[History]], metric: str, metric_l
     """The mean of ``metric`` by epoch and its range over the seeds, a line for each label of ``runs``."""
     figure = _figure(8, 5)
     axes = figure.add_subplot()
-    for label, histories in runs.items():
+    for index, (label, histories) in enumerate(runs.items()):
+        style = ("-", "--", ":")[index // 10 % 3]  # the colours repeat after ten lines
         epochs = [epoch["epoch"] for epoch in histories[0]]
-        values = [[history[index][metric] for history in histories] for index in range(len(epochs))]
+        values = [[history[at][metric] for history in histories] for at in range(len(epochs))]
         means = [statistics.mean(at) for at in values]
-        (line,) = axes.plot(epochs, means, marker="o", markersize=3, label=f"{label}: {means[-1]:.1f}")
+        (line,) = axes.plot(epochs, means, style, marker="o", markersize=3, label=f"{label}: {means[-1]:.1f}")
         axes.fill_between(epochs, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.15)
     axes.set(xlabel="epoch", ylabel=metric_label, title=f"{title}\nmean and range over the seeds")
     axes.grid(alpha=0.3)

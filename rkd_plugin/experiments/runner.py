@@ -65,8 +65,8 @@ def _train(
     with tqdm(total=box.num_epochs * steps, initial=len(history) * steps, desc=label, unit="step", leave=False) as bar:
         for epoch in range(len(history), box.num_epochs):
             started = time.monotonic()
-            experiment.seed(epoch + 1)
             box.pre_epoch_process(epoch=epoch)
+            experiment.seed(epoch + 1)
             total = 0.0
             for loss in steps_of(experiment, box):
                 if not math.isfinite(loss):

@@ -73,8 +73,8 @@ def _loop(recipe: Recipe, loop: Callable[[Experiment, Any], Iterator[Any]]) -> C
     box = experiment.box()
 
     def start() -> Iterator[Any]:
-        experiment.seed(1)
         box.pre_epoch_process(epoch=0)
+        experiment.seed(1)
         return loop(experiment, box)
 
     return start
