@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from torchdistill.common.main_util import set_seed
 from torchdistill.core.interfaces.pre_epoch_proc import (
     default_pre_epoch_process_with_teacher,
@@ -82,6 +83,7 @@ class HookedLoss(nn.Module):
         student_module_io: IO = "output",
         teacher_module_io: IO = "output",
         pool: Pool = "avg",
+        l2_normalize: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -91,6 +93,7 @@ class HookedLoss(nn.Module):
         if pool not in get_args(Pool):
             raise ValueError(f"{name}: pool must be one of {get_args(Pool)}, got {pool!r}")
         self.pool = pool
+        self.l2_normalize = l2_normalize
         self.paths = {"student": student_module_path, "teacher": teacher_module_path}
         self.ios = {"student": student_module_io, "teacher": teacher_module_io}
         for side, io in self.ios.items():
@@ -111,14 +114,15 @@ class HookedLoss(nn.Module):
             if path is None:
                 raise ValueError(f"{side}_module_path must name one of {list(source)}, and was not given")
             source = _find(source, side, path, self.ios[side])
-        if source.ndim <= 2:
-            return source
-        return source.flatten(1) if self.pool == "flatten" else source.flatten(2).mean(2)
+        if source.ndim > 2:
+            source = source.flatten(1) if self.pool == "flatten" else source.flatten(2).mean(2)
+        # In half precision a length may overflow.
+        return normalize(source.to(torch.promote_types(source.dtype, torch.float32))) if self.l2_normalize else source
 
     def extra_repr(self) -> str:
         """The options, as they were passed."""
         places = ", ".join(f"{side}={self.paths[side]!r} {self.ios[side]}" for side in self.paths)
-        return f"{places}, pool={self.pool!r}, {super().extra_repr()}"
+        return f"{places}, pool={self.pool!r}, l2_normalize={self.l2_normalize}, {super().extra_repr()}"
 
 
 @mid_level_loss
@@ -131,6 +135,8 @@ class RKDDistanceLoss(HookedLoss, losses.RKDDistanceLoss):
         student_module_io: ``'input'`` or ``'output'`` of that module.
         teacher_module_io: likewise.
         pool: feature maps ``(N, C, ...)`` become ``(N, C)`` by ``'avg'``, or ``(N, C * ...)`` by ``'flatten'``.
+        l2_normalize: whether both sides' rows are then scaled to length 1, as the authors' code does for image
+            classification.
         options: ``reduction``, ``huber_delta``, ``impl``; for RKDDALoss also ``distance_weight``, ``angle_weight``.
 
     Raises:

@@ -111,7 +111,43 @@ def _check(outputs: Tensor, labels: Tensor, recall_at: Sequence[int]) -> None:
         raise ValueError(f"retrieval: outputs must be finite, got NaN or Inf in {bad} of {len(outputs)} rows")
 
 
+@torch.no_grad()
+def classification(outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent: how often the label is the class of the highest score, or among the five.
+
+    Args:
+        outputs: scores ``(M, C)``; of two equal ones that of the other class counts as higher.
+        labels: classes ``(M,)``, from 0 to C - 1.
+
+    Raises:
+        ValueError: if the shapes do not fit, or a label is not below C.
+
+    Example:
+        >>> classification(torch.tensor([[0., 1.], [1., 0.]]), torch.tensor([1, 1]))
+        {'top1': 50.0, 'top5': 100.0}
+    """
+    if outputs.ndim != 2 or labels.shape != outputs.shape[:1] or not len(labels):
+        raise ValueError(
+            f"classification: expected outputs (M, C) and labels (M,), got {tuple(outputs.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
+    check_classes(outputs.shape[1], labels)
+    own = outputs.gather(1, labels[:, None])
+    # A score that is NaN is never above another one, and must not count as right either.
+    place = outputs.shape[1] - (outputs < own).sum(1)
+    return {f"top{k}": 100 * int((place <= k).sum()) / len(labels) for k in (1, 5)}
+
+
+def check_classes(count: int, labels: Tensor) -> None:
+    """Raise ValueError if a label is not one of ``count`` classes."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < count:
+        raise ValueError(
+            f"classification: expected labels from 0 to {count - 1}, as the model has {count} outputs, got "
+            f"{int(labels.min())} to {int(labels.max())}; set num_classes to the number of classes of the data"
+        )
+
+
 Evaluator = Callable[..., dict[str, float]]
 
 # Task -> what it measures; the first metric is the one that a better model has higher, and that `best` goes by.
-EVALUATORS: dict[str, Evaluator] = {"metric_learning": retrieval}
+EVALUATORS: dict[str, Evaluator] = {"metric_learning": retrieval, "classification": classification}

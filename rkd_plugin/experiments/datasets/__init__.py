@@ -1,8 +1,10 @@
 """Data sets of the recipes: what torchvision and pytorch-metric-learning lack, and theirs with errors in words."""
 
 from rkd_plugin.experiments.datasets.cached import Cached
+from rkd_plugin.experiments.datasets.cifar import CIFAR100
 from rkd_plugin.experiments.datasets.digits import Digits
 from rkd_plugin.experiments.datasets.folders import ClassFolders
 from rkd_plugin.experiments.datasets.listed import CUB, Cars196, StanfordOnlineProducts
+from rkd_plugin.experiments.datasets.tiny_imagenet import TinyImageNet
 
-__all__ = ["CUB", "Cached", "Cars196", "ClassFolders", "Digits", "StanfordOnlineProducts"]
+__all__ = ["CIFAR100", "CUB", "Cached", "Cars196", "ClassFolders", "Digits", "StanfordOnlineProducts", "TinyImageNet"]

@@ -1,16 +1,17 @@
-"""Models of the recipes, registered in torchdistill under their names; import this file to have them."""
+"""Models whose output is an embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
-import torch
-import torchvision  # before torchdistill, whose registries look for it in sys.modules
+import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchdistill.models.registry import register_model
+
+from rkd_plugin.experiments.models.networks import headless
 
 
 @register_model
@@ -134,8 +135,7 @@ class BackboneEmbedding(nn.Module):
         backbone_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = _network(backbone, weights, backbone_kwargs or {})
-        width = _cut_head(self.backbone, backbone)
+        self.backbone, width = headless(backbone, weights, backbone_kwargs or {})
         self.linear = nn.Identity() if embedding_dim is None else nn.Linear(width, embedding_dim)
         self.l2_normalize = l2_normalize
 
@@ -143,42 +143,3 @@ class BackboneEmbedding(nn.Module):
         """``(N, 3, H, W) -> (N, embedding_dim)``."""
         embeddings: Tensor = self.linear(self.backbone(images).flatten(1))
         return normalize(embeddings) if self.l2_normalize else embeddings
-
-
-def _network(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
-    # Only GoogLeNet and Inception have auxiliary classifiers and dropout behind the pooling, which are no part of an
-    # embedding, and warn unless they are told how to be initialised.
-    has_auxiliary = name in ("googlenet", "inception_v3")
-    auxiliary = {"aux_logits": weights is not None, "init_weights": weights is None} if has_auxiliary else {}
-    try:
-        network: nn.Module = torchvision.models.get_model(name, weights=weights, **{**auxiliary, **options})
-    except KeyError as error:
-        raise ValueError(
-            f"BackboneEmbedding: expected weights that torchvision has for {name}, got {weights!r}"
-        ) from error
-    except OSError as error:
-        raise ConnectionError(
-            f"BackboneEmbedding: the weights {weights} of {name} are not in {torch.hub.get_dir()}/checkpoints and "
-            f"could not be downloaded ({error}); put the file there, or set weights to null"
-        ) from error
-    if has_auxiliary:
-        vars(network)["aux_logits"] = False
-        for auxiliary_name in {"aux1", "aux2", "AuxLogits"} & dict(network.named_children()).keys():
-            setattr(network, auxiliary_name, None)
-        network.dropout = nn.Identity()
-    return network
-
-
-def _cut_head(network: nn.Module, name: str) -> int:
-    """Take the linear layers off the end of a network; the width of what it then returns."""
-    for head_name in ("fc", "classifier", "heads", "head"):
-        head = getattr(network, head_name, None)
-        if head is None:
-            continue
-        layers = list(head) if isinstance(head, nn.Sequential) else [head]
-        linear = [index for index, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
-        if linear:
-            kept = [layer for layer in layers[: linear[0]] if not isinstance(layer, nn.Dropout)]
-            setattr(network, head_name, nn.Sequential(*kept))
-            return cast(nn.Linear, layers[linear[0]]).in_features
-    raise ValueError(f"BackboneEmbedding: expected a network that ends in linear layers, got {name!r}; try 'resnet18'")

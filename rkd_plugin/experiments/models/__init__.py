@@ -1,0 +1,6 @@
+"""Models of the recipes, registered in torchdistill under their names; import this package to have them."""
+
+from rkd_plugin.experiments.models.classifiers import ImageClassifier
+from rkd_plugin.experiments.models.embeddings import BackboneEmbedding, Conv4Embedding, ConvEmbedding
+
+__all__ = ["BackboneEmbedding", "Conv4Embedding", "ConvEmbedding", "ImageClassifier"]
