@@ -81,12 +81,14 @@ def _parser() -> argparse.ArgumentParser:
         "reproduce", _reproduce, "run a whole table, or read what of it is there, and write tables and pictures",
         "reproduce quickstart", "reproduce quickstart --seeds 7 8 9 --out /tmp/table",
         "reproduce metric_learning/table1_cub200 recipe.data_root=/data/cub200 --rows cub200_rkd_da_128_x",
+        "reproduce classification/table4_cifar100 recipe.data_root=/data/cifar100 --fast",
     )  # fmt: skip
     reproduce.add_argument("suite", help="the name of a suite, or a YAML file")
     reproduce.add_argument("overrides", nargs="*", help=f"{OVERRIDES}, in every row")
     reproduce.add_argument("--out", type=Path, help="folder of runs and tables (default: runs/ and the suite's folder)")
     reproduce.add_argument("--seeds", type=int, nargs="+", help="instead of the suite's own")
     reproduce.add_argument("--rows", nargs="+", metavar="ROW", help="only these, and the teachers that they need")
+    reproduce.add_argument("--fast", action="store_true", help="the fraction of the schedule that the suite states")
 
     bench = verb(
         "bench", _bench, "time and memory of the losses beside torchdistill's own, or a recipe's training step",
@@ -164,7 +166,7 @@ def _eval(options: argparse.Namespace) -> int:
 def _reproduce(options: argparse.Namespace) -> int:
     from rkd_plugin.experiments.suite import reproduce
 
-    folder, table = reproduce(options.suite, options.out, options.seeds, options.rows, options.overrides)
+    folder, table = reproduce(options.suite, options.out, options.seeds, options.rows, options.overrides, options.fast)
     print(table)
     print(f"in {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())))
     return 0

@@ -61,7 +61,7 @@ def test_weights_by_name(monkeypatch):
 
 
 def test_errors(monkeypatch):
-    with pytest.raises(ValueError, match="Unknown model resnet19"):
+    with pytest.raises(ValueError, match=r"a network of torchvision or one of resnet8, .*, got 'resnet19'"):
         BackboneEmbedding("resnet19", 8, l2_normalize=True)
     with pytest.raises(ValueError, match="expected weights that torchvision has for resnet18, got 'IMAGENET'"):
         BackboneEmbedding("resnet18", 8, l2_normalize=True, weights="IMAGENET")

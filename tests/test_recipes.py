@@ -16,7 +16,12 @@ from rkd_plugin.experiments.recipe.signatures import arguments, mismatch
 
 # Every YAML under configs/: a new file is added here, and so to the tests below.
 ROWS = {"teacher", "triplet", "fitnet", "attention", "darkrank", "rkd_d", "rkd_a", "rkd_da"}
+METHODS = {"teacher", "baseline", "rkd_d", "rkd_a", "rkd_da", "hkd", "fitnet", "attention"}
+METHODS |= {f"{row}_rkd_da" for row in ("hkd", "fitnet", "attention")}
 SUITES = {
+    "classification/small_cifar100",
+    "classification/table4_cifar100",
+    "classification/table4_tiny_imagenet",
     "quickstart",
     "metric_learning/figure3",
     "metric_learning/small_birds",
@@ -30,6 +35,7 @@ TEST_SETS = {f"metric_learning/test_sets/{name}" for name in ("cars196", "cifar1
 RECIPES = {
     *(f"quickstart/{row}" for row in ("rkd_a", "rkd_d", "rkd_da", "student", "teacher")),
     *(f"metric_learning/{data}/{row}" for data in ("cars196", "cub200", "small_birds", "sop") for row in ROWS),
+    *(f"classification/{data}/{row}" for data in ("cifar100", "small_cifar100", "tiny_imagenet") for row in METHODS),
     *(f"metric_learning/class_folders/{row}" for row in ("rkd_da", "teacher")),
 }
 TEXT = find("quickstart/rkd_da").read_text(encoding="utf-8")
@@ -71,8 +77,12 @@ def test_every_recipe_is_without_problems(name):
 
 @pytest.mark.parametrize("name", sorted(SUITES))
 def test_every_suite_is_without_problems(name):
-    for row in read_suite(name)["rows"]:
+    suite = read_suite(name)
+    for row in suite["rows"]:
         assert check(read(row["recipe"], row.get("overrides", ()))) == []
+        if "fast" in suite:
+            fast = [*suite["fast"]["overrides"], *row.get("fast", ()), *row.get("overrides", ())]
+            assert check(read(row["recipe"], fast)) == []
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -95,8 +105,9 @@ def test_criterion_of_every_recipe_runs(name):
             for io in ("input", "output"):
                 for path in hooks.get(io, ()):
                     paths.setdefault(path, []).append(io)
-            # A path that says embedding, or nothing, is of vectors; the others are of maps.
-            shapes = {path: (8, 16) if path in (".", "regressors.embedding") else (8, 16, 3, 3) for path in paths}
+            # Outputs, hints of them and pooled features are vectors; the others are maps.
+            vectors = (".", "regressors.embedding", "backbone")
+            shapes = {path: (8, 16) if path in vectors else (8, 16, 3, 3) for path in paths}
             io_dict["teacher" if side == "teacher" else "student"] = {
                 path: {io: torch.randn(shapes[path], requires_grad=side != "teacher") for io in kinds}
                 for path, kinds in paths.items()

@@ -150,6 +150,22 @@ def test_overrides_reach_every_row_and_are_named(tmp_path):
         assert len(json.loads((tmp_path / f"{row}-seed3" / "result.json").read_text())["history"]) == 1
 
 
+def test_fast_is_the_stated_fraction_of_the_schedule(tmp_path):
+    rows = [{**SUITE["rows"][0], "overrides": SMALL[2:], "fast": ["recipe.samples_per_epoch=128"]}]
+    fast = {"label": "one epoch of twenty", "overrides": ["recipe.num_epochs=1", "recipe.samples_per_epoch=256"]}
+    name = written(tmp_path, rows=rows, panels=["teacher"], fast=fast)
+    folder, table = suites.reproduce(name, tmp_path, [3], fast=True)
+    assert folder == tmp_path / "fast"
+    assert "A small table (one epoch of twenty)" in table
+    recipe = of_folder(folder / "teacher-seed3")
+    assert recipe.settings["num_epochs"] == 1
+    assert recipe.settings["samples_per_epoch"] == 128
+    folder, _ = suites.reproduce(name, tmp_path / "two", [3], overrides=["recipe.num_epochs=2"], fast=True)
+    assert len(json.loads((folder / "teacher-seed3" / "result.json").read_text())["history"]) == 2
+    with pytest.raises(RecipeError, match=r"suite\.fast: no fast schedule is stated here"):
+        suites.reproduce(written(tmp_path), tmp_path, fast=True)
+
+
 def test_models_are_tested_on_other_data(reproduced, tmp_path, monkeypatch):
     """As Figure 3: each row on each set of test data, one row as it was built, without training."""
     _, folder, _ = reproduced

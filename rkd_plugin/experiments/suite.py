@@ -26,6 +26,7 @@ def reproduce(
     seeds: Sequence[int] | None = None,
     rows: Sequence[str] | None = None,
     overrides: Sequence[str] = (),
+    fast: bool = False,
 ) -> tuple[Path, str]:
     """Run the rows of a suite for every seed, and write ``<suite>.md``, ``<suite>.json`` and pictures.
 
@@ -39,23 +40,32 @@ def reproduce(
         seeds: instead of the suite's own.
         rows: names of some of the rows; their teachers are run as well. All, if not given.
         overrides: of every recipe, such as ``recipe.data_root=/data``; the table names them.
+        fast: run the fraction of the schedule that the suite states under ``fast``, in a folder of that name; the table
+            is labelled so.
 
     Returns:
         The folder, and the table in Markdown.
 
     Raises:
-        RecipeError: if the suite or any of its recipes has problems; nothing was run then.
+        RecipeError: if the suite or any of its recipes has problems, or it states no fast schedule; nothing was run
+            then.
     """
     suite = read_suite(name)
     suite["rows"] = _chosen(suite["rows"], rows)
     suite["overrides"] = list(overrides)
     stem = Path(name).with_suffix("")
     folder = (out or Path("runs", *stem.parts[-2:-1] or stem.parts)).absolute()
+    if fast:
+        folder /= "fast"
+        if "fast" not in suite:
+            raise RecipeError(name, [("suite.fast", "no fast schedule is stated here: run the suite without --fast")])
+        suite["title"] += f" ({suite['fast']['label']})"
     seeds = seeds or suite["seeds"]
     # Every recipe is read and checked before the first of them is run.
     tests = {key: read(recipe) for key, recipe in suite.get("test_sets", {}).items()}
     planned = [(seed, row, _folder(folder, row["name"], seed)) for seed in seeds for row in suite["rows"]]
-    recipes = [read(row["recipe"], _overrides(folder, row, seed, overrides)) for seed, row, _ in planned]
+    schedule = suite["fast"]["overrides"] if fast else None
+    recipes = [read(row["recipe"], _overrides(folder, row, seed, schedule, overrides)) for seed, row, _ in planned]
     for recipe in [*recipes, *tests.values()]:
         recipe.validate()
     results: dict[str, list[Result]] = {row["name"]: [] for row in suite["rows"]}
@@ -91,8 +101,11 @@ def _folder(folder: Path, row: str, seed: int) -> Path:
     return folder / f"{row}-seed{seed}"
 
 
-def _overrides(folder: Path, row: Result, seed: int, everywhere: Sequence[str]) -> list[str]:
-    overrides = [*everywhere, f"recipe.seed={seed}", *row.get("overrides", [])]
+def _overrides(
+    folder: Path, row: Result, seed: int, schedule: list[str] | None, everywhere: Sequence[str]
+) -> list[str]:
+    shorter = [] if schedule is None else [*schedule, *row.get("fast", [])]
+    overrides = [*shorter, *everywhere, f"recipe.seed={seed}", *row.get("overrides", [])]
     if "teacher" in row:
         overrides.append(f"recipe.teacher_checkpoint={_folder(folder, row['teacher'], seed) / 'last.pt'}")
     return overrides

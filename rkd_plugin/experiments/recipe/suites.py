@@ -12,11 +12,22 @@ from rkd_plugin.experiments.recipe.walking import Walk, each, of, section
 
 _ROW = section(
     {"name": of(str), "label": of(str), "recipe": of(str)},
-    {"teacher": of(str), "overrides": of(list[str]), "paper": each(of(float)), "trained": of(bool)},
+    {
+        "teacher": of(str),
+        "overrides": of(list[str]),
+        "fast": of(list[str]),
+        "paper": each(of(float)),
+        "trained": of(bool),
+    },
 )
 _SUITE = section(
     {"title": of(str), "metrics": each(of(str)), "seeds": of(list[int]), "rows": each(_ROW)},
-    {"panels": of(list[str]), "notes": of(str), "test_sets": each(of(str))},
+    {
+        "panels": of(list[str]),
+        "notes": of(str),
+        "test_sets": each(of(str)),
+        "fast": section({"label": of(str), "overrides": of(list[str])}),
+    },
 )
 
 
