@@ -74,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         help="a file; of a run also `last` or `best` (default: last; of a recipe: its model as it is built)",
     )
     evaluate.add_argument("--data", help="a recipe whose test data is taken instead")
-    evaluate.add_argument("--pictures", action="store_true", help="retrieval, map, distances and relations as PNG")
+    evaluate.add_argument(
+        "--pictures", action="store_true", help="retrieval or confusion, map, distances, relations as PNG"
+    )
     evaluate.add_argument("--out", type=Path, help="folder of the pictures (default: in the run, or runs/eval/RECIPE)")
 
     reproduce = verb(

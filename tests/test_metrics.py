@@ -1,4 +1,4 @@
-"""Retrieval: equal to a search by hand, whatever the ties, sizes and scales, and lean in memory."""
+"""Retrieval and accuracy: equal to a search by hand, whatever the ties, sizes and scales; retrieval lean in memory."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 
 from rkd_plugin.experiments import metrics
-from rkd_plugin.experiments.metrics import retrieval
+from rkd_plugin.experiments.metrics import Layer, classification, embed, retrieval
 
 
 def by_hand(outputs, labels, recall_at):
@@ -170,3 +170,57 @@ def test_memory_is_that_of_blocks():
 def test_errors(outputs, labels, recall_at, message):
     with pytest.raises(ValueError, match=message):
         retrieval(outputs, labels, recall_at)
+
+
+def test_accuracies_by_hand():
+    scores, labels = torch.randn(200, 9), torch.randint(9, (200,))
+    scores[torch.arange(200), labels] += 1
+    ranks = [sorted(range(9), key=row.__getitem__, reverse=True).index(label)
+             for row, label in zip(scores.tolist(), labels.tolist(), strict=True)]  # fmt: skip
+    expected = {f"top{k}": 100 * sum(rank < k for rank in ranks) / 200 for k in (1, 5)}
+    assert 20 < expected["top1"] < expected["top5"] < 100
+    assert classification(scores, labels) == expected
+
+
+def test_a_tie_or_nan_is_no_hit_and_few_classes_are_all_among_five():
+    assert classification(torch.zeros(4, 7), torch.arange(4)) == {"top1": 0, "top5": 0}
+    assert classification(torch.full((4, 7), torch.nan), torch.arange(4)) == {"top1": 0, "top5": 0}
+    assert classification(torch.zeros(4, 4), torch.arange(4)) == {"top1": 0, "top5": 100}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "message"),
+    [
+        (torch.zeros(4), torch.zeros(4), r"expected outputs \(M, C\) and labels \(M,\), got \(4,\) and \(4,\)"),
+        (torch.zeros(4, 2), torch.zeros(3), r"got \(4, 2\) and \(3,\)"),
+        (torch.zeros(0, 2), torch.zeros(0), r"got \(0, 2\) and \(0,\)"),
+        (
+            torch.zeros(4, 3),
+            torch.arange(4),
+            r"labels from 0 to 2, as the model has 3 outputs, got 0 to 3; set num_class",
+        ),
+        (torch.zeros(4, 3), torch.arange(4) - 1, r"labels from 0 to 2, as the model has 3 outputs, got -1 to 2"),
+    ],
+)
+def test_errors_of_accuracies(outputs, labels, message):
+    with pytest.raises(ValueError, match=f"^classification: expected .*{message.removeprefix('expected ')}"):
+        classification(outputs, labels)
+
+
+def test_one_pass_gives_outputs_and_features():
+    calls = []
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 2))
+    model.register_forward_hook(lambda *_: calls.append(1))
+    batches = [(torch.randn(5, 3), torch.arange(5)), (torch.randn(2, 3), torch.arange(2))]
+    images = torch.cat([batch for batch, _ in batches])
+    for io, expected in (("input", images), ("output", model[0](images))):
+        calls.clear()
+        outputs, labels, features = embed(model, batches, torch.device("cpu"), Layer(model[0], io, lambda x: 2 * x))
+        assert len(calls) == 2
+        torch.testing.assert_close(features, 2 * expected)
+        torch.testing.assert_close(outputs, model[2](model[0](images)))
+        assert labels.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert model.training
+    assert not model[0]._forward_hooks
+    outputs, _, features = embed(model, batches, torch.device("cpu"))
+    assert features is outputs

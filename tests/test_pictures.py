@@ -90,6 +90,54 @@ def test_equal_relations_lie_on_the_diagonal():
     assert distance.collections[0].get_array().sum() == 50 * 49 / 2
 
 
+def cells(figure):
+    """Numbers of a confusion picture by row and column, and the names of both."""
+    (axes,) = figure.axes
+    rows, columns = ([tick.get_text() for tick in ticks] for ticks in (axes.get_yticklabels(), axes.get_xticklabels()))
+    shown = {
+        (rows[int(text.get_position()[1])], columns[int(text.get_position()[0])]): text.get_text()
+        for text in axes.texts
+    }
+    return shown, rows, columns
+
+
+def predictions(pairs, classes=6):
+    """Scores and labels: for each pair of a true and a predicted class one row."""
+    labels, predicted = torch.tensor(pairs).T
+    return torch.nn.functional.one_hot(predicted, classes).float(), labels
+
+
+def test_confusion_shows_the_most_frequent_mistakes():
+    pairs = [(0, 0)] * 5 + [(0, 3)] * 3 + [(0, 5)] * 2 + [(3, 3)] * 6 + [(3, 0)] * 2 + [(5, 5)] * 4 + [(1, 1)] * 9
+    scores, labels = predictions([*pairs, (1, 2)])
+    figure = pictures.confusion(scores, labels, {0: "auk", 3: "jay"}, limit=2, listed=2)
+    shown, rows, columns = cells(figure)
+    assert rows == ["auk", "jay"]
+    assert columns == ["auk", "jay", "any other"]
+    assert shown == {
+        ("auk", "auk"): "50", ("auk", "jay"): "30", ("auk", "any other"): "20",
+        ("jay", "auk"): "25", ("jay", "jay"): "75",
+    }  # fmt: skip
+    assert figure.axes[0].get_title() == (
+        "8 of 32 are mistaken, most often:\n3 x auk taken for jay\n2 x auk taken for 5"
+    )
+
+
+def test_confusion_of_few_mistakes():
+    """Only the classes that have any; all of equal frequency in the order of their labels; a tie is a mistake."""
+    scores, labels = predictions([(4, 1), (2, 3), (0, 0), (5, 5)])
+    assert cells(pictures.confusion(scores, labels, {}))[1] == ["2", "3", "4", "1"]
+    scores, labels = predictions([(0, 0), (5, 5), (5, 5)])
+    figure = pictures.confusion(scores, labels, {})
+    assert cells(figure) == ({("0", "0"): "100", ("5", "5"): "100"}, ["0", "5"], ["0", "5", "any other"])
+    assert figure.axes[0].get_title() == "0 of 3 are mistaken"
+    shown, rows, _ = cells(pictures.confusion(torch.zeros(2, 2), torch.tensor([0, 0]), {}))
+    assert rows == ["0", "1"]
+    assert shown == {("0", "1"): "100"}
+    shown, rows, _ = cells(pictures.confusion(torch.zeros(2, 1), torch.tensor([0, 0]), {}))
+    assert shown == {("0", "0"): "100"}
+
+
 @pytest.mark.parametrize("rows", [torch.zeros(6, 3), torch.ones(2, 3), torch.arange(12.0).view(3, 4)])
 def test_degenerate_embeddings_are_drawn(rows, tmp_path):
     labels = torch.arange(len(rows)) // 2
@@ -106,20 +154,24 @@ def test_files_and_events(tmp_path):
     def draw(folder, events=None):
         torch.manual_seed(0)
         outputs = torch.randn(40, 5)
-        figures = {"map": pictures.embedding_map({"m": outputs}, LABELS), "pairs": pictures.relations(outputs, line())}
+        figures = {
+            "map": pictures.embedding_map({"m": outputs}, LABELS),
+            "pairs": pictures.relations(outputs, line()),
+            "confusion": pictures.confusion(outputs.repeat(1, 2), LABELS, {}),
+        }
         return pictures.save(figures, folder, events)
 
     with SummaryWriter(str(tmp_path / "events")) as events:
         paths = draw(tmp_path / "once", events)
     again = draw(tmp_path / "again")
-    assert [path.name for path in paths] == ["map.png", "pairs.png"]
+    assert [path.name for path in paths] == ["map.png", "pairs.png", "confusion.png"]
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
     for path in paths:
         with Image.open(path) as picture:
             assert min(picture.size) > 300
             assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 50
     written = EventAccumulator(str(tmp_path / "events")).Reload()
-    assert written.Tags()["images"] == ["map", "pairs"]
+    assert written.Tags()["images"] == ["map", "pairs", "confusion"]
 
 
 def test_matplotlib_is_loaded_by_the_first_picture_only():

@@ -19,6 +19,7 @@ ROWS = {"teacher", "triplet", "fitnet", "attention", "darkrank", "rkd_d", "rkd_a
 METHODS = {"teacher", "baseline", "rkd_d", "rkd_a", "rkd_da", "hkd", "fitnet", "attention"}
 METHODS |= {f"{row}_rkd_da" for row in ("hkd", "fitnet", "attention")}
 SUITES = {
+    "classification/crd_benchmark",
     "classification/small_cifar100",
     "classification/table4_cifar100",
     "classification/table4_tiny_imagenet",
@@ -36,6 +37,7 @@ RECIPES = {
     *(f"quickstart/{row}" for row in ("rkd_a", "rkd_d", "rkd_da", "student", "teacher")),
     *(f"metric_learning/{data}/{row}" for data in ("cars196", "cub200", "small_birds", "sop") for row in ROWS),
     *(f"classification/{data}/{row}" for data in ("cifar100", "small_cifar100", "tiny_imagenet") for row in METHODS),
+    *(f"classification/crd_benchmark/{row}" for row in ("alone", "kd", "rkd")),
     *(f"metric_learning/class_folders/{row}" for row in ("rkd_da", "teacher")),
 }
 TEXT = find("quickstart/rkd_da").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import torchvision  # noqa: F401  before torchdistill
 from torch import nn
 from torch.utils.data import RandomSampler, SequentialSampler, TensorDataset
 from torchdistill.common import yaml_util
-from torchdistill.common.main_util import import_dependencies, load_ckpt, save_ckpt
+from torchdistill.common.main_util import import_dependencies, load_ckpt, save_ckpt, set_seed
 from torchdistill.core.distillation import get_distillation_box
 from torchdistill.core.training import get_training_box
 from torchdistill.losses import mid_level
@@ -20,6 +20,7 @@ from torchdistill.losses.registry import (
     get_mid_level_loss,
     register_mid_level_loss,
 )
+from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
 import rkd_plugin
@@ -260,7 +261,7 @@ def train_config(**teacher):
     }
 
 
-def train_as_the_example_scripts_do(box):
+def train_as_the_example_scripts_do(box, after_epoch=lambda: None):
     device = torch.device("cpu")
     losses = []
     for epoch in range(box.num_epochs):
@@ -269,8 +270,32 @@ def train_as_the_example_scripts_do(box):
             loss = box.forward_process(sample_batch.to(device), targets.to(device), supp_dict)
             box.post_forward_process(loss)
             losses.append(loss.item())
+        after_epoch()
         box.post_epoch_process()
     return losses
+
+
+def build_as_the_example_scripts_do(path, seed):
+    """What torchdistill's script for image classification builds of a YAML file: student, teacher, box."""
+    set_seed(seed)
+    config = yaml_util.load_yaml_file(str(path))
+    import_dependencies(config["dependencies"])
+
+    def load(side):
+        if side not in config["models"]:
+            return None
+        described = config["models"][side]
+        model = get_image_classification_model(described, False)
+        if model is None:
+            model = get_model(described["key"], described.get("repo_or_dir"), **described["kwargs"])
+        load_ckpt(described.get("src_ckpt"), model=model, strict=True)
+        return model
+
+    teacher = load("teacher_model")
+    student = load("student_model" if "student_model" in config["models"] else "model")
+    common = (config["datasets"], config["train"], torch.device("cpu"), None, False, 1)
+    box = get_distillation_box(teacher, student, *common) if teacher else get_training_box(student, *common)
+    return student, teacher, box
 
 
 def distill(forward_proc):
@@ -317,23 +342,11 @@ def test_quickstart_runs_through_the_hosts_own_classes(tmp_path):
             "runs/quickstart", str(tmp_path)
         )
         (tmp_path / f"{name}.yaml").write_text(text.replace("num_epochs 8", "num_epochs 2"))
-        config = yaml_util.load_yaml_file(str(tmp_path / f"{name}.yaml"))
-        import_dependencies(config["dependencies"])
-        models, device = config["models"], torch.device("cpu")
-        student_config = models["student_model"] if "student_model" in models else models["model"]
-        torch.manual_seed(0)
-        student = get_model(student_config["key"], None, **student_config["kwargs"])
-        common = (config["datasets"], config["train"], device, None, False, 1)
-        if "teacher_model" in models:
-            teacher = get_model(models["teacher_model"]["key"], None, **models["teacher_model"]["kwargs"])
-            load_ckpt(models["teacher_model"]["src_ckpt"], model=teacher)
-            before = copy.deepcopy(teacher.state_dict())
-            box = get_distillation_box(teacher, student, *common)
-        else:
-            box = get_training_box(student, *common)
+        student, teacher, box = build_as_the_example_scripts_do(tmp_path / f"{name}.yaml", seed=0)
+        before = teacher and copy.deepcopy(teacher.state_dict())
         losses = train_as_the_example_scripts_do(box)
         assert sum(losses[-10:]) < sum(losses[:10])
-        if "teacher_model" in models:
+        if teacher:
             assert all(torch.equal(value, teacher.state_dict()[key]) for key, value in before.items())
         else:
             save_ckpt(student, box.optimizer, box.lr_scheduler, 0.0, None, str(checkpoint))

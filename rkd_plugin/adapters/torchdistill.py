@@ -103,12 +103,13 @@ class HookedLoss(nn.Module):
     def forward(self, student: Tensor | Hooked, teacher: Tensor | Hooked, *_: Any) -> Tensor:
         """The host's dictionaries, or, under ``SimpleLossWrapper``, two tensors; further arguments are not needed."""
         try:
-            loss: Tensor = super().forward(self._embeddings("student", student), self._embeddings("teacher", teacher))
+            loss: Tensor = super().forward(self.embeddings("student", student), self.embeddings("teacher", teacher))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self}: {error}") from error
         return loss
 
-    def _embeddings(self, side: str, source: Tensor | Hooked) -> Tensor:
+    def embeddings(self, side: str, source: Tensor | Hooked) -> Tensor:
+        """``(N, D)``: what the loss compares of a side's hooked module, pooled and scaled as the options say."""
         path = self.paths[side]
         if isinstance(source, Mapping):
             if path is None:

@@ -22,9 +22,11 @@ from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
 from rkd_plugin.adapters.torchdistill import seed_epoch
-from rkd_plugin.experiments.files import read_checkpoint
-from rkd_plugin.experiments.metrics import EVALUATORS, embed
+from rkd_plugin.experiments.features import compared
+from rkd_plugin.experiments.files import load_weights, read_checkpoint
+from rkd_plugin.experiments.metrics import EVALUATORS, Layer, check_classes, embed
 from rkd_plugin.experiments.recipe import Recipe, read
+from rkd_plugin.experiments.recipe.schema import stages
 
 
 class Experiment:
@@ -36,6 +38,7 @@ class Experiment:
 
     def __init__(self, recipe: Recipe) -> None:
         self.settings = recipe.settings
+        self.path = recipe.path
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.layout = torch.channels_last if self.settings.get("channels_last") else torch.preserve_format
         self.seed(0)
@@ -67,8 +70,13 @@ class Experiment:
             model = get_model(config["key"], config.get("repo_or_dir"), **config["kwargs"])
         if config.get("src_ckpt"):
             # torchdistill goes on with random weights where this file is missing, and executes what it holds.
-            model.load_state_dict(read_checkpoint(Path(config["src_ckpt"]))["model"])
+            path = Path(config["src_ckpt"])
+            load_weights(model, read_checkpoint(path, "model")["model"], path, str(self.path))
         built: nn.Module = model.to(self.device, memory_format=self.layout)
+        if self.settings.get("compile"):
+            # Compiled code has to see the hooks of a later stage; few sizes of batches occur, each worth its own code.
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
+            built.compile(dynamic=False)
         return built
 
     def teacher(self) -> nn.Module | None:
@@ -89,13 +97,33 @@ class Experiment:
         teacher = self.teacher()  # first, as in torchdistill's scripts: both draw their weights from one seed
         student = self.student
         common = (self.config["datasets"], self.config["train"], self.device, None, False, 1)
-        return get_distillation_box(teacher, student, *common) if teacher else get_training_box(student, *common)
+        box = get_distillation_box(teacher, student, *common) if teacher else get_training_box(student, *common)
+        if self.settings["task"] == "classification":
+            self._check_labels()  # after the box, which draws weights as well
+        return box
 
-    def embed(self, model: nn.Module, loader: Any) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def _check_labels(self) -> None:
+        """Cross-entropy meets a label that is no class of the model in the middle of a run, and does not say so."""
+        names = ("train_data_loader", "val_data_loader")
+        loaders = [stage[name] for stage in stages(self.config).values() for name in names if stage.get(name)]
+        for name in dict.fromkeys(loader["dataset_id"] for loader in loaders):
+            dataset = self.config["datasets"][name]
+            labels = set(map(int, getattr(dataset, "targets", ())))
+            if labels and isinstance(image := dataset[0][0], Tensor):
+                if getattr(dataset, "target_transform", None) is not None:
+                    labels = set(map(dataset.target_transform, labels))
+                # What `compile` compiles is calling the model, which is not worth it for one image.
+                scores = self.student.eval().forward(self.place(image[None]))
+                check_classes(scores.shape[1], torch.tensor(sorted(labels)), f"datasets.{name}")
+        self.student.train()
+
+    def embed(self, model: nn.Module, loader: Any, layer: Layer | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """See `metrics.embed`, in the recipe's precision and memory layout."""
+        batches = ((self.place(images), labels) for images, labels, *_ in loader)
         with self.precision():
-            outputs, labels = embed(model, ((self.place(images), labels) for images, labels, *_ in loader), self.device)
-        return outputs.float(), labels
+            outputs, labels, features = embed(model, batches, self.device, layer)
+        return outputs.float(), labels, features.float()
 
     def measure(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """The task's metrics, with what the recipe says of them (such as ``recipe.recall_at``)."""
@@ -110,11 +138,15 @@ class Experiment:
 
 
 class Evaluation(NamedTuple):
-    """Test data as a model sees it: metrics, embeddings ``(M, D)``, labels ``(M,)``, and where they came from."""
+    """Test data as a model sees it: metrics, outputs ``(M, D)``, labels ``(M,)``, and where they came from.
+
+    ``features`` ``(M, E)`` are what RKD compares: of an image classifier see `compared`, else the outputs.
+    """
 
     metrics: dict[str, float]
     outputs: Tensor
     labels: Tensor
+    features: Tensor
     loader: Any
     experiment: Experiment
 
@@ -129,23 +161,25 @@ def evaluate(recipe: Recipe, checkpoint: Path | None = None, data: Recipe | None
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: if the checkpoint is none, or of another model.
+        ValueError: if the checkpoint is none, or of another model; if ``data`` is of another task.
     """
     for described in (recipe, *([data] if data else [])):
         described.validate()
-    weights = None if checkpoint is None else read_checkpoint(checkpoint)["model"]
+    if data and data.settings["task"] != recipe.settings["task"]:
+        raise ValueError(
+            f"expected test data of the model's task, {recipe.settings['task']}, got {data.settings['task']} in "
+            f"{data.path}; name a recipe of that task with --data"
+        )
+    # Read before any data is.
+    weights = None if checkpoint is None else read_checkpoint(checkpoint, "model")["model"]
     experiment = Experiment(recipe)
-    if weights is not None:
-        try:
-            experiment.student.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{checkpoint} holds another model than {recipe.path} describes; give the run's own folder"
-            ) from error
+    if checkpoint is not None:
+        load_weights(experiment.student, weights, checkpoint, str(recipe.path))
     source = Experiment(data) if data else experiment
     loader = source.test_loader()
-    outputs, labels = experiment.embed(experiment.student, loader)
-    return Evaluation(source.measure(outputs, labels), outputs, labels, loader, experiment)
+    layer = compared(experiment.config, experiment.student, "student")
+    outputs, labels, features = experiment.embed(experiment.student, loader, layer)
+    return Evaluation(source.measure(outputs, labels), outputs, labels, features, loader, experiment)
 
 
 def of_folder(folder: Path, overrides: Sequence[str] = ()) -> Recipe:

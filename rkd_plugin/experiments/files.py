@@ -1,15 +1,20 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and weights that fit or are refused."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+SHOWN = 3  # names of tensors in a message
 
 
 @contextmanager
@@ -43,19 +48,91 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         torch.save(content, temporary)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, *parts: str) -> dict[str, Any]:
     """Tensors and plain values of a checkpoint; nothing in it is executed.
+
+    Args:
+        path: of the file.
+        parts: what it must hold, such as ``"model"``.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if the file is no checkpoint that can be read without executing what it holds.
+        ValueError: if the file is no checkpoint that can be read without executing what it holds, or lacks a part.
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint at {path}, found none; train that model first")
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of other kinds, which the error tells as well
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds for a file that is not its own
+        # Its own words fill a page and advise to execute the file.
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = f"it names {refused[1]}, which would be executed" if refused else "it is cut, or of another kind"
         raise ValueError(
-            f"expected a checkpoint of tensors and plain values at {path}, could not read it: {error}"
+            f"expected a checkpoint of tensors and plain values at {path}, could not read it, as {found}; give a file "
+            "that `rkd run` wrote"
         ) from error
+    held = list(content) if isinstance(content, dict) else []
+    if not isinstance(content, dict) or any(part not in content for part in parts):
+        raise ValueError(
+            f"expected a checkpoint with {', '.join(parts) or 'its parts by name'} at {path}, got "
+            f"{_first(held, 'nothing') if isinstance(content, dict) else type(content).__name__}; give a file that "
+            "`rkd run` wrote, or save the weights as {'model': state_dict}"
+        )
     return content
+
+
+def load_weights(module: nn.Module, weights: Any, path: Path, source: str) -> None:
+    """Load weights into a module, which they must fit.
+
+    Args:
+        module: what they are loaded into.
+        weights: its ``state_dict``, as a checkpoint holds it.
+        path: of that checkpoint, for the message.
+        source: what describes the module, for the message, such as the path of a recipe.
+
+    Raises:
+        ValueError: if the weights are of another module: how many outputs both have, if only the last layer differs,
+            else the first tensors that differ in name or shape.
+    """
+    try:
+        module.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:  # a line for each tensor
+        given = weights if isinstance(weights, dict) else {}
+        raise ValueError(
+            f"{path} holds another model than {source} describes, {type(module).__name__}: "
+            + _difference(
+                *({name: _shape(value) for name, value in state.items()} for state in (given, module.state_dict()))
+            )
+        ) from error
+
+
+def _difference(got: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Of two models, by the shapes of their tensors, and what to do."""
+    missing, unknown = [name for name in wanted if name not in got], [name for name in got if name not in wanted]
+    reshaped = [name for name in wanted if name in got and got[name] != wanted[name]]
+    last = next(reversed(wanted), "").rpartition(".")[0]
+    is_width = [
+        name.startswith(f"{last}.") and len(got[name]) == len(wanted[name]) > 0 and got[name][1:] == wanted[name][1:]
+        for name in reshaped
+    ]
+    if reshaped and not missing and not unknown and all(is_width):
+        count, due = got[reshaped[0]][0], wanted[reshaped[0]][0]
+        return (
+            f"its last layer, {last}, has {count} outputs, where {due} were expected; set num_classes (or the width of "
+            f"the embedding) to {count}, or give a checkpoint of {due}"
+        )
+    shapes = [f"{name} is {got[name]} instead of {wanted[name]}" for name in reshaped]
+    found = {"it lacks ": missing, "it has also ": unknown, "": shapes}
+    differences = "; ".join(f"{what}{_first(which)}" for what, which in found.items() if which)
+    return f"{differences}; give the checkpoint of that model, or change the recipe's model"
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _first(names: Sequence[Any], none: str = "") -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return (", ".join(map(str, names[:SHOWN])) or none) + more

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,39 @@ BLOCK = 2**24  # distances at once, 128 MiB in float64
 TIE = 256
 
 
+class Layer(NamedTuple):
+    """A module inside a model, ``"input"`` or ``"output"`` of it, and how that becomes features ``(N, E)``."""
+
+    module: nn.Module
+    io: str
+    rows: Callable[[Tensor], Tensor]
+
+
 @torch.no_grad()
-def embed(model: nn.Module, batches: Iterable[Sequence[Any]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Outputs ``(M, D)`` of ``model`` in eval mode, and labels ``(M,)``, for all batches of images and labels."""
+def embed(
+    model: nn.Module, batches: Iterable[Sequence[Any]], device: torch.device, layer: Layer | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``model`` in eval mode makes of all batches of images and labels, in one pass.
+
+    Returns:
+        Outputs ``(M, D)``, labels ``(M,)``, and features ``(M, E)`` of ``layer``, without one the outputs again.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        seen["features"] = layer.rows(inputs[0] if layer.io == "input" else output) if layer else output
+
     training = model.training
     model.eval()
-    embedded = [(model(images.to(device)), labels.to(device)) for images, labels, *_ in batches]
+    embedded = []
+    with layer.module.register_forward_hook(keep) if layer else nullcontext():
+        for images, labels, *_ in batches:
+            outputs = model(images.to(device))
+            embedded.append((outputs, labels.to(device), seen.pop("features") if layer else outputs))
     model.train(training)
-    outputs, labels = zip(*embedded, strict=True)
-    return torch.cat(outputs), torch.cat(labels)
+    outputs, labels, features = zip(*embedded, strict=True)
+    whole = torch.cat(outputs)
+    return whole, torch.cat(labels), torch.cat(features) if layer else whole
 
 
 @torch.no_grad()
@@ -138,11 +163,11 @@ def classification(outputs: Tensor, labels: Tensor) -> dict[str, float]:
     return {f"top{k}": 100 * int((place <= k).sum()) / len(labels) for k in (1, 5)}
 
 
-def check_classes(count: int, labels: Tensor) -> None:
-    """Raise ValueError if a label is not one of ``count`` classes."""
+def check_classes(count: int, labels: Tensor, where: str = "classification") -> None:
+    """Raise ValueError, which begins with ``where``, if a label is not one of ``count`` classes."""
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < count:
         raise ValueError(
-            f"classification: expected labels from 0 to {count - 1}, as the model has {count} outputs, got "
+            f"{where}: expected labels from 0 to {count - 1}, as the model has {count} outputs, got "
             f"{int(labels.min())} to {int(labels.max())}; set num_classes to the number of classes of the data"
         )
 

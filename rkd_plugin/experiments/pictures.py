@@ -178,6 +178,59 @@ def relations(student: Tensor, teacher: Tensor, limit: int = 1000, triplets: int
     return figure
 
 
+def confusion(scores: Tensor, labels: Tensor, names: Mapping[int, str], limit: int = 15, listed: int = 5) -> Figure:
+    """The classes that are mistaken for each other most often: what share of each is taken for which.
+
+    In percent of a true class's images, which add up to 100 in every row; the last column is all other classes. Of two
+    equal scores that of another class counts as higher, as in `metrics.classification`.
+
+    Args:
+        scores: ``(M, C)``.
+        labels: classes ``(M,)``, below C.
+        names: label -> name; a class without one is shown as its label.
+        limit: classes that are shown: those of the most frequent mistakes.
+        listed: mistakes that the title counts.
+    """
+    scores, labels = scores.cpu(), labels.cpu().long()
+    own, others = scores.gather(1, labels[:, None]), scores.scatter(1, labels[:, None], -torch.inf).max(1)
+    predicted = torch.where(own[:, 0] > others.values, labels, others.indices)
+    wrong = (predicted != labels).nonzero()[:, 0]
+    pairs, counts = torch.unique(torch.stack([labels[wrong], predicted[wrong]], 1), dim=0, return_counts=True)
+    frequent = counts.argsort(descending=True, stable=True)
+    ranked = list(zip(pairs[frequent].tolist(), counts[frequent].tolist(), strict=True))
+    classes = list(dict.fromkeys(label for pair, _ in ranked for label in pair))[:limit]
+    classes = classes or torch.unique(labels)[:limit].tolist()  # no mistakes: nothing to choose by
+    place = torch.full((scores.shape[1],), len(classes))
+    place[classes] = torch.arange(len(classes))
+    shares = torch.zeros(len(classes), len(classes) + 1)
+    for row, label in enumerate(classes):
+        found = torch.bincount(place[predicted[labels == label]], minlength=len(classes) + 1)
+        shares[row] = 100 * found / found.sum().clamp(min=1)
+
+    def name(label: int) -> str:
+        return names.get(label, str(label))
+
+    figure = _figure(3.5 + 0.45 * len(classes), 3.5 + 0.4 * len(classes))
+    axes = figure.add_subplot()
+    right = torch.eye(*shares.shape, dtype=torch.bool)
+    mistaken = ~right
+    mistaken[:, -1] = False
+    for colours, cells in (("Greens", right), ("Reds", mistaken)):
+        shown = np.ma.masked_array(shares.numpy(), ~(cells & (shares > 0)).numpy())
+        # Never the darkest colours, on which no number could be read.
+        axes.imshow(shown, cmap=colours, vmin=0, vmax=1.5 * max([1.0, *shares[cells].tolist()]), aspect="auto")
+    for row, column in (shares > 0).nonzero().tolist():
+        axes.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", fontsize=8)
+    axes.axvline(len(classes) - 0.5, color="black", linewidth=1)
+    axes.set_xticks(range(len(classes) + 1), [*map(name, classes), "any other"], rotation=60, ha="right", fontsize=8)
+    axes.set_yticks(range(len(classes)), [name(label) for label in classes], fontsize=8)
+    axes.set(xlabel="taken for", ylabel="true class, 100 % a row")
+    mistakes = [f"{count} x {name(true)} taken for {name(taken)}" for (true, taken), count in ranked[:listed]]
+    heading = f"{len(wrong):,} of {len(labels):,} are mistaken" + (", most often:" if mistakes else "")
+    axes.set_title("\n".join([heading, *mistakes]), fontsize=9)
+    return figure
+
+
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rkd_plugin.experiments import pictures as draw
 from rkd_plugin.experiments.experiment import Evaluation, evaluate, of_folder
+from rkd_plugin.experiments.features import compared
 from rkd_plugin.experiments.runner import events_in
 
 Result = dict[str, Any]
@@ -98,26 +99,43 @@ def suite_pictures(suite: Result, stem: Path, results: dict[str, list[Result]], 
 def evaluation_pictures(evaluation: Evaluation, folder: Path) -> list[Path]:
     """What a model makes of its test data, as PNG and TensorBoard events in ``folder``.
 
-    ``retrieval``, ``embedding_map`` and ``distances``; with a teacher in the recipe also ``relations``: the teacher's
-    distances and angles against the student's.
+    ``retrieval``, or of image classification ``confusion``; ``embedding_map`` and ``distances``; with a teacher in the
+    recipe also ``relations``: the teacher's distances and angles against the student's. All but the first show what
+    RKD compares, which of a classifier is not its scores; see `compared`.
 
     Raises:
         ModuleNotFoundError: without matplotlib.
     """
     experiment, labels = evaluation.experiment, evaluation.labels
-    models = {"student": evaluation.outputs}
+    models = {"student": evaluation.features}
     teacher = experiment.teacher()
     if teacher is not None:
-        models["teacher"], _ = experiment.embed(teacher, evaluation.loader)
-    figures = {
-        "retrieval": draw.retrieval_panel(models, labels, _image(evaluation)),
+        layer = compared(experiment.config, teacher, "teacher")
+        *_, models["teacher"] = experiment.embed(teacher, evaluation.loader, layer)
+    if experiment.settings["task"] == "classification":
+        first = {"confusion": draw.confusion(evaluation.outputs, labels, class_names(evaluation.loader.dataset))}
+    else:
+        first = {"retrieval": draw.retrieval_panel(models, labels, _image(evaluation))}
+    figures = first | {
         "embedding_map": draw.embedding_map(models, labels),
-        "distances": draw.distance_histograms(evaluation.outputs, models.get("teacher"), labels),
+        "distances": draw.distance_histograms(evaluation.features, models.get("teacher"), labels),
     }
     if "teacher" in models:
-        figures["relations"] = draw.relations(evaluation.outputs, models["teacher"])
+        figures["relations"] = draw.relations(evaluation.features, models["teacher"])
     with events_in(folder) as events:
         return draw.save(figures, folder, events)
+
+
+def class_names(dataset: Any) -> dict[int, str]:
+    """Label -> name, where a data set, or what it wraps, tells its ``classes`` as torchvision's do."""
+    while not hasattr(dataset, "classes"):
+        wrapped = getattr(dataset, "dataset", None) or getattr(dataset, "org_dataset", None)
+        if wrapped is None:
+            return {}
+        dataset = wrapped
+    # A data set of some of the classes keeps the labels of all.
+    labels = getattr(dataset, "class_to_idx", None) or {name: label for label, name in enumerate(dataset.classes)}
+    return {label: name for name, label in labels.items()}
 
 
 def _image(evaluation: Evaluation) -> Any:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from rkd_plugin.bench import environment
 from rkd_plugin.experiments.experiment import Experiment
-from rkd_plugin.experiments.files import read_checkpoint, write_checkpoint, write_json, write_text
+from rkd_plugin.experiments.files import load_weights, read_checkpoint, write_checkpoint, write_json, write_text
 from rkd_plugin.experiments.recipe import Recipe
 
 
@@ -34,6 +34,7 @@ def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
 
     Raises:
         RecipeError: if the recipe has problems.
+        ValueError: if a checkpoint is none, or of another model, or a label is no class of the model.
         FileExistsError: if the folder holds a run of another recipe.
         FloatingPointError: if the loss is no longer finite; the last checkpoint stays.
     """
@@ -74,7 +75,8 @@ def _train(
                 total += loss
                 bar.update()
             rate = box.optimizer.param_groups[0]["lr"]
-            metrics = experiment.measure(*experiment.embed(experiment.student, box.val_data_loader))
+            outputs, labels, _ = experiment.embed(experiment.student, box.val_data_loader)
+            metrics = experiment.measure(outputs, labels)
             box.post_epoch_process()
             history.append(
                 {
@@ -131,15 +133,15 @@ def _resume(path: Path, student: nn.Module, box: Any) -> list[dict[str, Any]]:
         stray.unlink()
     if not path.is_file():
         return []
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, "model", "trained", "optimizer", "lr_scheduler", "steps", "history")
     history: list[dict[str, Any]] = checkpoint["history"]
     # A box of several stages has to reach the stage of the checkpoint before it can take its state.
     while getattr(box, "current_epoch", len(history)) < len(history):
         box.current_epoch += 1
         if box.current_epoch == box.stage_end_epoch and box.current_epoch < box.num_epochs:
             box.advance_to_next_stage()
-    student.load_state_dict(checkpoint["model"])
-    _trained(box).load_state_dict(checkpoint["trained"])
+    for module, part in ((student, "model"), (_trained(box), "trained")):
+        load_weights(module, checkpoint[part], path, str(path.with_name("recipe.yaml")))
     box.optimizer.load_state_dict(checkpoint["optimizer"])
     if box.lr_scheduler is not None:
         box.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])

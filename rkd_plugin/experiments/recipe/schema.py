@@ -284,7 +284,12 @@ def _train(walk: Walk, value: Any, path: str) -> None:
 
 _SETTINGS = section(
     {"task": one_of("task", lambda: EVALUATORS), "seed": _WHOLE},
-    {"precision": of(Literal["float32", "bf16"]), "channels_last": _FLAG, "recall_at": of(list[int])},
+    {
+        "precision": of(Literal["float32", "bf16"]),
+        "channels_last": _FLAG,
+        "compile": _FLAG,
+        "recall_at": of(list[int]),
+    },
     is_open=True,
 )
 _DATA: dict[str, Spec] = {"recipe": _SETTINGS, "dependencies": _dependencies, "datasets": of(dict)}
