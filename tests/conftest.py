@@ -1,8 +1,11 @@
-"""Device and dtype from the command line, the one table of tolerances, and a fresh seed for every test."""
+"""Device and dtype from the command line, the one table of tolerances, a fresh seed for every test, a web server."""
 
 from __future__ import annotations
 
+import functools
 import random
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -56,3 +59,19 @@ def tolerance(dtype: torch.dtype) -> float:
 def _seed() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A folder and its address on a web server of this machine."""
+
+    class Silent(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    folder = tmp_path / "web"
+    folder.mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01]).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()

@@ -1,13 +1,10 @@
 """Data sets in their true layout on disk: what is read, what is refused, and nothing that is fetched unasked."""
 
-import functools
 import hashlib
 import io
 import pickle
 import tarfile
-import threading
 import zipfile
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -180,22 +177,6 @@ def archive_of(folder, kind):
         with tarfile.open(fileobj=buffer, mode="w:gz") as tarred:
             tarred.add(folder, ".")
     return buffer.getvalue()
-
-
-@pytest.fixture
-def web(tmp_path):
-    """A folder and its address on a web server of this machine."""
-
-    class Silent(SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    folder = tmp_path / "web"
-    folder.mkdir()
-    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=folder)) as server:
-        threading.Thread(target=server.serve_forever, args=[0.01]).start()
-        yield folder, f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 def serve(monkeypatch, web, data_set, content, md5=None):

@@ -20,11 +20,14 @@ from rkd_plugin.experiments.runner import steps_of
 
 WARM_UPS = 2
 ROUNDS = 3
+PLAIN = {"precision": "float32", "channels_last": False, "compile": False}
 SWITCHES: dict[str, dict[str, Any]] = {
-    "rkd run": {"precision": "float32", "channels_last": False},
-    "rkd run, channels_last": {"precision": "float32", "channels_last": True},
-    "rkd run, bf16": {"precision": "bf16", "channels_last": False},
-    "rkd run, bf16, channels_last": {"precision": "bf16", "channels_last": True},
+    "rkd run": PLAIN,
+    "rkd run, channels_last": {**PLAIN, "channels_last": True},
+    "rkd run, compile": {**PLAIN, "compile": True},
+    "rkd run, bf16": {**PLAIN, "precision": "bf16"},
+    "rkd run, bf16, channels_last": {**PLAIN, "precision": "bf16", "channels_last": True},
+    "rkd run, bf16, channels_last, compile": {"precision": "bf16", "channels_last": True, "compile": True},
 }
 
 
@@ -32,7 +35,7 @@ def throughput(recipe: Recipe, steps: int) -> str:
     """A Markdown table of the median time of a training step, data loading included.
 
     The contenders take turns, so that a noisy machine is noisy for all: torchdistill's boxes in the loop of its example
-    scripts, in `runner`'s loop, with each switch of a recipe, and the data loader with no model at all.
+    scripts, in `runner`'s loop, with each switch that the recipe names, and the data loader with no model at all.
 
     Args:
         recipe: what is trained; nothing is written.
@@ -43,10 +46,14 @@ def throughput(recipe: Recipe, steps: int) -> str:
         ValueError: if it has fewer steps in an epoch than are asked for.
     """
     recipe.validate()
-    plain = _switched(recipe, SWITCHES["rkd run"])
+    plain = _switched(recipe, PLAIN)
     contenders: dict[str, Callable[[], Iterator[Any]]] = {
         "torchdistill's loop": _loop(plain, _as_torchdistill),
-        **{name: _loop(_switched(recipe, switches), steps_of) for name, switches in SWITCHES.items()},
+        **{
+            name: _loop(_switched(recipe, switches), steps_of)
+            for name, switches in SWITCHES.items()
+            if not switches["compile"] or "compile" in recipe.settings  # it takes a minute, and a recipe may lack it
+        },
         "data alone": _loop(plain, lambda _, box: iter(box.train_data_loader)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}

@@ -15,6 +15,7 @@ from torchdistill.models.classification.wide_resnet import WideBasicBlock, WideR
 from torchvision.models import mobilenet_v2, shufflenet_v2_x1_0
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import VGG, make_layers
+from torchvision.ops import Conv2dNormActivation
 
 
 class WideStemResNet(ResNet4Cifar):
@@ -107,6 +108,9 @@ def _half_mobilenet(**options: Any) -> nn.Module:
     network: nn.Module = mobilenet_v2(
         width_mult=0.5, round_nearest=1, inverted_residual_setting=blocks, dropout=0.0, **options
     )
+    # RepDistiller's first block has a 1 x 1 convolution though its factor is 1; unlike here, all its units are ReLU.
+    first = cast(nn.Sequential, cast(nn.Sequential, network.features)[1].conv)
+    first.insert(0, Conv2dNormActivation(16, 16, kernel_size=1, activation_layer=nn.ReLU6))
     return network
 
 
