@@ -19,6 +19,7 @@ from rkd_plugin.experiments.recipe import find, read, read_suite
 from rkd_plugin.experiments.runner import run
 from tests.test_torchdistill import build_as_the_example_scripts_do, train_as_the_example_scripts_do
 
+SWITCHED_OFF = ["recipe.channels_last=False"]  # a switch of `rkd run`, which rounds in another order
 ROWS = [
     "teacher", "baseline", "rkd_d", "rkd_a", "rkd_da", "hkd", "hkd_rkd_da", "fitnet", "fitnet_rkd_da", "attention",
     "attention_rkd_da",
@@ -49,6 +50,7 @@ def published(cifar, monkeypatch):
     monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
     monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": md5["meta"]})
     monkeypatch.chdir(cifar)
+    run(read("classification/small_cifar100/teacher", SWITCHED_OFF), cifar / "runs/small_cifar100/teacher")
     return cifar
 
 
@@ -65,8 +67,7 @@ def accuracies(student, loader):
 @pytest.mark.parametrize("row", ROWS)
 def test_an_unmodified_recipe_in_torchdistills_script_gives_the_numbers_of_rkd_run(published, row):
     name = f"classification/small_cifar100/{row}"
-    # The memory layout is a switch of `rkd run`, which rounds in another order.
-    result = run(read(name, ["recipe.channels_last=False"]), published / "runs" / "small_cifar100" / row)
+    result = run(read(name, SWITCHED_OFF), published / "runs" / "small_cifar100" / row)
     student, teacher, box = build_as_the_example_scripts_do(find(name), seed=0)
     before = {key: value.clone() for key, value in (teacher or student).state_dict().items()}
     history = []
@@ -106,6 +107,26 @@ def test_the_papers_networks_train_in_torchdistills_script(published, row, tmp_p
     losses = train_as_the_example_scripts_do(box)
     assert len(losses) == (4 if row.startswith("fitnet") else 2)
     assert all(np.isfinite(losses))
+
+
+def test_compiled_models_are_seen_by_the_hooks_of_every_stage(published, monkeypatch):
+    """Traced as for a compiler, which is left out: it would take a minute."""
+    plain = published / "runs" / "small_cifar100" / "fitnet_rkd_da"
+    compiled = []
+
+    def traced(module, **options):
+        compiled.append(type(module).__name__)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    name = "classification/small_cifar100/fitnet_rkd_da"
+    expected = run(read(name, SWITCHED_OFF), plain)
+    assert compiled == []
+    result = run(read(name, [*SWITCHED_OFF, "recipe.compile=True"]), plain.with_name("compiled"))
+    assert compiled == ["ImageClassifier"] * 2
+    assert [epoch["loss"] for epoch in result["history"]] == pytest.approx(
+        [epoch["loss"] for epoch in expected["history"]], rel=1e-4
+    )
 
 
 # The paper's sums, by hand

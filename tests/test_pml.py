@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
 import io
 import itertools
 import math
+import os
 import pickle
 import re
 from pathlib import Path
