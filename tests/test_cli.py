@@ -46,7 +46,7 @@ def test_run_and_eval_say_the_same(tmp_path, capsys):
     assert capsys.readouterr().out.split() == final[1:]
 
 
-def test_eval_draws_pictures(tmp_path, capsys):
+def test_eval_draws_pictures(tmp_path, capsys, monkeypatch):
     assert main(["run", "quickstart/teacher", *SMALL, "--out", str(tmp_path / "teacher")]) == 0
     overrides = [*SMALL, f"recipe.teacher_checkpoint={tmp_path / 'teacher' / 'last.pt'}"]
     assert main(["run", "quickstart/rkd_da", *overrides, "--out", str(tmp_path / "student")]) == 0
@@ -57,6 +57,11 @@ def test_eval_draws_pictures(tmp_path, capsys):
     assert {path.name for path in printed} == names
     assert all(path.stat().st_size > 10_000 for path in printed)
     assert len(list((tmp_path / "student" / "pictures").glob("events.out.tfevents.*"))) == 1
+    monkeypatch.setattr("rkd_plugin.experiments.report.find_spec", lambda _: None)
+    assert main(["eval", str(tmp_path / "student"), "--pictures"]) == 1
+    assert capsys.readouterr().err.endswith(
+        "expected matplotlib for pictures, found none; install rkd-plugin[report]\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,8 @@ def evaluation_pictures(evaluation: Evaluation, folder: Path) -> list[Path]:
     Raises:
         ModuleNotFoundError: without matplotlib.
     """
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("expected matplotlib for pictures, found none; install rkd-plugin[report]")
     experiment, labels = evaluation.experiment, evaluation.labels
     models = {"student": evaluation.features}
     teacher = experiment.teacher()
