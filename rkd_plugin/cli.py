@@ -115,8 +115,10 @@ def _parser() -> argparse.ArgumentParser:
 def _ls(_: argparse.Namespace) -> int:
     from rkd_plugin.experiments.recipe import names
 
-    for name, summary, is_suite in names():
-        print(f"{name:32}  {'suite   ' if is_suite else 'recipe  '}{summary}")
+    entries = names()
+    width = max(len(entry.name) for entry in entries)
+    for name, summary, is_suite in entries:
+        print(f"{name:{width}}  {'suite   ' if is_suite else 'recipe  '}{summary}")
     return 0
 
 
