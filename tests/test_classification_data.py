@@ -1,6 +1,7 @@
 """CIFAR-100 and Tiny ImageNet in their true layout on disk: what is read, and what is refused in words."""
 
 import pickle
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -15,6 +16,8 @@ from rkd_plugin.experiments.datasets import CIFAR100, Cached, TinyImageNet
 from tests.test_datasets import write_image
 
 WNIDS = ["n02124075", "n04067472", "n04540053"]
+GET_CIFAR = "; get cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html and unpack it in "
+GET_TINY = "; get http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it in that folder$"
 
 
 @pytest.fixture
@@ -53,27 +56,47 @@ def test_cifar_is_torchvisions(cifar):
     assert CIFAR100(cifar, train=False, published=False).targets == [1, 3]
 
 
+@pytest.mark.parametrize(("protocol", "core"), [(2, b"numpy.core"), (2, b"numpy._core"), (5, None)])
+def test_a_cifar_file_may_be_of_any_numpy_and_any_python(cifar, protocol, core):
+    path = cifar / "cifar-100-python" / "test"
+    images = np.full((1, 3072), 200, np.uint8)
+    content = pickle.dumps({"coarse_labels": [0], "data": images, "fine_labels": [3], "filenames": ["a.png"]}, protocol)
+    if core:  # as text, which the later protocols have not
+        content = content.replace(b"numpy._core", b"numpy.core").replace(b"numpy.core", core)
+    path.write_bytes(content)
+    image, label = CIFAR100(cifar, train=False, transform=v2.PILToTensor(), published=False)[0]
+    assert image.unique().tolist() == [200]
+    assert label == 3
+
+
 @pytest.mark.parametrize("name", ["train", "test", "meta"])
 def test_a_missing_cifar_file_is_named_with_where_to_get_it(cifar, name):
     path = cifar / "cifar-100-python" / name
     path.unlink()
-    with pytest.raises(
-        FileNotFoundError, match=rf"expected a file {path}, found none; get cifar-100-python.tar.gz from"
-    ):
+    with pytest.raises(FileNotFoundError, match=f"CIFAR100: expected a file {path}, found none{GET_CIFAR}"):
         CIFAR100(cifar, published=False)
 
 
+def publish(monkeypatch, folder):
+    """Let the files there pass for the published ones."""
+    train, test, meta = (calculate_md5(folder / name) for name in ("train", "test", "meta"))
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", train]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", test]])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": meta})
+
+
+@pytest.mark.parametrize("name", ["train", "test", "meta"])
 @pytest.mark.parametrize("published", [True, False])
-def test_a_cut_cifar_file_is_refused(cifar, published, monkeypatch):
-    path = cifar / "cifar-100-python" / "train"
-    for table in ("train_list", "test_list"):
-        name = table.removesuffix("_list")
-        monkeypatch.setattr(CIFAR100, table, [[name, calculate_md5(path.with_name(name))]])
-    path.write_bytes(path.read_bytes()[:-500])
-    message = "is cut or changed, its MD5 is not" if published else "expected a pickle of arrays in .*, could not read"
+def test_a_cut_cifar_file_is_refused(cifar, name, published, monkeypatch):
+    path = cifar / "cifar-100-python" / name
+    publish(monkeypatch, path.parent)
+    assert len(CIFAR100(cifar, published=published)) == 3
+    path.write_bytes(path.read_bytes()[:-20])
+    message = rf"{path} is cut or changed, its MD5 is not [0-9a-f]{{32}}{GET_CIFAR}.*; or set published to False$"
+    if not published:
+        message = f"expected a pickle of arrays in {path}, could not read it: "
     with pytest.raises(ValueError, match=message) as error:
         CIFAR100(cifar, published=published)
-    assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -85,13 +108,18 @@ class Malicious:
         return Path.touch, (self.path,)
 
 
-def test_a_pickle_that_would_execute_code_is_refused_unexecuted(cifar, tmp_path):
-    target = tmp_path / "executed"
-    (cifar / "cifar-100-python" / "meta").write_bytes(pickle.dumps(Malicious(target)))
-    with pytest.raises(ValueError, match=r"meta, could not read it: it names pathlib"):
-        CIFAR100(cifar, published=False)
-    assert not target.exists()
-    pickle.loads((cifar / "cifar-100-python" / "meta").read_bytes())
+@pytest.mark.parametrize("name", ["train", "test", "meta"])
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_a_pickle_that_would_execute_code_is_refused_unexecuted(cifar, tmp_path, name, protocol, monkeypatch):
+    path, target = cifar / "cifar-100-python" / name, tmp_path / "executed"
+    publish(monkeypatch, path.parent)
+    content = {**pickle.loads(path.read_bytes()), "filenames": [Malicious(target)]}  # beside what is in order
+    path.write_bytes(pickle.dumps(content, protocol))
+    for published, problem in ((False, ", could not read it: it names "), (True, " is cut or changed")):
+        with pytest.raises(ValueError, match=f"{path}{problem}"):
+            CIFAR100(cifar, published=published)
+        assert not target.exists()
+    pickle.loads(path.read_bytes())
     assert target.exists()  # it would have
 
 
@@ -101,13 +129,18 @@ def test_a_pickle_that_would_execute_code_is_refused_unexecuted(cifar, tmp_path)
         ("train", {"data": np.zeros((2, 3072), np.uint8), "fine_labels": [1]}, r"got \(2, 3072\) and 1 labels"),
         ("train", {"data": np.zeros((1, 3000), np.uint8), "fine_labels": [1]}, r"got \(1, 3000\) and 1 labels"),
         ("test", {"data": np.zeros((1, 3072), np.float32), "fine_labels": [1]}, "got None and 1 labels"),
+        ("train", {"data": np.zeros((1, 3072), np.uint8), "labels": [1]}, r"got \(1, 3072\) and None labels"),
         ("test", [1, 2], "got None and None labels"),
-        ("meta", {"fine_label_names": "auk"}, "expected a list fine_label_names in .*meta, got str"),
+        ("meta", {"fine_label_names": "auk"}, "got str"),
+        ("meta", {"fine_label_names": ["auk", 1]}, "got list"),
+        ("meta", ["auk"], "got NoneType"),
     ],
 )  # fmt: skip
 def test_a_cifar_file_of_another_form_is_refused(cifar, name, content, message):
-    (cifar / "cifar-100-python" / name).write_bytes(pickle.dumps(content))
-    with pytest.raises(ValueError, match=message):
+    path = cifar / "cifar-100-python" / name
+    path.write_bytes(pickle.dumps(content))
+    form = "a list fine_label_names" if name == "meta" else r"data \(N, 3072\) of uint8 and N fine_labels"
+    with pytest.raises(ValueError, match=f"CIFAR100: expected {form} in {path}, {message}$"):
         CIFAR100(cifar, published=False)
 
 
@@ -119,14 +152,18 @@ def test_cifar_is_downloaded_when_asked_and_only_if_it_is_the_published_archive(
     monkeypatch.setattr(CIFAR100, "url", f"{address}/archive.tar.gz")
     with pytest.raises(FileNotFoundError, match="or delete any cifar-100-python there and set download to True"):
         CIFAR100(root, published=False)
-    with pytest.raises(ValueError, match="gave an archive whose MD5 is not eb9058c3a382ffc7106e4002c42a8d85"):
+    assert not root.exists()
+    archives = f"{address}/archive.tar.gz gave an archive whose MD5 is not eb9058c3a382ffc7106e4002c42a8d85{GET_CIFAR}"
+    with pytest.raises(ValueError, match=archives):
         CIFAR100(root, download=True, published=False)
     assert not (root / "cifar-100-python").exists()
     monkeypatch.setattr(CIFAR100, "tgz_md5", calculate_md5(archive))
     assert len(CIFAR100(root, download=True, published=False)) == 3
-    shutil.rmtree(root)
     monkeypatch.setattr(CIFAR100, "url", f"{address}/missing")
-    with pytest.raises(ConnectionError, match=r"failed .*404.*; get cifar-100-python.tar.gz from"):
+    (root / CIFAR100.filename).unlink()
+    assert len(CIFAR100(root, download=True, published=False)) == 3  # it is there
+    shutil.rmtree(root)
+    with pytest.raises(ConnectionError, match=f"CIFAR100: {address}/missing failed .*404.*{GET_CIFAR}"):
         CIFAR100(root, download=True, published=False)
 
 
@@ -139,38 +176,49 @@ def test_tiny_imagenets_labels_are_lines_of_its_list(tiny):
     assert image.shape == (3, 8, 8)
     assert label == -2
     assert train[0][0].mode == "RGB"
+    assert train[0][0].getpixel((0, 0))[0] == pytest.approx(160, abs=3)  # JPEG's rounding
 
 
 def test_tiny_imagenet_is_cached(tiny):
-    data = Cached(TinyImageNet(tiny, "val", v2.PILToTensor()), tiny / "cache")
-    for index in range(2):
-        assert torch.equal(data[index][0], data.dataset[index][0])
-    assert data.targets == [2, 0]
-
-
-def remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    resized = v2.Compose([v2.Resize((8, 8)), v2.PILToTensor()])
+    for split, labels in (("val", [2, 0]), ("train", [0, 0, 1, 1, 2, 2])):
+        data = Cached(TinyImageNet(tiny, split, resized), tiny / "cache")
+        assert [label for _, label in data] == data.targets == labels
+        for index in range(len(labels)):
+            assert torch.equal(data[index][0], data.dataset[index][0])
+    assert len(list((tiny / "cache").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
     ("split", "gone", "message"),
     [
-        ("train", "wnids.txt", "expected a file .*wnids.txt, found none; get http://cs231n"),
-        ("val", "val/val_annotations.txt", "expected a file .*val_annotations.txt, found none; get http://cs231n"),
-        ("train", f"train/{WNIDS[1]}/images", rf"expected images \*.JPEG in .*{WNIDS[1]}/images, found none; get"),
-        ("val", "val/images/val_1.JPEG", "line 2 of .*val_annotations.txt names the image .*val_1.JPEG, which is miss"),
+        ("train", "wnids.txt", "TinyImageNet: expected a file .*wnids.txt, found none"),
+        ("val", "val/val_annotations.txt", "expected a file .*val_annotations.txt, found none"),
+        ("train", f"train/{WNIDS[1]}/images/*", rf"expected images \*.JPEG in .*{WNIDS[1]}/images, found none"),
+        ("val", "val/images/val_1.JPEG", "line 2 of .*_annotations.txt names the image .*val_1.JPEG, which is missing"),
     ],
 )
 def test_what_tiny_imagenet_lacks_is_named(tiny, split, gone, message):
-    remove(tiny / "tiny-imagenet-200" / gone)
-    with pytest.raises(FileNotFoundError, match=message):
+    for path in (tiny / "tiny-imagenet-200").glob(gone):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=message + GET_TINY):
         TinyImageNet(tiny, split)
 
 
-@pytest.mark.parametrize("line", ["val_0.JPEG n02124075", "val_0.JPEG\tn99999999\t1\t2\t3\t4", "\tn02124075x"])
-def test_a_malformed_annotation_is_named(tiny, line):
-    (tiny / "tiny-imagenet-200" / "val" / "val_annotations.txt").write_text(line + "\n")
-    with pytest.raises(ValueError, match=r"line 1 of .*val_annotations.txt names no class of wnids.txt"):
+@pytest.mark.parametrize(("split", "name"), [("train", "wnids.txt"), ("val", "val/val_annotations.txt")])
+def test_an_empty_list_of_tiny_imagenet_is_refused(tiny, split, name):
+    path = tiny / "tiny-imagenet-200" / name
+    path.write_text("\n")
+    with pytest.raises(ValueError, match=f"TinyImageNet: expected lines in {path}, found none{GET_TINY}"):
+        TinyImageNet(tiny, split)
+
+
+@pytest.mark.parametrize("line", [f"val_0.JPEG {WNIDS[0]}", "val_0.JPEG\tn99999999\t1\t2\t3\t4", "val_0.JPEG", "\t"])
+def test_an_annotation_without_a_known_class_is_named(tiny, line):
+    path = tiny / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    path.write_text(f"val_1.JPEG\t{WNIDS[1]}\t0\t0\t1\t1\n{line}x\n")
+    problem = f"line 2 of {path} names no class of wnids.txt, {line + 'x'!r}"
+    with pytest.raises(ValueError, match=re.escape(problem) + GET_TINY):
         TinyImageNet(tiny, "val")
 
 
@@ -179,5 +227,5 @@ def test_other_errors_of_tiny_imagenet(tiny):
         TinyImageNet(tiny, "test")
     path = Path(TinyImageNet(tiny).samples[0][0])
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(ValueError, match=path.name):
+    with pytest.raises(ValueError, match=f"expected an image in {path}, could not read it: "):
         TinyImageNet(tiny)[0]

@@ -29,8 +29,8 @@ class TinyImageNet(VisionDataset):
 
     Raises:
         FileNotFoundError: if a list, a class's folder or an image is missing.
-        ValueError: if a line of a list is malformed or names no class, an image cannot be decoded, or the split is
-            unknown.
+        ValueError: if a list is empty, a line of it is malformed or names no class, an image cannot be decoded, or the
+            split is unknown.
     """
 
     FOLDER = "tiny-imagenet-200"
@@ -56,7 +56,10 @@ class TinyImageNet(VisionDataset):
         path = self.folder / name
         if not path.is_file():
             raise FileNotFoundError(f"TinyImageNet: expected a file {path}, found none; {HOME}")
-        return [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"TinyImageNet: expected lines in {path}, found none; {HOME}")
+        return lines
 
     def _of_folders(self, labels: dict[str, int]) -> list[tuple[str, int]]:
         samples = []
