@@ -111,7 +111,7 @@ def _half_mobilenet(**options: Any) -> nn.Module:
     # RepDistiller's first block has a 1 x 1 convolution though its factor is 1; unlike here, all its units are ReLU.
     first = cast(nn.Sequential, cast(nn.Sequential, network.features)[1].conv)
     first.insert(0, Conv2dNormActivation(16, 16, kernel_size=1, activation_layer=nn.ReLU6))
-    nn.init.kaiming_normal_(first[0][0].weight, mode="fan_out")  # as torchvision's others
+    nn.init.kaiming_normal_(cast(Any, first)[0][0].weight, mode="fan_out")  # as torchvision's others
     return network
 
 
