@@ -35,7 +35,7 @@ def throughput(recipe: Recipe, steps: int) -> str:
     """A Markdown table of the median time of a training step, data loading included.
 
     The contenders take turns, so that a noisy machine is noisy for all: torchdistill's boxes in the loop of its example
-    scripts, in `runner`'s loop, with each switch that the recipe names, and the data loader with no model at all.
+    scripts, in `runner`'s loop, with each switch (compiled, if the recipe names that one), and the data loader alone.
 
     Args:
         recipe: what is trained; nothing is written.
