@@ -5,7 +5,6 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch.nn.functional import cross_entropy, normalize
 from torchdistill.common.yaml_util import load_yaml_file
 from torchdistill.losses.registry import get_high_level_loss
@@ -14,6 +13,7 @@ from rkd_plugin import rkd_angle_loss, rkd_distance_loss
 from rkd_plugin.experiments import baselines  # noqa: F401  registers what the recipes name
 from rkd_plugin.experiments.datasets import CIFAR100
 from rkd_plugin.experiments.metrics import EVALUATORS
+from rkd_plugin.experiments.models import ImageClassifier
 from rkd_plugin.experiments.recipe import find, read, read_suite
 from rkd_plugin.experiments.runner import run
 from tests.test_classification_eval import write_cifar
@@ -78,29 +78,40 @@ def test_an_unmodified_recipe_in_torchdistills_script_gives_the_numbers_of_rkd_r
 
 SMALLER = {
     "num_epochs: &num_epochs 200": "num_epochs: &num_epochs 1",
+    "num_epochs: &num_epochs 240": "num_epochs: &num_epochs 1",
     "&milestones [60, 120, 160]": "&milestones []",
+    "&milestones [150, 180, 210]": "&milestones []",
     "hint_epochs: &hint_epochs 40": "hint_epochs: &hint_epochs 1",
     "&hint_milestones [20, 30]": "&hint_milestones []",
     "&batch_size 128": "&batch_size 65",
+    "&batch_size 64": "&batch_size 65",
     "&num_workers 8": "&num_workers 0",
 }
 
 
-@pytest.mark.parametrize("row", ["fitnet_rkd_da", "attention_rkd_da"])
-def test_the_papers_networks_train_in_torchdistills_script(published, row, tmp_path):
-    """ResNet-50 and VGG11-BN for two steps: every hooked module is there, and the shapes of hints and maps fit."""
-    text = find(f"classification/cifar100/{row}").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("cifar100/fitnet_rkd_da", 4),
+        ("cifar100/attention_rkd_da", 2),
+        ("crd_benchmark/kd", 2),
+        ("crd_benchmark/rkd", 2),
+    ],
+)
+def test_the_papers_networks_train_in_torchdistills_script(published, name, steps, tmp_path):
+    """For two steps of each stage: every hooked module is there, and the shapes of hints and maps fit."""
+    text = find(f"classification/{name}").read_text(encoding="utf-8")
     for old, new in SMALLER.items():
         text = text.replace(old, new)
     checkpoint = tmp_path / "teacher.pt"
-    network = yaml.safe_load(text[text.index("recipe:") : text.index("dependencies:")])["recipe"]["teacher_network"]
-    from rkd_plugin.experiments.models import ImageClassifier
-
-    torch.save({"model": ImageClassifier(network, 100, small_images=True).state_dict()}, checkpoint)
-    (tmp_path / "recipe.yaml").write_text(text.replace("runs/cifar100/teacher/last.pt", str(checkpoint)))
+    recipe = read(f"classification/{name}")
+    teacher = ImageClassifier(**recipe.section("models")["teacher_model"]["kwargs"])
+    torch.save({"model": teacher.state_dict()}, checkpoint)
+    text = text.replace(recipe.settings["teacher_checkpoint"], str(checkpoint))
+    (tmp_path / "recipe.yaml").write_text(text)
     _, _, box = build_as_the_example_scripts_do(tmp_path / "recipe.yaml", seed=0)
     losses = train_as_the_example_scripts_do(box)
-    assert len(losses) == (4 if row.startswith("fitnet") else 2)
+    assert len(losses) == steps
     assert all(np.isfinite(losses))
 
 
