@@ -15,7 +15,13 @@ OVERRIDES = "key.path=value, changing the recipe before anything is built"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0, 1 for an error that was said in words, 2 for wrong usage."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes what stands behind an option for no part of a list that it has already read.
+    if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)

@@ -93,6 +93,16 @@ def test_wrong_usage(capsys):
     assert "invalid choice: 'train'" in capsys.readouterr().err
 
 
+def test_overrides_may_stand_behind_an_option(tmp_path, capsys):
+    """As in the commands at the head of the recipes."""
+    assert main(["run", "quickstart/teacher", "--out", str(tmp_path), "recipe.sed=1"]) == 1
+    assert "recipe.sed: recipe has no key 'sed'; did you mean seed?" in capsys.readouterr().err
+    for words in (["run", "quickstart/teacher", "--out", "x", "--sed=1"], ["ls", "recipe.seed=1"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err
+
+
 def test_the_wheel_works_away_from_the_checkout(tmp_path):
     """A fresh environment whose only package of its own is the wheel; the hosts are lent to it by a path file."""
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
