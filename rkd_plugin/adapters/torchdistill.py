@@ -60,7 +60,7 @@ _pre_epoch_proc = _register(register_pre_epoch_proc_func, PRE_EPOCH_PROC_FUNC_DI
 _model_wrapper = _register(register_auxiliary_model_wrapper, AUXILIARY_MODEL_WRAPPER_DICT)
 
 
-def _find(io_dict: Hooked, side: str, path: str, io: str) -> Tensor:
+def find_hooked(io_dict: Hooked, side: str, path: str, io: str) -> Tensor:
     """The tensor that a hook left at ``io_dict[path][io]``."""
     if path not in io_dict or io not in io_dict[path]:
         there = ", ".join(f"{name!r} ({', '.join(kinds) or 'nothing'})" for name, kinds in io_dict.items()) or "nothing"
@@ -114,7 +114,7 @@ class HookedLoss(nn.Module):
         if isinstance(source, Mapping):
             if path is None:
                 raise ValueError(f"{side}_module_path must name one of {list(source)}, and was not given")
-            source = _find(source, side, path, self.ios[side])
+            source = find_hooked(source, side, path, self.ios[side])
         if source.ndim > 2:
             source = source.flatten(1) if self.pool == "flatten" else source.flatten(2).mean(2)
         # In half precision a length may overflow.
@@ -242,7 +242,7 @@ class PMLLoss(nn.Module):
 
     def forward(self, student_io_dict: Hooked, teacher_io_dict: Hooked, targets: Tensor, *_: Any) -> Tensor:
         """The host's dictionaries and class labels ``(N,)`` -> a scalar."""
-        embeddings = _find(student_io_dict, "student", self.student_module_path, self.student_module_io)
+        embeddings = find_hooked(student_io_dict, "student", self.student_module_path, self.student_module_io)
         # In half precision the host's distances are coarse, and some of its miners fail.
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))

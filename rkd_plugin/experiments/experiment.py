@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,8 @@ from rkd_plugin.experiments.files import load_weights, read_checkpoint
 from rkd_plugin.experiments.metrics import EVALUATORS, Layer, check_classes, embed
 from rkd_plugin.experiments.recipe import Recipe, read
 from rkd_plugin.experiments.recipe.schema import stages
+
+LOGGED = ("epoch", "loss", "lr", "seconds")  # beside the metrics, in the history of a run
 
 
 class Experiment:
@@ -130,6 +132,15 @@ class Experiment:
         evaluator = EVALUATORS[self.settings["task"]]
         known = inspect.signature(evaluator).parameters
         return evaluator(outputs, labels, **{name: self.settings[name] for name in known if name in self.settings})
+
+    def is_settled(self, history: Sequence[Mapping[str, float]]) -> bool:
+        """Whether the first metric has not risen for ``recipe.patience`` epochs, the end of early stopping."""
+        patience = self.settings.get("patience")
+        if patience is None or len(history) <= patience:
+            return False
+        first = next(name for name in history[0] if name not in LOGGED)
+        values = [epoch[first] for epoch in history]
+        return max(values[:-patience]) >= max(values[-patience:])
 
     def test_loader(self) -> Any:
         """The loader that ``test`` describes."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rkd_plugin.experiments.few_shot import few_shot
 from rkd_plugin.kernels.pairwise import rescale, widest
 
 BLOCK = 2**24  # distances at once, 128 MiB in float64
@@ -175,4 +176,8 @@ def check_classes(count: int, labels: Tensor, where: str = "classification") -> 
 Evaluator = Callable[..., dict[str, float]]
 
 # Task -> what it measures; the first metric is the one that a better model has higher, and that `best` goes by.
-EVALUATORS: dict[str, Evaluator] = {"metric_learning": retrieval, "classification": classification}
+EVALUATORS: dict[str, Evaluator] = {
+    "metric_learning": retrieval,
+    "classification": classification,
+    "few_shot": few_shot,
+}

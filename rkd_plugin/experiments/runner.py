@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rkd_plugin.bench import environment
-from rkd_plugin.experiments.experiment import Experiment
+from rkd_plugin.experiments.experiment import LOGGED, Experiment
 from rkd_plugin.experiments.files import load_weights, read_checkpoint, write_checkpoint, write_json, write_text
 from rkd_plugin.experiments.recipe import Recipe
 
@@ -65,6 +65,8 @@ def _train(
     steps = len(box.train_data_loader)
     with tqdm(total=box.num_epochs * steps, initial=len(history) * steps, desc=label, unit="step", leave=False) as bar:
         for epoch in range(len(history), box.num_epochs):
+            if experiment.is_settled(history):
+                break
             started = time.monotonic()
             box.pre_epoch_process(epoch=epoch)
             experiment.seed(epoch + 1)
@@ -159,7 +161,7 @@ def events_in(folder: Path, done: int = 0) -> AbstractContextManager[Any]:
 
 
 def _result(recipe: Recipe, experiment: Experiment, history: list[dict[str, Any]]) -> dict[str, Any]:
-    metrics = [name for name in history[-1] if name not in ("epoch", "loss", "lr", "seconds")]
+    metrics = [name for name in history[-1] if name not in LOGGED]
     best = max(history, key=lambda epoch: float(epoch[metrics[0]]))
     return {
         "recipe": recipe.path.stem,

@@ -5,6 +5,17 @@ from rkd_plugin.experiments.datasets.cifar import CIFAR100
 from rkd_plugin.experiments.datasets.digits import Digits
 from rkd_plugin.experiments.datasets.folders import ClassFolders
 from rkd_plugin.experiments.datasets.listed import CUB, Cars196, StanfordOnlineProducts
+from rkd_plugin.experiments.datasets.omniglot import Omniglot
 from rkd_plugin.experiments.datasets.tiny_imagenet import TinyImageNet
 
-__all__ = ["CIFAR100", "CUB", "Cached", "Cars196", "ClassFolders", "Digits", "StanfordOnlineProducts", "TinyImageNet"]
+__all__ = [
+    "CIFAR100",
+    "CUB",
+    "Cached",
+    "Cars196",
+    "ClassFolders",
+    "Digits",
+    "Omniglot",
+    "StanfordOnlineProducts",
+    "TinyImageNet",
+]

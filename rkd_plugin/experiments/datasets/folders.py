@@ -10,11 +10,11 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """An RGB image; some of every data set are grey."""
+def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
+    """An image in one of Pillow's modes; some of every data set are in another one."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return image.convert(mode)
     except Exception as error:  # PIL raises half a dozen kinds for a file that is broken
         raise ValueError(f"expected an image in {path}, could not read it: {error}") from error
 

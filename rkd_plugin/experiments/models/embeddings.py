@@ -10,6 +10,7 @@ import torchvision  # noqa: F401  before torchdistill, whose registries look for
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchdistill.models.registry import register_model
+from torchvision.ops import DropBlock2d
 
 from rkd_plugin.experiments.models.networks import headless
 
@@ -84,7 +85,8 @@ class Conv4Embedding(nn.Module):
     ) -> None:
         super().__init__()
         first, second, third, fourth = (
-            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
+            # ReLU behind the pooling, of a quarter of the numbers, gives the same as before it.
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.MaxPool2d(2), nn.ReLU())
             for a, b in pairwise([in_channels, *widths])
         )
         self.block1, self.block2, self.block3, self.block4 = first, second, third, fourth
@@ -97,6 +99,79 @@ class Conv4Embedding(nn.Module):
         maps = self.block4(self.block3(self.block2(self.block1(images))))
         embeddings: Tensor = self.linear(maps.flatten(1))
         return normalize(embeddings) if self.l2_normalize else embeddings
+
+
+@register_model
+class ResNet12Embedding(nn.Module):
+    """Four residual blocks of three 3 x 3 convolutions, each with 2 x 2 max-pooling behind it; averaged over places.
+
+    Its modules, for hooks: ``block1`` to ``block4``.
+
+    Args:
+        widths: channels of the four blocks, and so of the embedding.
+        drop_block: share of places that DropBlock (5 x 5) drops behind the last two blocks in training; 0 for none.
+        in_channels: of the images.
+
+    Source: the ResNet-12 of Lee et al., "Meta-Learning with Differentiable Convex Optimization", CVPR 2019, whose widths
+    are 64, 160, 320, 640; they raise ``drop_block`` to 0.1 in the course of training, here it is constant.
+
+    Example:
+        >>> import torch
+        >>> ResNet12Embedding([8, 8, 8, 16], in_channels=1)(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 16])
+    """
+
+    def __init__(self, widths: Sequence[int], drop_block: float = 0.0, in_channels: int = 3) -> None:
+        super().__init__()
+        rates = [0.0, 0.0, drop_block, drop_block]
+        blocks = [_Residual(a, b, rate) for (a, b), rate in zip(pairwise([in_channels, *widths]), rates, strict=True)]
+        self.block1, self.block2, self.block3, self.block4 = blocks
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(N, in_channels, H, W) -> (N, widths[-1])``."""
+        maps: Tensor = self.block4(self.block3(self.block2(self.block1(images))))
+        return maps.mean((2, 3))
+
+
+class _Residual(nn.Module):
+    def __init__(self, before: int, after: int, drop_block: float) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for a in (before, after, after):
+            layers += [nn.Conv2d(a, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.LeakyReLU(0.1)]
+        self.main = nn.Sequential(*layers[:-1])
+        self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
+        self.end = nn.Sequential(nn.LeakyReLU(0.1), nn.MaxPool2d(2))
+        self.drop = DropBlock2d(drop_block, 5) if drop_block else nn.Identity()
+
+    def forward(self, maps: Tensor) -> Tensor:
+        dropped: Tensor = self.drop(self.end(self.main(maps) + self.shortcut(maps)))
+        return dropped
+
+
+@register_model
+def few_shot_encoder(network: str, image_size: int, in_channels: int, drop_block: float = 0.0) -> nn.Module:
+    """What few-shot learning embeds images with: ``"conv4"``, 64 channels in each block, or ``"resnet12"``.
+
+    Args:
+        network: one of the two.
+        image_size: side of the images in pixels.
+        in_channels: of the images.
+        drop_block: of `ResNet12Embedding`; the other has none.
+
+    Raises:
+        ValueError: for another network.
+
+    Example:
+        >>> import torch
+        >>> few_shot_encoder("conv4", image_size=84, in_channels=3)(torch.zeros(1, 3, 84, 84)).shape
+        torch.Size([1, 1600])
+    """
+    if network == "conv4":
+        return Conv4Embedding([64] * 4, None, l2_normalize=False, image_size=image_size, in_channels=in_channels)
+    if network == "resnet12":
+        return ResNet12Embedding([64, 160, 320, 640], drop_block, in_channels)
+    raise ValueError(f"few_shot_encoder: network must be 'conv4' or 'resnet12', got {network!r}")
 
 
 @register_model

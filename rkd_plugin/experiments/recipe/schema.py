@@ -289,6 +289,10 @@ _SETTINGS = section(
         "channels_last": _FLAG,
         "compile": _FLAG,
         "recall_at": of(list[int]),
+        "test_tasks": of(list[list[int]]),
+        "test_queries": positive,
+        "test_episodes": positive,
+        "patience": optional(positive),
     },
     is_open=True,
 )

@@ -1,0 +1,279 @@
+"""Few-shot learning by prototypes: the loss, its accuracy, and how a model is tested; in torchdistill by their names.
+
+Source: Snell, Swersky, Zemel, "Prototypical Networks for Few-shot Learning", NeurIPS 2017. A class is the mean of its
+support's embeddings, and a query belongs to the nearest in squared Euclidean distance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchdistill.losses.registry import get_mid_level_loss
+
+from rkd_plugin.adapters.torchdistill import IO, Hooked, find_hooked, mid_level_loss
+
+Part = Literal["all", "support", "query"]
+BLOCK = 2**24  # numbers at once, 128 MiB in float64
+Z_95 = 1.96  # standard errors to either side
+
+
+def squared_distances(queries: Tensor, prototypes: Tensor) -> Tensor:
+    """``(..., Q, D), (..., way, D) -> (..., Q, way)``: squared Euclidean, from the differences."""
+    return torch.cdist(queries, prototypes, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def is_right(distances: Tensor, own: Tensor) -> Tensor:
+    """Which queries are nearest to their own prototype; of two equal distances the other class counts as nearer.
+
+    Args:
+        distances: ``(..., Q, way)``.
+        own: a query's class ``(..., Q)``.
+    """
+    nearest = distances.gather(-1, own[..., None])
+    # A distance that is NaN is below no other, and must not count as right either.
+    return ((nearest < distances).sum(-1) == distances.shape[-1] - 1) & nearest[..., 0].isfinite()
+
+
+def split(rows: Tensor, targets: Tensor, shot: int) -> tuple[Tensor, Tensor]:
+    """An episode's support ``(way, shot, ...)`` and queries ``(way, query, ...)``, as `EpisodicBatchSampler` lays it out.
+
+    Raises:
+        ValueError: if ``targets`` ``(N,)`` are not classes one after the other, each of as many rows, more than ``shot``.
+    """
+    classes, counts = torch.unique_consecutive(targets, return_counts=True)
+    size = int(counts[0]) if len(counts) else 0
+    if len(rows) != len(targets) or len(classes.unique()) < len(classes) or size <= shot or (counts != size).any():
+        raise ValueError(
+            f"expected an episode: class after class, each with as many rows, more than {shot} of support, got "
+            f"{len(rows)} rows and {len(targets)} labels in runs of {sorted(set(counts.tolist()))}; use the batch "
+            "sampler EpisodicBatchSampler with the same shot"
+        )
+    by_class = rows.reshape(len(classes), size, *rows.shape[1:])
+    return by_class[:, :shot], by_class[:, shot:]
+
+
+class _OfEpisode(nn.Module):
+    """What is computed of an episode's distances to its prototypes."""
+
+    def __init__(self, shot: int, student_module_path: str = ".", student_module_io: IO = "output") -> None:
+        super().__init__()
+        if shot < 1:
+            raise ValueError(f"{type(self).__name__}: shot must be at least 1, got {shot}")
+        self.shot = shot
+        self.student_module_path = student_module_path
+        self.student_module_io = student_module_io
+
+    def forward(self, student_io_dict: Hooked, teacher_io_dict: Hooked, targets: Tensor, *_: Any) -> Tensor:
+        """The host's dictionaries and class labels ``(N,)`` -> a scalar."""
+        rows = find_hooked(student_io_dict, "student", self.student_module_path, self.student_module_io)
+        with torch.autocast(rows.device.type, enabled=False):
+            rows = rows.flatten(1).to(torch.promote_types(rows.dtype, torch.float32))
+            support, queries = split(rows, targets, self.shot)
+            own = torch.arange(len(queries), device=rows.device).repeat_interleave(queries.shape[1])
+            return self.of(squared_distances(queries.flatten(0, 1), support.mean(1)), own)
+
+    def of(self, distances: Tensor, own: Tensor) -> Tensor:
+        """Squared distances ``(Q, way)`` and the class of each query ``(Q,)`` -> a scalar."""
+        raise NotImplementedError
+
+
+@mid_level_loss
+class PrototypicalLoss(_OfEpisode):
+    """Negative log-probability of a query's class under ``softmax(-squared distance to the prototypes)``, mean over queries.
+
+    Batches are episodes, as `EpisodicBatchSampler` makes them.
+
+    Args:
+        shot: rows of support in each class, the first of them.
+        student_module_path: the hooked module whose output is the embedding, ``'.'`` for the model's output.
+        student_module_io: ``'input'`` or ``'output'`` of that module.
+
+    Raises:
+        ValueError: if ``shot`` is not positive, the module is not hooked, or a batch is no episode.
+
+    Example:
+        >>> embeddings = torch.tensor([[0., 0.], [1., 0.], [2., 0.], [2., 1.]])  # class 3: 0 and 1, class 7: 2 and 3
+        >>> PrototypicalLoss(shot=1)({".": {"output": embeddings}}, {}, torch.tensor([3, 3, 7, 7]))
+        tensor(0.3557)
+    """
+
+    def of(self, distances: Tensor, own: Tensor) -> Tensor:
+        """Squared distances ``(Q, way)`` and the class of each query ``(Q,)`` -> a scalar."""
+        return cross_entropy(-distances, own)
+
+
+@mid_level_loss
+class PrototypicalAccuracy(_OfEpisode):
+    """Percentage of queries that are nearest to their own prototype; no gradient. Arguments as `PrototypicalLoss`.
+
+    As a term of a criterion it takes a weight of 0.
+
+    Example:
+        >>> embeddings = torch.tensor([[0., 0.], [1., 0.], [2., 0.], [2., 1.]])
+        >>> PrototypicalAccuracy(shot=1)({".": {"output": embeddings}}, {}, torch.tensor([3, 3, 7, 7]))
+        tensor(50.)
+    """
+
+    def of(self, distances: Tensor, own: Tensor) -> Tensor:
+        """Squared distances ``(Q, way)`` and the class of each query ``(Q,)`` -> a scalar."""
+        return 100 * is_right(distances.detach(), own).float().mean()
+
+
+@mid_level_loss
+class OnEpisodePart(nn.Module):
+    """Any mid-level loss, on the support or the queries of an episode alone.
+
+    Args:
+        part: ``'support'``, ``'query'``, or ``'all'`` of the episode's rows.
+        shot: rows of support in each class, the first of them.
+        criterion: ``key`` and ``kwargs`` of the loss, such as ``{key: RKDDALoss, kwargs: {...}}``.
+        criterion_wrapper: the same of a wrapper that the loss needs, such as ``SimpleLossWrapper``.
+
+    Raises:
+        ValueError: if the part is unknown, or a batch is no episode.
+
+    Example:
+        >>> loss = OnEpisodePart("query", 1, {"key": "PrototypicalAccuracy", "kwargs": {"shot": 1}})
+        >>> rows = torch.tensor([[9.], [0.], [1.], [-9.], [4.], [5.]])  # the first of each class is its support
+        >>> loss({".": {"output": rows}}, {}, torch.tensor([0, 0, 0, 1, 1, 1]))
+        tensor(100.)
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        shot: int,
+        criterion: Mapping[str, Any],
+        criterion_wrapper: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if part not in get_args(Part):
+            raise ValueError(f"OnEpisodePart: part must be one of {get_args(Part)}, got {part!r}")
+        self.part = part
+        self.shot = shot
+        self.criterion = get_mid_level_loss(criterion, criterion_wrapper)
+
+    def forward(self, student_io_dict: Hooked, teacher_io_dict: Hooked, targets: Tensor, *rest: Any) -> Any:
+        """The host's dictionaries and class labels ``(N,)`` -> what the loss makes of the part's rows."""
+        if self.part == "all":
+            return self.criterion(student_io_dict, teacher_io_dict, targets, *rest)
+        support, queries = split(torch.arange(len(targets), device=targets.device), targets, self.shot)
+        rows = (support if self.part == "support" else queries).flatten()
+        student, teacher = (
+            {
+                path: {io: value[rows] if isinstance(value, Tensor) else value for io, value in kinds.items()}
+                for path, kinds in side.items()
+            }
+            for side in (student_io_dict, teacher_io_dict)
+        )
+        return self.criterion(student, teacher, targets[rows], *rest)
+
+
+@torch.no_grad()
+def few_shot(
+    outputs: Tensor,
+    labels: Tensor,
+    seed: int = 0,
+    test_tasks: Sequence[Sequence[int]] = ((5, 1),),
+    test_queries: int = 15,
+    test_episodes: int = 1000,
+) -> dict[str, float]:
+    """Accuracy over episodes in percent, and half of its 95 % interval over them.
+
+    Arguments and errors: see `episode_accuracies`.
+
+    Returns:
+        For each task ``<way>way_<shot>shot`` and ``<way>way_<shot>shot_ci95``.
+
+    Example:
+        >>> embeddings = torch.tensor([[0.], [1.], [5.], [6.]])
+        >>> few_shot(embeddings, torch.tensor([0, 0, 1, 1]), test_tasks=[(2, 1)], test_queries=1, test_episodes=10)
+        {'2way_1shot': 100.0, '2way_1shot_ci95': 0.0}
+    """
+    metrics = {}
+    for name, values in episode_accuracies(outputs, labels, seed, test_tasks, test_queries, test_episodes).items():
+        metrics[name], metrics[f"{name}_ci95"] = interval(values)
+    return metrics
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """Mean of independent values ``(E,)``, such as of episodes, and half of its 95 % interval.
+
+    Of two models' differences on the same episodes it is the paired interval.
+    """
+    spread = float(values.std()) if len(values) > 1 else math.nan
+    return float(values.mean()), Z_95 * spread / math.sqrt(len(values))
+
+
+@torch.no_grad()
+def episode_accuracies(
+    outputs: Tensor,
+    labels: Tensor,
+    seed: int = 0,
+    test_tasks: Sequence[Sequence[int]] = ((5, 1),),
+    test_queries: int = 15,
+    test_episodes: int = 1000,
+) -> dict[str, Tensor]:
+    """Percentage of queries nearest to their own prototype, of each episode; each row is embedded only once before.
+
+    The episodes depend on the seed, the labels and the task alone, so that two models are tested on the same ones.
+
+    Args:
+        outputs: embeddings ``(M, D)``.
+        labels: classes ``(M,)``.
+        seed: of the episodes.
+        test_tasks: pairs of way and shot.
+        test_queries: rows of a class that are asked for.
+        test_episodes: number of episodes.
+
+    Returns:
+        ``<way>way_<shot>shot`` -> ``(test_episodes,)`` in float64, for each task.
+
+    Raises:
+        ValueError: if the shapes do not fit, or there are too few classes with enough rows.
+    """
+    if outputs.ndim != 2 or labels.shape != outputs.shape[:1] or not len(labels):
+        raise ValueError(
+            f"few_shot: expected outputs (M, D) and labels (M,), got {tuple(outputs.shape)} and {tuple(labels.shape)}"
+        )
+    rows = outputs.double()
+    accuracies = {}
+    for way, shot in test_tasks:
+        blocks = []
+        episodes = _episodes(labels.cpu(), seed, way, shot, test_queries, test_episodes)
+        for block in episodes.split(max(BLOCK // (episodes[0].numel() * rows.shape[1]), 1)):
+            drawn = rows[block.to(rows.device)]
+            prototypes, queries = drawn[:, :, :shot].mean(2), drawn[:, :, shot:].flatten(1, 2)
+            own = torch.arange(way, device=rows.device).repeat_interleave(test_queries).expand(len(drawn), -1)
+            blocks.append(100 * is_right(squared_distances(queries, prototypes), own).double().mean(1).cpu())
+        accuracies[f"{way}way_{shot}shot"] = torch.cat(blocks)
+    return accuracies
+
+
+def _episodes(labels: Tensor, seed: int, way: int, shot: int, queries: int, episodes: int) -> Tensor:
+    """``(episodes, way, shot + queries)``: indices of rows, whose labels are one class along the last dimension."""
+    size = shot + queries
+    order = labels.argsort(stable=True)
+    _, counts = torch.unique_consecutive(labels[order], return_counts=True)
+    first = counts.cumsum(0) - counts
+    enough = counts >= size
+    if int(enough.sum()) < way or min(way, shot, queries, episodes) < 1:
+        raise ValueError(
+            f"few_shot: expected {way} classes or more with {shot} + {queries} rows or more each, and a positive number "
+            f"of episodes, got {int(enough.sum())} such classes of {len(counts)}, and {episodes} episodes; change "
+            "test_tasks, test_queries or test_episodes"
+        )
+    first, counts = first[enough], counts[enough]
+    generator = torch.Generator().manual_seed(seed)
+    # The places of the highest of independent random numbers are drawn without repetition.
+    classes = torch.rand(episodes, len(first), generator=generator).topk(way).indices
+    draws = torch.rand(episodes, way, int(counts.max()), generator=generator)
+    is_row = torch.arange(draws.shape[2]) < counts[classes][..., None]
+    places = draws.masked_fill(~is_row, -1.0).topk(size).indices
+    return order[first[classes][..., None] + places]
