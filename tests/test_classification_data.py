@@ -130,16 +130,19 @@ def test_a_pickle_that_would_execute_code_is_refused_unexecuted(cifar, tmp_path,
         ("train", {"data": np.zeros((1, 3000), np.uint8), "fine_labels": [1]}, r"got \(1, 3000\) and 1 labels"),
         ("test", {"data": np.zeros((1, 3072), np.float32), "fine_labels": [1]}, "got None and 1 labels"),
         ("train", {"data": np.zeros((1, 3072), np.uint8), "labels": [1]}, r"got \(1, 3072\) and None labels"),
-        ("test", [1, 2], "got None and None labels"),
+        ("test", {}, "got None and None labels"),
+        ("test", [1, 2], "got list"),
         ("meta", {"fine_label_names": "auk"}, "got str"),
         ("meta", {"fine_label_names": ["auk", 1]}, "got list"),
-        ("meta", ["auk"], "got NoneType"),
+        ("meta", {}, "got NoneType"),
+        ("meta", ["auk"], "got list"),
     ],
 )  # fmt: skip
 def test_a_cifar_file_of_another_form_is_refused(cifar, name, content, message):
     path = cifar / "cifar-100-python" / name
     path.write_bytes(pickle.dumps(content))
     form = "a list fine_label_names" if name == "meta" else r"data \(N, 3072\) of uint8 and N fine_labels"
+    form = form if isinstance(content, dict) else "a dictionary of arrays"
     with pytest.raises(ValueError, match=f"CIFAR100: expected {form} in {path}, {message}$"):
         CIFAR100(cifar, published=False)
 
@@ -153,7 +156,7 @@ def test_cifar_is_downloaded_when_asked_and_only_if_it_is_the_published_archive(
     with pytest.raises(FileNotFoundError, match="or delete any cifar-100-python there and set download to True"):
         CIFAR100(root, published=False)
     assert not root.exists()
-    archives = f"{address}/archive.tar.gz gave an archive whose MD5 is not eb9058c3a382ffc7106e4002c42a8d85{GET_CIFAR}"
+    archives = f"{address}/archive.tar.gz gave a file whose MD5 is not eb9058c3a382ffc7106e4002c42a8d85{GET_CIFAR}"
     with pytest.raises(ValueError, match=archives):
         CIFAR100(root, download=True, published=False)
     assert not (root / "cifar-100-python").exists()

@@ -196,14 +196,14 @@ def test_a_download_is_unpacked_once_and_leaves_nothing_else(layout, kind, tmp_p
     assert not root.exists()
     assert len(data_set(root, "train+test", download=True)) == len(data_set(tmp_path / "original", "train+test"))
     assert [path.name for path in root.iterdir()] == [data_set.FOLDER]
-    monkeypatch.setattr(listed, "download_url", None)
+    monkeypatch.setattr(listed, "fetch", None)
     data_set(root, download=True)  # it is there
 
 
 def test_a_download_with_another_checksum_is_not_unpacked(tmp_path, monkeypatch, web):
     write_cub(tmp_path / "original")
     serve(monkeypatch, web, CUB, archive_of(tmp_path / "original", "tar"), md5="0" * 32)
-    with pytest.raises(ValueError, match=f"CUB: http:.* gave an archive whose MD5 is not {'0' * 32}; get CUB_200_2011"):
+    with pytest.raises(ValueError, match=f"CUB: http:.* gave a file whose MD5 is not {'0' * 32}; get CUB_200_2011"):
         CUB(tmp_path / "root", download=True)
     assert list((tmp_path / "root").iterdir()) == []
 

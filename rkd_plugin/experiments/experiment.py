@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,11 +127,13 @@ class Experiment:
             outputs, labels, features = embed(model, batches, self.device, layer)
         return outputs.float(), labels, features.float()
 
-    def measure(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        """The task's metrics, with what the recipe says of them (such as ``recipe.recall_at``)."""
-        evaluator = EVALUATORS[self.settings["task"]]
+    def measure(self, outputs: Tensor, labels: Tensor, evaluator: Callable[..., Any] | None = None) -> dict[str, Any]:
+        """The task's metrics, with what the recipe says of them (such as ``recipe.recall_at``); or of another evaluator."""
+        evaluator = evaluator or EVALUATORS[self.settings["task"]]
         known = inspect.signature(evaluator).parameters
-        return evaluator(outputs, labels, **{name: self.settings[name] for name in known if name in self.settings})
+        options = {name: self.settings[name] for name in known if name in self.settings}
+        measured: dict[str, Any] = evaluator(outputs, labels, **options)
+        return measured
 
     def is_settled(self, history: Sequence[Mapping[str, float]]) -> bool:
         """Whether the first metric has not risen for ``recipe.patience`` epochs, the end of early stopping."""

@@ -22,9 +22,9 @@ def table(suite: Result, rows: list[Result], results: dict[str, list[Result]]) -
     The *last epoch* is chosen by nobody. The *best test epoch* is what the authors' code reports: the highest of the
     first metric over all epochs on the data that it is measured on, so that it flatters every row.
     """
-    has_paper = any(row["paper"] for row in rows)
-    lines = [line for row in rows for line in _lines(suite, row, has_paper)]
-    cells = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
+    lines = [line for row in rows for line in _lines(suite, row, rows)]
+    heads = max(lines, key=len)
+    cells = [list(heads), ["---"] * len(heads), *([line.get(head, "") for head in heads] for line in lines)]
     runs = [run for row in results.values() for run in row if "environment" in run]
     conditions = {", ".join(f"{key} {value}" for key, value in run["environment"].items()) for run in runs}
     seeds = ", ".join(str(run["seed"]) for run in results[rows[0]["name"]])
@@ -45,24 +45,37 @@ def table(suite: Result, rows: list[Result], results: dict[str, list[Result]]) -
     return "\n".join(text)
 
 
-def _lines(suite: Result, row: Result, has_paper: bool) -> Iterator[dict[str, str]]:
-    """Cells by their column's head, for each metric or set of test data."""
-    columns: dict[str, str] = suite["test_sets"] if "test_sets" in suite else suite["metrics"]
-    for column in columns:
+def _lines(suite: Result, row: Result, rows: list[Result]) -> Iterator[dict[str, str]]:
+    """Cells by their column's head, for each metric or set of test data; a line has all columns that any has."""
+    labels: dict[str, str] = suite["test_sets"] if "test_sets" in suite else suite["metrics"]
+    digits = suite.get("decimals", 1)
+    has_paper = any(other["paper"] for other in rows)
+    sources = dict.fromkeys(name for other in rows for name in other["others"])
+    by_name = {other["name"]: other["label"] for other in rows}
+    compared = {name: by_name[name] for other in rows for name in other["against"]}
+    for column in (column for column in labels if column in row["final"]):
         line = {"": row["label"]}
         if "test_sets" in suite:
             line["tested on"] = column
-        elif len(columns) > 1:
-            line["metric"] = columns[column]
+        elif len(labels) > 1:
+            line["metric"] = labels[column]
+        for source in sources:
+            line[source] = f"{row['others'][source][column]:.2f}" if column in row["others"].get(source, {}) else ""
         published = row["paper"].get(column)
         if has_paper:
             line["paper"] = "" if published is None else f"{published:.2f}"
         for when, head in WHEN.items():
             mean, std = row[when][column]["mean"], row[when][column]["std"]
-            line[head] = f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}")
+            line[head] = f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+            if when == "final" and f"{column}_ci95" in row["final"]:
+                line["± 95 % of episodes"] = f"{row['final'][f'{column}_ci95']['mean']:.{digits}f}"
             if has_paper:
-                line[f"{head} - paper"] = "" if published is None else f"{mean - published:+.1f}"
-        line["last epoch, each seed"] = ", ".join(f"{value:.1f}" for value in row["final"][column]["values"])
+                line[f"{head} - paper"] = "" if published is None else f"{mean - published:+.{digits}f}"
+        for name, label in compared.items():
+            found = row["against"].get(name, {}).get(column)
+            difference = "" if found is None else f"{found['mean']:+.{digits}f} ± {found['ci95']:.{digits}f}"
+            line[f"over {label}"] = difference or line.get(f"over {label}", "")
+        line["last epoch, each seed"] = ", ".join(f"{value:.{digits}f}" for value in row["final"][column]["values"])
         line["parameters"] = "" if row["parameters"] is None else f"{row['parameters']:,}"
         line["seconds a run"] = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
         yield line

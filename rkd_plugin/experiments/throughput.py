@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from rkd_plugin.bench import environment
 from rkd_plugin.experiments.experiment import Experiment
+from rkd_plugin.experiments.memory import kept_memory
 from rkd_plugin.experiments.recipe import Recipe
 from rkd_plugin.experiments.runner import steps_of
 
@@ -47,6 +49,8 @@ def throughput(recipe: Recipe, steps: int) -> str:
     """
     recipe.validate()
     plain = _switched(recipe, PLAIN)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = _images(plain)
     contenders: dict[str, Callable[[], Iterator[Any]]] = {
         "torchdistill's loop": _loop(plain, _as_torchdistill),
         **{
@@ -59,20 +63,25 @@ def throughput(recipe: Recipe, steps: int) -> str:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(ROUNDS):
         for name, start in tqdm(contenders.items(), desc="throughput", leave=False):
-            seconds[name] += _times(start(), steps)
-    images = recipe.settings["batch_size"]
+            with kept_memory(device) if name.startswith("rkd run") else nullcontext():
+                seconds[name] += _times(start(), steps)
     theirs = statistics.median(seconds["torchdistill's loop"])
     lines = ["| | ms a step | IQR ms | images a second | times faster |", "|---|---|---|---|---|"]
     for name, times in seconds.items():
         low, middle, high = statistics.quantiles(times, n=4)
         ratio = "" if name == "data alone" else f"{theirs / middle:.2f}"
         lines.append(f"| {name} | {1e3 * middle:.1f} | {1e3 * (high - low):.1f} | {images / middle:,.0f} | {ratio} |")
-    where = environment("cuda" if torch.cuda.is_available() else "cpu")
+    where = environment(device.type)
     return "\n".join([*lines, "", ", ".join(f"{key} {value}" for key, value in where.items())])
 
 
 def _switched(recipe: Recipe, switches: dict[str, Any]) -> Recipe:
     return replace(recipe, data={**recipe.data, "recipe": {**recipe.settings, **switches}})
+
+
+def _images(recipe: Recipe) -> int:
+    """In a batch."""
+    return len(next(iter(Experiment(recipe).box().train_data_loader.batch_sampler)))
 
 
 def _loop(recipe: Recipe, loop: Callable[[Experiment, Any], Iterator[Any]]) -> Callable[[], Iterator[Any]]:

@@ -5,6 +5,7 @@ from rkd_plugin.experiments.datasets.cifar import CIFAR100
 from rkd_plugin.experiments.datasets.digits import Digits
 from rkd_plugin.experiments.datasets.folders import ClassFolders
 from rkd_plugin.experiments.datasets.listed import CUB, Cars196, StanfordOnlineProducts
+from rkd_plugin.experiments.datasets.mini_imagenet import MiniImageNet
 from rkd_plugin.experiments.datasets.omniglot import Omniglot
 from rkd_plugin.experiments.datasets.tiny_imagenet import TinyImageNet
 
@@ -15,6 +16,7 @@ __all__ = [
     "Cars196",
     "ClassFolders",
     "Digits",
+    "MiniImageNet",
     "Omniglot",
     "StanfordOnlineProducts",
     "TinyImageNet",

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torchvision
-from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+from torchvision.datasets.utils import check_integrity, extract_archive
 
-# What a pickle of numpy arrays names, in the versions of numpy that are about; nothing else is called.
-ARRAYS = {
-    *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
-    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
-
+from rkd_plugin.experiments.datasets.downloads import download as fetch
+from rkd_plugin.experiments.datasets.pickles import read_arrays
 
 class CIFAR100(torchvision.datasets.CIFAR100):
     """torchvision's CIFAR-100, ``root/cifar-100-python/{train,test,meta}``: 50,000 + 10,000 images of 32 x 32 pixels.
@@ -63,14 +54,9 @@ class CIFAR100(torchvision.datasets.CIFAR100):
         """The host's hook: what is there already is checked, not replaced."""
         if Path(self.root, self.base_folder).exists():
             return
-        try:
-            download_and_extract_archive(self.url, self.root, filename=self.filename, md5=self.tgz_md5)
-        except (OSError, HTTPException) as error:
-            raise ConnectionError(f"CIFAR100: {self.url} failed ({error}); {self._remedy}") from error
-        except RuntimeError as error:
-            raise ValueError(
-                f"CIFAR100: {self.url} gave an archive whose MD5 is not {self.tgz_md5}; {self._remedy}"
-            ) from error
+        archive = Path(self.root, self.filename)
+        fetch("CIFAR100", self.url, archive, self.tgz_md5, self._remedy)
+        extract_archive(archive, self.root)
 
     def _check_integrity(self) -> bool:
         """The host's hook, before it reads anything."""
@@ -89,25 +75,14 @@ class CIFAR100(torchvision.datasets.CIFAR100):
         return True
 
 
-class _Arrays(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ARRAYS:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
-
-
 def _check_form(path: Path, is_meta: bool) -> None:
-    try:
-        with path.open("rb") as file:
-            content = _Arrays(file, encoding="latin1").load()
-    except Exception as error:  # a broken pickle raises about anything
-        raise ValueError(f"CIFAR100: expected a pickle of arrays in {path}, could not read it: {error}") from error
+    content = read_arrays("CIFAR100", path)
     if is_meta:
-        names = content.get("fine_label_names") if isinstance(content, dict) else None
+        names = content.get("fine_label_names")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"CIFAR100: expected a list fine_label_names in {path}, got {type(names).__name__}")
         return
-    images, labels = (content.get(key) if isinstance(content, dict) else None for key in ("data", "fine_labels"))
+    images, labels = (content.get(key) for key in ("data", "fine_labels"))
     shape = images.shape if isinstance(images, np.ndarray) and images.dtype == np.uint8 else None
     count = len(labels) if isinstance(labels, list) else None
     if count is None or shape != (count, 3072):

@@ -8,14 +8,13 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from pytorch_metric_learning import datasets as pml
-from torchvision.datasets.utils import download_url
 
+from rkd_plugin.experiments.datasets.downloads import download as fetch
 from rkd_plugin.experiments.datasets.folders import open_image
 
 
@@ -100,14 +99,7 @@ class Listed(pml.BaseDataset):
         Path(self.root).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=self.root) as folder:
             archive = Path(folder, f"{name} archive")
-            try:
-                download_url(self.DOWNLOAD_URL, folder, archive.name, self.MD5)
-            except (OSError, HTTPException) as error:
-                raise ConnectionError(f"{name}: {self.DOWNLOAD_URL} failed ({error}); {self.HOME}") from error
-            except RuntimeError as error:
-                raise ValueError(
-                    f"{name}: {self.DOWNLOAD_URL} gave an archive whose MD5 is not {self.MD5}; {self.HOME}"
-                ) from error
+            fetch(name, self.DOWNLOAD_URL, archive, self.MD5, self.HOME)
             unpack(archive, Path(folder, "unpacked"))
             Path(folder, "unpacked", self.FOLDER).rename(Path(self.root, self.FOLDER))
 

@@ -8,7 +8,7 @@ from typing import Any
 from rkd_plugin.experiments.recipe.catalog import find
 from rkd_plugin.experiments.recipe.errors import RecipeError
 from rkd_plugin.experiments.recipe.reading import read
-from rkd_plugin.experiments.recipe.walking import Walk, each, of, section
+from rkd_plugin.experiments.recipe.walking import Walk, each, of, positive, section
 
 _ROW = section(
     {"name": of(str), "label": of(str), "recipe": of(str)},
@@ -17,7 +17,12 @@ _ROW = section(
         "overrides": of(list[str]),
         "fast": of(list[str]),
         "paper": each(of(float)),
+        "others": each(each(of(float))),
         "trained": of(bool),
+        "metrics": of(list[str]),
+        "against": of(list[str]),
+        "epochs_of": of(str),
+        "times": positive,
     },
 )
 _SUITE = section(
@@ -25,6 +30,7 @@ _SUITE = section(
     {
         "panels": of(list[str]),
         "notes": of(str),
+        "decimals": positive,
         "test_sets": each(of(str)),
         "fast": section({"label": of(str), "overrides": of(list[str])}),
     },
@@ -55,11 +61,14 @@ def _check_rows(walk: Walk, suite: dict[str, Any]) -> None:
         path = f"suite.rows.{index}"
         if row["name"] in names:
             walk.report(f"{path}.name", f"{row['name']!r} is the name of two rows")
-        if row.get("teacher", row["name"]) not in [*names, row["name"]]:
-            walk.report(f"{path}.teacher", f"a row above was expected, got {row['teacher']!r}")
-        for column in row.get("paper", {}):
+        others = {f"against.{at}": other for at, other in enumerate(row.get("against", ()))}
+        for key, other in ({key: row[key] for key in ("teacher", "epochs_of") if key in row} | others).items():
+            if other not in names:
+                walk.report(f"{path}.{key}", f"a row above was expected, got {other!r}")
+        shown = {f"metrics.{at}": column for at, column in enumerate(row.get("metrics", ()))}
+        for key, column in ({f"paper.{column}": column for column in row.get("paper", ())} | shown).items():
             if column not in columns:
-                walk.report(f"{path}.paper.{column}", f"one of {', '.join(columns)} was expected")
+                walk.report(f"{path}.{key}", f"one of {', '.join(columns)} was expected")
         names.append(row["name"])
         _check_name(walk, f"{path}.recipe", row["recipe"])
     for name, recipe in suite.get("test_sets", {}).items():
