@@ -137,11 +137,13 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from rkd_plugin.experiments.memory import keep_memory
     from rkd_plugin.experiments.recipe import read
     from rkd_plugin.experiments.runner import run
 
     recipe = read(options.recipe, options.overrides)
     folder = options.out or Path("runs", *Path(options.recipe).with_suffix("").parts[-2:])
+    keep_memory()
     result = run(recipe, folder)
     for when in ("final", "best"):
         print(f"{when:6}", "  ".join(f"{name} {value:.4g}" for name, value in result[when].items()))
@@ -174,8 +176,10 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
+    from rkd_plugin.experiments.memory import keep_memory
     from rkd_plugin.experiments.suite import reproduce
 
+    keep_memory()
     folder, table = reproduce(options.suite, options.out, options.seeds, options.rows, options.overrides, options.fast)
     print(table)
     print(f"in {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())))

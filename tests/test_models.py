@@ -1,12 +1,13 @@
 """Embedding nets: widths, norms, names of modules, and what cannot be built."""
 
+import itertools
 import urllib.error
 
 import pytest
 import torch
 import torchvision
 
-from rkd_plugin.experiments.models import BackboneEmbedding, Conv4Embedding
+from rkd_plugin.experiments.models import BackboneEmbedding, Conv4Embedding, ResNet12Embedding, few_shot_encoder
 
 
 @pytest.mark.parametrize(
@@ -84,3 +85,54 @@ def test_conv4_is_the_prototypical_encoder(side, flat):
     torch.testing.assert_close(linear(torch.randn(2, 1, side, side)).norm(dim=1), torch.ones(2))
     # Four convolutions with bias and BatchNorm.
     assert sum(p.numel() for p in model.parameters()) == 1 * 64 * 9 + 3 * 64 * 64 * 9 + 4 * (64 + 2 * 64)
+
+
+def test_relu_behind_the_pooling_is_relu_before_it():
+    """Values and gradients are those of convolution, BatchNorm, ReLU, pooling, the order of Snell et al."""
+    model = Conv4Embedding([4, 4, 4, 4], None, l2_normalize=False, image_size=32, in_channels=1)
+    images, weights = torch.rand(8, 1, 32, 32), torch.randn(8, 16)
+    (model(images) * weights).sum().backward()
+    got = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    maps = images
+    for block in (model.block1, model.block2, model.block3, model.block4):
+        convolution, norm, pool, relu = block
+        maps = pool(relu(norm(convolution(maps))))
+    (maps.flatten(1) * weights).sum().backward()
+    assert torch.equal(model(images), maps.flatten(1))
+    torch.testing.assert_close(got, [parameter.grad for parameter in model.parameters()], rtol=1e-5, atol=1e-7)
+
+
+def test_resnet12_is_that_of_the_field():
+    """Three convolutions a block and one in its shortcut, all behind BatchNorm; DropBlock in the last two alone."""
+    with torch.device("meta"):
+        model = few_shot_encoder("resnet12", image_size=84, in_channels=3, drop_block=0.1)
+        assert model(torch.zeros(2, 3, 84, 84)).shape == (2, 640)
+        maps = torch.zeros(2, 3, 84, 84)
+        for block, side in zip((model.block1, model.block2, model.block3, model.block4), (42, 21, 10, 5), strict=True):
+            maps = block(maps)
+            assert maps.shape[2:] == (side, side)
+    widths = [3, 64, 160, 320, 640]
+    pairs = list(itertools.pairwise(widths))
+    weights = sum(9 * (a * b + 2 * b * b) + a * b + 8 * b for a, b in pairs)
+    assert sum(parameter.numel() for parameter in model.parameters()) == weights == 12_424_320
+    kinds = [type(block.drop).__name__ for block in model.children()]
+    assert kinds == ["Identity", "Identity", "DropBlock2d", "DropBlock2d"]
+
+
+def test_resnet12_by_hand():
+    model = ResNet12Embedding([4, 4, 4, 8], in_channels=1).eval()
+    maps = images = torch.rand(3, 1, 28, 28)
+    for block in (model.block1, model.block2, model.block3, model.block4):
+        main, shortcut = maps, block.shortcut(maps)
+        for at in (0, 3, 6):
+            main = block.main[at + 1](block.main[at](main))
+            main = torch.nn.functional.leaky_relu(main + (shortcut if at == 6 else 0), 0.1)
+        maps = torch.nn.functional.max_pool2d(main, 2)
+    torch.testing.assert_close(model(images), maps.flatten(2).mean(2))
+
+
+def test_encoders_of_few_shot_learning():
+    assert few_shot_encoder("conv4", 28, 1)(torch.zeros(2, 1, 28, 28)).shape == (2, 64)
+    with pytest.raises(ValueError, match="network must be 'conv4' or 'resnet12', got 'conv5'"):
+        few_shot_encoder("conv5", 28, 1)

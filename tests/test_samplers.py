@@ -1,4 +1,4 @@
-"""Class-balanced batches: what is in them, that the seed decides, and that processes share them."""
+"""Class-balanced batches and episodes: what is in them, that the seed decides, and that processes share them."""
 
 import random
 from collections import Counter
@@ -13,7 +13,7 @@ from torch import distributed, multiprocessing
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 from torchdistill.datasets.util import build_data_loader
 
-from rkd_plugin.experiments.samplers import ClassBalancedBatchSampler
+from rkd_plugin.experiments.samplers import ClassBalancedBatchSampler, EpisodicBatchSampler
 
 LABELS = [label for label in range(40) for _ in range(3 + label % 5)]  # classes of 3 to 7 images
 
@@ -107,12 +107,18 @@ def test_a_data_set_without_labels():
         ClassBalancedBatchSampler(SimpleNamespace(data_source=SimpleNamespace()), 2, 1, 1)
 
 
+def through_a_loader(sampler):
+    return [list(map(int, images)) for images, _ in DataLoader(Data(), batch_sampler=sampler)]
+
+
 def _process(rank, processes, address, results):
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
-    torch.manual_seed(rank)  # processes that were seeded differently still share their batches
-    sampler = ClassBalancedBatchSampler(DistributedSampler(Data()), 32, 5, 3)
-    loader = DataLoader(Data(), batch_sampler=sampler)
-    results[rank] = [list(map(int, images)) for images, _ in loader]
+    sampler = DistributedSampler(Data())
+    kinds = ClassBalancedBatchSampler(sampler, 32, 5, 3), EpisodicBatchSampler(sampler, 7, 2, 1, 6)
+    for kind in kinds:
+        torch.manual_seed(rank)  # processes that were seeded differently still share their batches
+        results[type(kind).__name__, rank] = through_a_loader(kind)
+        assert len(results[type(kind).__name__, rank]) == len(kind)
     distributed.destroy_process_group()
 
 
@@ -121,8 +127,88 @@ def test_processes_share_the_batches_of_one(processes, tmp_path):
     with multiprocessing.Manager() as manager:
         results = manager.dict()
         multiprocessing.spawn(_process, (processes, f"file://{tmp_path}/store", results), processes)
-        parts = [results[rank] for rank in range(processes)]
+        parts, turns = (
+            [results[kind, rank] for rank in range(processes)]
+            for kind in ("ClassBalancedBatchSampler", "EpisodicBatchSampler")
+        )
     torch.manual_seed(0)
-    whole = [list(map(int, images)) for images, _ in DataLoader(Data(), batch_sampler=batches(iterations=3))]
-    assert [list(chain(*shares)) for shares in zip(*parts, strict=True)] == whole
+    assert [list(chain(*shares)) for shares in zip(*parts, strict=True)] == through_a_loader(batches(iterations=3))
     assert all(abs(len(share) - 32 / processes) < 1 for part in parts for share in part)
+    torch.manual_seed(0)  # an episode is never torn apart
+    assert [episode for turn in zip(*turns, strict=True) for episode in turn] == through_a_loader(episodes())
+
+
+# Episodes
+
+
+def episodes(way=7, shot=2, query=1, count=6, data=None):
+    return EpisodicBatchSampler(SequentialSampler(data or Data()), way, shot, query, count)
+
+
+def test_an_episode_is_class_by_class_without_repetition():
+    sampler = episodes()
+    assert len(sampler) == len(list(sampler)) == 6
+    for episode in sampler:
+        assert len(episode) == len(set(episode)) == 7 * 3
+        by_class = torch.tensor([LABELS[index] for index in episode]).view(7, 3)
+        assert (by_class == by_class[:, :1]).all()
+        assert len(by_class[:, 0].unique()) == 7
+
+
+def test_every_class_is_as_likely_and_every_image_in_every_place():
+    drawn = torch.tensor(list(episodes(way=4, count=5000))).view(5000, 4, 3)
+    classes = torch.bincount(torch.tensor(LABELS)[drawn[:, :, 0]].flatten(), minlength=40) / 5000
+    assert (classes - 0.1).abs().max() < 5 * (0.1 * 0.9 / 5000) ** 0.5
+    for place in range(3):
+        counts = Counter(drawn[:, :, place].flatten().tolist())
+        for label in range(40):
+            images = [index for index in range(len(LABELS)) if LABELS[index] == label]
+            total = sum(counts[index] for index in images)
+            spread = (1 / len(images) / total) ** 0.5
+            assert max(abs(counts[index] / total - 1 / len(images)) for index in images) < 5 * spread
+
+
+def test_the_seed_decides_the_episodes_and_epochs_differ():
+    torch.manual_seed(3)
+    sampler = episodes()
+    first, second = list(sampler), list(sampler)
+    assert first != second
+    torch.manual_seed(3)
+    random.seed(99)  # which is not asked
+    assert list(sampler) == first
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"way": 0}, "way must be at least 1, got 0"),
+        ({"shot": 0}, "shot must be at least 1, got 0"),
+        ({"query": -1}, "query must be at least 1, got -1"),
+        ({"count": 0}, "episodes must be at least 1, got 0"),
+        (
+            {"way": 41},
+            "expected 41 classes or more with 2 . 1 images or more each, got 40 classes, the smallest with 3",
+        ),
+        (
+            {"query": 2},
+            "expected 7 classes or more with 2 . 2 images or more each, got 40 classes, the smallest with 3",
+        ),
+    ],
+)
+def test_episodes_that_cannot_be(kwargs, message):
+    with pytest.raises(ValueError, match=f"EpisodicBatchSampler: {message}"):
+        episodes(**kwargs)
+
+
+def test_episodes_that_processes_cannot_share(monkeypatch):
+    sampler = episodes(count=7)
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="a number of episodes that 2 processes share evenly, got 7"):
+        len(sampler)
+
+
+def test_episodes_of_a_data_set_without_labels():
+    with pytest.raises(TypeError, match="EpisodicBatchSampler: expected a data set with its labels"):
+        EpisodicBatchSampler(SimpleNamespace(data_source=SimpleNamespace()), 2, 1, 1, 1)

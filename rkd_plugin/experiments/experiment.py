@@ -128,7 +128,7 @@ class Experiment:
         return outputs.float(), labels, features.float()
 
     def measure(self, outputs: Tensor, labels: Tensor, evaluator: Callable[..., Any] | None = None) -> dict[str, Any]:
-        """The task's metrics, with what the recipe says of them (such as ``recipe.recall_at``); or of another evaluator."""
+        """The task's metrics, or those of another evaluator, with what the recipe says of them."""
         evaluator = evaluator or EVALUATORS[self.settings["task"]]
         known = inspect.signature(evaluator).parameters
         options = {name: self.settings[name] for name in known if name in self.settings}

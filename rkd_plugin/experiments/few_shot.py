@@ -40,11 +40,11 @@ def is_right(distances: Tensor, own: Tensor) -> Tensor:
     return ((nearest < distances).sum(-1) == distances.shape[-1] - 1) & nearest[..., 0].isfinite()
 
 
-def split(rows: Tensor, targets: Tensor, shot: int) -> tuple[Tensor, Tensor]:
-    """An episode's support ``(way, shot, ...)`` and queries ``(way, query, ...)``, as `EpisodicBatchSampler` lays it out.
+def split_episode(rows: Tensor, targets: Tensor, shot: int) -> tuple[Tensor, Tensor]:
+    """An episode of `EpisodicBatchSampler` as its support ``(way, shot, ...)`` and its queries ``(way, query, ...)``.
 
     Raises:
-        ValueError: if ``targets`` ``(N,)`` are not classes one after the other, each of as many rows, more than ``shot``.
+        ValueError: if ``targets`` ``(N,)`` are not class after class, each of as many rows, and more than ``shot``.
     """
     classes, counts = torch.unique_consecutive(targets, return_counts=True)
     size = int(counts[0]) if len(counts) else 0
@@ -74,7 +74,7 @@ class _OfEpisode(nn.Module):
         rows = find_hooked(student_io_dict, "student", self.student_module_path, self.student_module_io)
         with torch.autocast(rows.device.type, enabled=False):
             rows = rows.flatten(1).to(torch.promote_types(rows.dtype, torch.float32))
-            support, queries = split(rows, targets, self.shot)
+            support, queries = split_episode(rows, targets, self.shot)
             own = torch.arange(len(queries), device=rows.device).repeat_interleave(queries.shape[1])
             return self.of(squared_distances(queries.flatten(0, 1), support.mean(1)), own)
 
@@ -85,7 +85,7 @@ class _OfEpisode(nn.Module):
 
 @mid_level_loss
 class PrototypicalLoss(_OfEpisode):
-    """Negative log-probability of a query's class under ``softmax(-squared distance to the prototypes)``, mean over queries.
+    """Mean cross-entropy of the queries' classes under ``softmax(-squared distance to the prototypes)``.
 
     Batches are episodes, as `EpisodicBatchSampler` makes them.
 
@@ -100,7 +100,7 @@ class PrototypicalLoss(_OfEpisode):
     Example:
         >>> embeddings = torch.tensor([[0., 0.], [1., 0.], [2., 0.], [2., 1.]])  # class 3: 0 and 1, class 7: 2 and 3
         >>> PrototypicalLoss(shot=1)({".": {"output": embeddings}}, {}, torch.tensor([3, 3, 7, 7]))
-        tensor(0.3557)
+        tensor(0.3556)
     """
 
     def of(self, distances: Tensor, own: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class OnEpisodePart(nn.Module):
         """The host's dictionaries and class labels ``(N,)`` -> what the loss makes of the part's rows."""
         if self.part == "all":
             return self.criterion(student_io_dict, teacher_io_dict, targets, *rest)
-        support, queries = split(torch.arange(len(targets), device=targets.device), targets, self.shot)
+        support, queries = split_episode(torch.arange(len(targets), device=targets.device), targets, self.shot)
         rows = (support if self.part == "support" else queries).flatten()
         student, teacher = (
             {
@@ -247,7 +247,7 @@ def episode_accuracies(
     for way, shot in test_tasks:
         blocks = []
         episodes = _episodes(labels.cpu(), seed, way, shot, test_queries, test_episodes)
-        for block in episodes.split(max(BLOCK // (episodes[0].numel() * rows.shape[1]), 1)):
+        for block in torch.split(episodes, max(BLOCK // (episodes[0].numel() * rows.shape[1]), 1)):
             drawn = rows[block.to(rows.device)]
             prototypes, queries = drawn[:, :, :shot].mean(2), drawn[:, :, shot:].flatten(1, 2)
             own = torch.arange(way, device=rows.device).repeat_interleave(test_queries).expand(len(drawn), -1)
@@ -265,9 +265,9 @@ def _episodes(labels: Tensor, seed: int, way: int, shot: int, queries: int, epis
     enough = counts >= size
     if int(enough.sum()) < way or min(way, shot, queries, episodes) < 1:
         raise ValueError(
-            f"few_shot: expected {way} classes or more with {shot} + {queries} rows or more each, and a positive number "
-            f"of episodes, got {int(enough.sum())} such classes of {len(counts)}, and {episodes} episodes; change "
-            "test_tasks, test_queries or test_episodes"
+            f"few_shot: expected {way} classes or more with {shot} + {queries} rows or more each, and a positive "
+            f"number of episodes, got {int(enough.sum())} such classes of {len(counts)}, and {episodes} episodes; "
+            "change test_tasks, test_queries or test_episodes"
         )
     first, counts = first[enough], counts[enough]
     generator = torch.Generator().manual_seed(seed)

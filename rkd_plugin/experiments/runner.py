@@ -21,7 +21,6 @@ from tqdm import tqdm
 from rkd_plugin.bench import environment
 from rkd_plugin.experiments.experiment import LOGGED, Experiment
 from rkd_plugin.experiments.files import load_weights, read_checkpoint, write_checkpoint, write_json, write_text
-from rkd_plugin.experiments.memory import kept_memory
 from rkd_plugin.experiments.recipe import Recipe
 
 
@@ -53,7 +52,7 @@ def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
     box = experiment.box()
     write_text(held, resolved)
     history = _resume(folder / "last.pt", experiment.student, box)
-    with events_in(folder, len(history)) as events, kept_memory(experiment.device):
+    with events_in(folder, len(history)) as events:
         _train(experiment, box, history, folder, events, label or recipe.path.stem)
     result = _result(recipe, experiment, history)
     write_json(folder / "result.json", result)

@@ -82,9 +82,9 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
 class EpisodicBatchSampler(Sampler[list[int]]):
     """Episodes of few-shot learning: some classes, and of each some images to learn it from and some to be asked for.
 
-    A batch is one episode, class by class, the ``shot`` images of its support first, then its ``query`` images; no class
-    and no image occurs twice in it. Every episode is drawn anew. Under ``torch.distributed`` all processes draw the same
-    episodes and take turns with them, so that each has whole episodes and none is seen twice.
+    A batch is one episode, class by class, the ``shot`` images of its support first, then its ``query`` images; no
+    class and no image occurs twice in it. Every episode is drawn anew. Under ``torch.distributed`` all processes draw
+    the same episodes and take turns with them, so that each has whole episodes and none is seen twice.
 
     Args:
         sampler: any sampler over the data set, whose order is not used: torchdistill passes one. The data set has its
@@ -147,7 +147,7 @@ class EpisodicBatchSampler(Sampler[list[int]]):
 
 
 @register_dataset_wrapper
-class WholeBatches(BaseDatasetWrapper):  # type: ignore[misc]
+class WholeBatches(BaseDatasetWrapper):
     """torchdistill's own wrapper, through which a data set is asked for a whole batch at once, if it can be.
 
     The host wraps every data set that is trained on, and its wrapper asks for one image after the other.

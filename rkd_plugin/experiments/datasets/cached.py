@@ -30,8 +30,8 @@ class Cached(Dataset[tuple[Any, int]]):
             ``targets``.
         folder: of the file, ``C * H * W`` bytes an image; None to decode each image each time.
         transform: of a uint8 tensor, such as a random crop.
-        batched: give the transform all images of a batch at once, ``(N, C, H, W)``, which takes a tenth of the time; one
-            that draws random numbers would draw the same for all of them.
+        batched: give the transform all images of a batch at once, ``(N, C, H, W)``, which is faster; one that draws
+            random numbers would draw the same for all of them.
 
     Raises:
         TypeError: if the data set does not tell its files.
@@ -71,7 +71,8 @@ class Cached(Dataset[tuple[Any, int]]):
             stem, state = _identify(dataset)
             self.path = Path(folder, f"{stem}-{state}.npy")
             if not _is_whole(self.path, len(dataset)):
-                _decode(dataset, self.path)
+                with torch.random.fork_rng(devices=[]):  # what is drawn next must not depend on what was there
+                    _decode(dataset, self.path)
                 for stale in {*Path(folder).glob(f"{stem}-*.npy")} - {self.path}:
                     stale.unlink(missing_ok=True)
 

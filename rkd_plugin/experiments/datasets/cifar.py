@@ -13,6 +13,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from rkd_plugin.experiments.datasets.downloads import download as fetch
 from rkd_plugin.experiments.datasets.pickles import read_arrays
 
+
 class CIFAR100(torchvision.datasets.CIFAR100):
     """torchvision's CIFAR-100, ``root/cifar-100-python/{train,test,meta}``: 50,000 + 10,000 images of 32 x 32 pixels.
 

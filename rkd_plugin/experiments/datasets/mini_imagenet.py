@@ -6,7 +6,7 @@ import csv
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -25,14 +25,14 @@ class MiniImageNet(VisionDataset):
 
     Of these forms the first that is found in ``root``:
 
-    - ``{train,val,test}.csv``, lines ``filename,label`` below a head, and ``images/<filename>``: the published lists, with
-      an archive such as ``mini-imagenet.zip`` unpacked beside them;
+    - ``{train,val,test}.csv``, lines ``filename,label`` below a head, and ``images/<filename>``: the published lists,
+      with an archive such as ``mini-imagenet.zip`` unpacked beside them;
     - ``mini-imagenet-cache-{train,val,test}.pkl``, pickles of ``image_data`` ``(N, H, W, 3)`` and ``class_dict``;
     - ``miniImageNet_category_split_{train_phase_train,val,test}.pickle``, pickles of ``data`` and ``labels``;
     - ``{train,val,test}/<class>/<image>``.
 
-    A pickle that names anything but arrays is refused before it is read. Items are ``(image, label)``; ``paths`` are the
-    files of all of them, ``targets`` the labels, counted from 0 in the order of ``classes``.
+    A pickle that names anything but arrays is refused before it is read. Items are ``(image, label)``; ``paths`` are
+    the files of all of them, ``targets`` the labels, counted from 0 in the order of ``classes``.
 
     Args:
         root: the folder.
@@ -44,11 +44,11 @@ class MiniImageNet(VisionDataset):
         FileNotFoundError: if no form of a split is there, or an image of a list is missing.
         ValueError: if a list or a pickle is malformed or not of the published size; if an image cannot be decoded.
 
-    Source: Vinyals et al., "Matching Networks", NeurIPS 2016; Ravi and Larochelle, "Optimization as a Model for Few-shot
-    Learning", ICLR 2017, whose lists have other classes than the former's.
+    Source: Vinyals et al., "Matching Networks", NeurIPS 2016; Ravi and Larochelle, "Optimization as a Model for
+    Few-shot Learning", ICLR 2017, whose lists have other classes than the former's.
     """
 
-    CLASSES = {"train": 64, "val": 16, "test": 20}
+    CLASSES: ClassVar = {"train": 64, "val": 16, "test": 20}
 
     def __init__(
         self,
@@ -78,18 +78,19 @@ class MiniImageNet(VisionDataset):
 
     def _find(self, part: str) -> list[tuple[str, str, Any]]:
         """Class, file, and pixels or None, of each image."""
+        phase = "train_phase_train" if part == "train" else part
         forms: dict[Path, Callable[[Path], Iterable[tuple[str, str, Any]]]] = {
             self.folder / f"{part}.csv": self._listed,
             self.folder / f"mini-imagenet-cache-{part}.pkl": self._by_class,
-            self.folder / f"miniImageNet_category_split_{part.replace('train', 'train_phase_train')}.pickle": self._labelled,
+            self.folder / f"miniImageNet_category_split_{phase}.pickle": self._labelled,
             self.folder / part: self._of_folders,
-        }  # fmt: skip
+        }
         for path, read in forms.items():
             if path.exists():
                 return list(read(path))
         raise FileNotFoundError(
-            f"MiniImageNet: expected one of {', '.join(path.name for path in forms)} in {self.folder}, found none; get the "
-            f"lists from {LISTS} and the images that they name into {self.folder / 'images'}, or one of the others"
+            f"MiniImageNet: expected one of {', '.join(path.name for path in forms)} in {self.folder}, found none; get "
+            f"the lists from {LISTS} and the images that they name into {self.folder / 'images'}, or one of the others"
         )
 
     def _listed(self, path: Path) -> Iterable[tuple[str, str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torchvision
 from PIL import Image
@@ -19,7 +19,7 @@ LISTS = "https://raw.githubusercontent.com/jakesnell/prototypical-networks/maste
 
 
 class Omniglot(VisionDataset):
-    """Omniglot: 1,623 characters of 50 alphabets, drawn by 20 people each; turned by 0, 90, 180 or 270 degrees, a class.
+    """Omniglot: 1,623 characters of 50 alphabets, drawn by 20 people each, that make four classes each by rotation.
 
     Images are those of torchvision's Omniglot, ``root/omniglot-py/images_{background,evaluation}/<alphabet>/
     character<NN>/*.png``; the classes of a split stand in ``root/omniglot-splits/vinyals/<split>.txt``, a line
@@ -44,7 +44,7 @@ class Omniglot(VisionDataset):
 
     FOLDER = "omniglot-py"
     PARTS = torchvision.datasets.Omniglot.zips_md5
-    SPLITS = {
+    SPLITS: ClassVar = {
         "train": "433d1fcc2b20dcee2983ceb524586f7f",
         "val": "78c535fa427b12b6596908376a0b3f34",
         "trainval": "888433268015439fd05fb6e9006ead50",
@@ -82,9 +82,9 @@ class Omniglot(VisionDataset):
     @property
     def _remedy(self) -> str:
         return (
-            f"get images_background.zip and images_evaluation.zip from {torchvision.datasets.Omniglot.download_url_prefix}"
-            f" and unpack them in {Path(self.root, self.FOLDER)}, get {', '.join(self.SPLITS)}.txt from {LISTS} into "
-            f"{self.list.parent}, or set download to True"
+            f"get {' and '.join(f'{part}.zip' for part in self.PARTS)} from "
+            f"{torchvision.datasets.Omniglot.download_url_prefix} and unpack them in {Path(self.root, self.FOLDER)}, get "
+            f"{', '.join(self.SPLITS)}.txt from {LISTS} into {self.list.parent}, or set download to True"
         )
 
     def _download(self) -> None:

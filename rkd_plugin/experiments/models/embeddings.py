@@ -112,8 +112,8 @@ class ResNet12Embedding(nn.Module):
         drop_block: share of places that DropBlock (5 x 5) drops behind the last two blocks in training; 0 for none.
         in_channels: of the images.
 
-    Source: the ResNet-12 of Lee et al., "Meta-Learning with Differentiable Convex Optimization", CVPR 2019, whose widths
-    are 64, 160, 320, 640; they raise ``drop_block`` to 0.1 in the course of training, here it is constant.
+    Source: the ResNet-12 of Lee et al., "Meta-Learning with Differentiable Convex Optimization", CVPR 2019, whose
+    widths are 64, 160, 320, 640; they raise ``drop_block`` to 0.1 in the course of training, here it is constant.
 
     Example:
         >>> import torch
@@ -149,7 +149,7 @@ class _Residual(nn.Module):
         return dropped
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator]
 def few_shot_encoder(network: str, image_size: int, in_channels: int, drop_block: float = 0.0) -> nn.Module:
     """What few-shot learning embeds images with: ``"conv4"``, 64 channels in each block, or ``"resnet12"``.
 
