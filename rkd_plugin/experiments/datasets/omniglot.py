@@ -81,10 +81,11 @@ class Omniglot(VisionDataset):
 
     @property
     def _remedy(self) -> str:
+        home = torchvision.datasets.Omniglot.download_url_prefix
         return (
-            f"get {' and '.join(f'{part}.zip' for part in self.PARTS)} from "
-            f"{torchvision.datasets.Omniglot.download_url_prefix} and unpack them in {Path(self.root, self.FOLDER)}, get "
-            f"{', '.join(self.SPLITS)}.txt from {LISTS} into {self.list.parent}, or set download to True"
+            f"get {' and '.join(f'{part}.zip' for part in self.PARTS)} from {home} and unpack them in "
+            f"{Path(self.root, self.FOLDER)}, get {', '.join(self.SPLITS)}.txt from {LISTS} into {self.list.parent}, "
+            "or set download to True"
         )
 
     def _download(self) -> None:
