@@ -100,14 +100,21 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = verb(
         "bench", _bench, "time and memory of the losses beside torchdistill's own, or a recipe's training step",
-        "bench", "bench --sizes 128 512 --repeats 9", "bench quickstart/rkd_da --steps 40",
+        "bench", "bench --n 128 512 2048 --impl chunked --dtype bfloat16 --picture bench.png",
+        "bench --show tests/bench/cpu.json", "bench quickstart/rkd_da --steps 40",
     )  # fmt: skip
     bench.add_argument("recipe", nargs="?", help=f"time training steps of this: {RECIPE}")
     bench.add_argument("overrides", nargs="*", help=OVERRIDES)
     bench.add_argument("--steps", type=int, default=20, help="of a recipe, in each of three rounds")
-    bench.add_argument("--sizes", type=int, nargs="+", default=[128, 512, 1024], help="batch sizes")
+    bench.add_argument("--n", type=int, nargs="+", default=[128, 512, 1024], help="batch sizes")
+    bench.add_argument("--impl", nargs="+", default=[], help="kernels (default: all that are worth a row)")
+    bench.add_argument("--student-dim", type=int, default=128, help="width of the student's embeddings")
+    bench.add_argument("--teacher-dim", type=int, default=512, help="width of the teacher's embeddings")
+    bench.add_argument("--dtype", default="float32", help="of both, such as bfloat16")
     bench.add_argument("--repeats", type=int, default=5, help="timed repetitions; the table shows their median")
     bench.add_argument("--json", action="store_true", help="JSON instead of a table")
+    bench.add_argument("--picture", type=Path, help="draw time and memory over N into this PNG")
+    bench.add_argument("--show", type=Path, metavar="JSON", help="measure nothing, show what --json printed before")
     bench.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     bench.add_argument(
         "--peer-limit-gb",
@@ -193,6 +200,16 @@ def _bench(options: argparse.Namespace) -> int:
 
         print(throughput(read(options.recipe, options.overrides), options.steps))
         return 0
-    from rkd_plugin.bench import main as bench
+    import json
 
-    return bench(options.sizes, options.repeats, options.json, options.peer_limit_gb, options.device)
+    from rkd_plugin import bench
+
+    if options.show:
+        measured = json.loads(options.show.read_text(encoding="utf-8"))
+    else:
+        dims = options.student_dim, options.teacher_dim
+        measured = bench.main(
+            options.n, options.impl, *dims, options.dtype, options.device, options.repeats, options.peer_limit_gb
+        )
+    print(bench.show(measured, options.json, options.picture))
+    return 0

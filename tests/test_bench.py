@@ -1,73 +1,102 @@
-"""The benchmark runs, prints everything, and gives a wrong kernel no speed. Nothing here depends on a duration."""
+"""The benchmark runs, shows everything, and gives a wrong kernel no speed. Nothing here depends on a duration."""
 
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from rkd_plugin import bench
+from rkd_plugin.bench import measuring, showing
 from rkd_plugin.cli import main
 from rkd_plugin.kernels import chunked
 
 SIZE = 6
+RESULTS = sorted(Path(__file__).with_name("bench").glob("*.json"))
+README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture
 def quick_memory(monkeypatch):
     """No process per contender."""
-    monkeypatch.setattr(bench, "peak_growth", lambda name, *_: {"chunked": 2_000_000}.get(name, 8_000_000))
+    monkeypatch.setattr(measuring, "peak_growth", lambda name, *_: {"chunked": 2_000_000}.get(name, 8_000_000))
 
 
-def lines(capsys):
-    head, rule, *rows, environment = capsys.readouterr().out.strip().splitlines()
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (head, *rows)]
+def cells(text):
+    head, rule, *rest = text.strip().splitlines()
+    rows = [line for line in rest if line.startswith("|")]
     assert set(rule) == set("| -")
-    return cells, environment
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in (head, *rows)], rest[-1]
+
+
+def column(rows, name):
+    return [row[rows[0].index(name)] for row in rows[1:]]
 
 
 def test_table(capsys, quick_memory):
-    assert bench.main([SIZE, 7], repeats=2, device="cpu") == 0
-    (head, *rows), environment = lines(capsys)
-    assert head == [
-        "N", "loss", "forward ms", "backward ms", "both ms", "IQR ms", "peak growth MB",
-        "times faster than torchdistill", "times less memory",
-    ]  # fmt: skip
-    assert [row[:2] for row in rows] == [[n, c] for n in ("6", "7") for c in ("chunked", "reference", "torchdistill")]
-    for row in rows:
-        assert len(row) == len(head)
+    assert main(["bench", "--n", str(SIZE), "7", "--repeats", "2", "--device", "cpu"]) == 0
+    rows, environment = cells(capsys.readouterr().out)
+    assert rows[0] == list(showing.HEADS.values())
+    contenders = ("chunked", "reference", "torchdistill")
+    assert [row[:2] for row in rows[1:]] == [[n, c] for n in ("6", "7") for c in contenders]
+    for row in rows[1:]:
+        assert len(row) == len(rows[0])
         assert all(float(cell.rstrip("x").replace(",", "")) >= 0 for cell in row[2:])
-        assert row[6] == ("2" if row[1] == "chunked" else "8")
-        assert row[8] == ("4x" if row[1] == "chunked" else "1x")
+    assert column(rows, "peak growth MB") == ["2", "8", "8"] * 2
+    assert column(rows, "times less memory") == ["4x", "1x", "1x"] * 2
     for word in ("commit", "device", "cores", "threads", "torch", "torchdistill"):
         assert f"{word} " in environment
     assert torch.__version__ in environment
 
 
-def test_peer_that_needs_too_much_memory_is_estimated(capsys, quick_memory):
-    estimate = bench.peer_bytes(SIZE)
-    assert bench.main([SIZE], repeats=1, peer_limit_gb=estimate / 1e9 * 0.99, device="cpu") == 0
-    (_, *rows), _ = lines(capsys)
-    peer = rows[-1]
-    assert peer == ["6", "torchdistill", "-", "-", "-", "-", f"~{estimate / 1e6:.3g}", "-", "1x"]
-    assert rows[0][7] == "-"
-    assert bench.main([SIZE], repeats=1, peer_limit_gb=estimate / 1e9, device="cpu") == 0
-    assert lines(capsys)[0][-1][2] != "-"
+def test_the_case_is_the_one_that_was_asked_for(quick_memory):
+    measured = bench.main([SIZE], ["reference"], 3, 5, "bfloat16", "cpu", repeats=1)
+    first, peer = measured["results"]
+    assert [first[key] for key in ("rows", "student_dim", "teacher_dim", "dtype", "loss")] == [
+        SIZE, 3, 5, "bfloat16", "reference",
+    ]  # fmt: skip
+    student, teacher = bench.batch(bench.Case(SIZE, 3, 5, torch.bfloat16))
+    assert (student.shape, teacher.shape, student.dtype) == ((SIZE, 3), (SIZE, 5), torch.bfloat16)
+    assert bench.peer_bytes(bench.Case(SIZE, 3, 5, torch.bfloat16)) == 2 * (3 * SIZE**3 + 2 * SIZE**2 * 8)
+    # float32 inside keeps what bfloat16 gives; the gradient is rounded to bfloat16's eight bits.
+    assert first["value_error"] < 1e-6
+    assert 1e-5 < first["gradient_error"] < 2**-8
+    assert peer["loss"] == "torchdistill"
 
 
-def test_reference_has_no_row_where_it_is_too_large(capsys, quick_memory, monkeypatch):
-    monkeypatch.setattr(bench, "REFERENCE_ROWS", SIZE - 1)
-    bench.main([SIZE], repeats=1, device="cpu")
-    assert [row[1] for row in lines(capsys)[0][1:]] == ["chunked", "torchdistill"]
+def test_peer_that_needs_too_much_memory_is_estimated(quick_memory):
+    estimate = bench.peer_bytes(bench.Case(SIZE)) / 1e9
+    options = {"repeats": 1, "device": "cpu"}
+    table, _ = cells(bench.show(bench.main([SIZE], peer_limit_gb=estimate * 0.99, **options)))
+    assert column(table, "both ms")[-1] == "-"
+    assert column(table, "peak growth MB")[-1] == f"~{estimate * 1e3:.3g}"
+    assert column(table, "times less memory")[-1] == "1x"
+    assert column(table, "times faster than torchdistill") == ["-"] * 3
+    table, _ = cells(bench.show(bench.main([SIZE], peer_limit_gb=estimate, **options)))
+    assert column(table, "both ms")[-1] != "-"
 
 
-def test_json(capsys, quick_memory):
-    assert bench.main([SIZE], repeats=1, as_json=True, device="cpu") == 0
-    written = json.loads(capsys.readouterr().out)
+def test_reference_has_no_row_where_it_is_too_large_unless_asked_for(quick_memory, monkeypatch):
+    monkeypatch.setattr(measuring, "REFERENCE_ROWS", SIZE - 1)
+    losses = [row["loss"] for row in bench.main([SIZE], repeats=1, device="cpu")["results"]]
+    assert losses == ["chunked", "torchdistill"]
+    losses = [row["loss"] for row in bench.main([SIZE], ["reference"], repeats=1, device="cpu")["results"]]
+    assert losses == ["reference", "torchdistill"]
+
+
+def test_json_can_be_shown_again(capsys, quick_memory, tmp_path):
+    assert main(["bench", "--n", str(SIZE), "--repeats", "1", "--device", "cpu", "--json"]) == 0
+    text = capsys.readouterr().out
+    written = json.loads(text)
     assert [row["loss"] for row in written["results"]] == ["chunked", "reference", "torchdistill"]
-    assert set(written["results"][0]) == set(bench.Row._fields)
-    assert {"commit", "device", "threads", "torch"} <= set(written["environment"])
+    assert set(written["results"][0]) == set(measuring.Row._fields)
+    (tmp_path / "kept.json").write_text(text)
+    assert main(["bench", "--show", str(tmp_path / "kept.json")]) == 0
+    assert capsys.readouterr().out.strip() == showing.table(written)
 
 
 @pytest.mark.parametrize("what", ["value", "gradient"])
@@ -93,12 +122,91 @@ def test_wrong_kernel_gets_no_speed(monkeypatch, capsys, what, broken):
 @pytest.mark.parametrize(("rows", "repeats"), [(1, 1), (2, 0)])
 def test_nothing_to_measure(rows, repeats):
     with pytest.raises(ValueError, match=f"at least 2 rows and 1 repetition are needed, got {rows} and {repeats}"):
-        bench.measure(rows, repeats, 1.0, "cpu")
+        bench.measure(bench.Case(rows), ["chunked"], False, repeats, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--dtype", "int8"], "floating-point ones, got 'int8'"), (["--impl", "quick"], "impl must be .*'quick'")],
+)
+def test_what_cannot_be_measured(options, message, capsys):
+    assert main(["bench", "--n", "4", *options]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_peak_growth_sees_what_is_allocated():
     """In a fresh process: the peer's cubes, within what the estimate leaves out at so few rows."""
-    assert 0.7 < bench.peak_growth("torchdistill", 128, "cpu") / bench.peer_bytes(128) < 1.3
+    case = bench.Case(128)
+    assert 0.7 < bench.peak_growth("torchdistill", case) / bench.peer_bytes(case) < 1.3
+
+
+def test_saved_bytes_are_those_that_backward_needs():
+    def loss(student, teacher):
+        return (student.exp() * teacher).sum()  # keeps exp(student), its inputs are not counted
+
+    assert measuring._saved_bytes(loss, torch.randn(10, 7), torch.randn(10, 7)) == 10 * 7 * 4
+
+
+def test_exponents_are_fitted_through_large_batches():
+    rows = [{"rows": n, "loss": "l", "both_ms": 3 * n**2.5, "estimated": False} for n in (8, 256, 512, 2048)]
+    rows[0]["both_ms"] = 1e9  # too small a batch to tell
+    assert showing.exponent(rows, "l", "both_ms") == pytest.approx(2.5)
+    assert showing.exponent(rows[:3], "l", "both_ms") is None
+    assert showing.exponent([*rows[:3], {**rows[3], "estimated": True}], "l", "both_ms") is None
+
+
+def test_picture(tmp_path):
+    row = dict.fromkeys(measuring.Row._fields, 1.0)
+    results = [
+        {**row, "rows": n, "loss": loss, "both_ms": n**3 / 1e3, "memory_mb": n**2 / 1e3, "estimated": False}
+        for n in (64, 256, 512, 1024)
+        for loss in ("chunked", "torchdistill")
+    ]
+    results[-1] |= {"estimated": True, "both_ms": None}
+    measured = {"environment": {"device": "a processor"}, "results": results}
+    showing.picture(measured, tmp_path / "new" / "bench.png")
+    with Image.open(tmp_path / "new" / "bench.png") as image:
+        assert image.size == (1200, 540)
+        assert len(image.convert("L").getcolors()) > 20
+
+
+# What was measured and committed
+
+
+def test_there_are_results():
+    assert RESULTS
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_results_have_the_schema(path):
+    measured = json.loads(path.read_text())
+    assert set(measured) == {"environment", "results"}
+    assert {"commit", "device", "cores", "threads", "python", "torch", "torchdistill"} == set(measured["environment"])
+    assert "dirty" not in measured["environment"]["commit"]
+    optional = {"forward_ms", "backward_ms", "both_ms", "spread_ms", "saved_mb", "value_error", "gradient_error"}
+    optional |= {"speed_up", "memory_ratio"}
+    for row in measured["results"]:
+        assert tuple(row) == measuring.Row._fields
+        for name, value in row.items():
+            if name in ("loss", "dtype"):
+                assert isinstance(value, str)
+            elif name == "estimated":
+                assert isinstance(value, bool)
+            elif value is None:
+                assert name in optional
+            else:
+                assert math.isfinite(value) or name in ("value_error", "gradient_error")
+                assert value >= 0
+        assert row["estimated"] == (row["both_ms"] is None)
+
+
+def test_the_readmes_table_is_made_from_them(capsys):
+    text = README.read_text()
+    shown = [path for path in RESULTS if f"rkd bench --show tests/bench/{path.name}" in text]
+    assert shown
+    for path in shown:
+        assert main(["bench", "--show", str(path)]) == 0
+        assert capsys.readouterr().out.strip() in text
 
 
 def test_a_recipes_step_is_timed_beside_torchdistills(capsys):

@@ -74,7 +74,7 @@ def test_eval_draws_pictures(tmp_path, capsys, monkeypatch):
         (["eval", "quickstart/student", "--checkpoint", "none.pt"], "expected a checkpoint at none.pt, found none"),
         (["reproduce", "quickstar"], "did you mean quickstart"),
         (["reproduce", "quickstart/student"], "suite"),
-        (["bench", "--sizes", "1"], "at least 2 rows"),
+        (["bench", "--n", "1"], "at least 2 rows"),
     ],
 )
 def test_wrong_input_is_one_message_and_no_traceback(arguments, message, capsys, tmp_path, monkeypatch):

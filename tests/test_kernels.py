@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rkd_plugin.bench import batch, peak_growth
+from rkd_plugin.bench import Case, batch, peak_growth
 from rkd_plugin.functional import _KERNELS, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
 from rkd_plugin.kernels import chunked
 
@@ -293,14 +293,14 @@ def test_deterministic(impl, rows, dtype):
 
 def test_peak_memory():
     """1024 rows, teacher 512 wide, student 128, forward and backward; the N^3 form would take 17 GB."""
-    assert peak_growth("chunked", 1024, "cpu") < 100e6  # 12 matrices of N^2 float64; measured: under 11
+    assert peak_growth("chunked", Case(1024)) < 100e6  # 12 matrices of N^2 float64; measured: under 11
     # The meter sees the cubes where there are some: N^3 of float32 is 67 MB at N = 256, and the formula needs several.
-    assert peak_growth("reference", 256, "cpu") > 200e6
+    assert peak_growth("reference", Case(256)) > 200e6
 
 
 def test_many_rows(device):
     """As many rows as above: some vertices of the chunked form against the plain formula, one vertex at a time."""
-    student, teacher = batch(1024, str(device))
+    student, teacher = batch(Case(1024, device=str(device)))
     value, gradient = evaluate(rkd_angle_loss, student, teacher, impl="chunked")
     for vertex in (0, 31, 32, 500, 1023):
         units = (F.normalize(x.double() - x[vertex], dim=1) for x in (student, teacher))

@@ -1,0 +1,64 @@
+"""Time, memory and error of the kernels, beside torchdistill's own loss on the same data; and where that was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rkd_plugin.bench.environment import environment
+from rkd_plugin.bench.measuring import PEER, Case, batch, check, measure, peak_growth, peer_bytes
+from rkd_plugin.bench.showing import picture, table
+
+__all__ = ["PEER", "Case", "batch", "check", "environment", "main", "measure", "peak_growth", "peer_bytes", "show"]
+
+
+def main(
+    sizes: Sequence[int] = (128, 512, 1024),
+    impls: Sequence[str] = (),
+    student_dim: int = 128,
+    teacher_dim: int = 512,
+    dtype: str = "float32",
+    device: str | None = None,
+    repeats: int = 5,
+    peer_limit_gb: float = 8.0,
+) -> dict[str, Any]:
+    """Check and measure forward and backward of RKD-DA.
+
+    Args:
+        sizes: numbers of rows N.
+        impls: kernels; all that can run, if not given, ``reference`` up to N = 128.
+        student_dim: width of the student's embeddings.
+        teacher_dim: width of the teacher's.
+        dtype: of both, such as ``"bfloat16"``.
+        device: ``None`` takes a GPU if there is one.
+        repeats: timed repetitions per size, of which the median is taken.
+        peer_limit_gb: above this estimate of its memory torchdistill is not run, and the estimate is kept.
+
+    Returns:
+        ``environment`` and ``results``, what ``--json`` prints.
+
+    Raises:
+        ValueError: for a dtype, a device or numbers that cannot be.
+        RuntimeError: if a kernel cannot run here, or disagrees with ``reference``.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ValueError(f"bench: dtype must be one of torch's floating-point ones, got {dtype!r}")
+    cases = [Case(rows, student_dim, teacher_dim, kind, device) for rows in sizes]
+    chosen = list(impls) or ["chunked", "reference"]
+    for impl in chosen:
+        check(impl, device)
+    results = [row for case in cases for row in measure(case, chosen, bool(impls), repeats, peer_limit_gb)]
+    return {"environment": environment(device), "results": [row._asdict() for row in results]}
+
+
+def show(measured: dict[str, Any], as_json: bool = False, path: Path | None = None) -> str:
+    """What `main` measured as Markdown or JSON; drawn into ``path``, if one is given."""
+    if path is not None:
+        picture(measured, path)
+    return json.dumps(measured, indent=2) if as_json else table(measured)

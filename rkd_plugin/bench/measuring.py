@@ -1,0 +1,239 @@
+"""Forward and backward of RKD-DA: how long, how much memory, how far from the truth.
+
+The contenders take turns within one loop, so that a noisy machine is noisy for all. Memory is the *growth* of the peak,
+each measurement in a fresh process on a CPU. A kernel that disagrees with ``reference`` gets no speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from rkd_plugin.functional import Impl, rkd_da_loss
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+PEER = "torchdistill"
+REFERENCE_ROWS = 128  # up to here the O(N^2 D + N^3) reference is worth a row that nobody asked for
+TRUTH_ROWS = 2048  # up to here the error is measured, against float64
+CHECK_ROWS = 64
+WARM_UPS = 2
+METER = 1e6  # bytes; a growth below this is lost in what the process had spare
+# Relative to the largest entry: float32 keeps 6e-8, and the sums of a batch of 64 lose less than two digits more.
+AGREEMENT = {torch.float64: 1e-10, torch.float32: 5e-6}
+
+
+class Case(NamedTuple):
+    """A batch: rows, widths, dtype and device."""
+
+    rows: int
+    student_dim: int = 128
+    teacher_dim: int = 512
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+
+class Row(NamedTuple):
+    """One line of the table; ``None`` where nothing was measured."""
+
+    rows: int
+    student_dim: int
+    teacher_dim: int
+    dtype: str
+    loss: str
+    forward_ms: float | None
+    backward_ms: float | None
+    both_ms: float | None
+    spread_ms: float | None  # between the quartiles
+    memory_mb: float
+    estimated: bool  # the memory
+    saved_mb: float | None  # for backward, beyond the inputs
+    value_error: float | None  # relative, against float64
+    gradient_error: float | None  # relative to the largest entry
+    speed_up: float | None
+    memory_ratio: float | None
+
+
+def check(impl: str, device: str) -> None:
+    """Raise unless ``impl`` gives the value and gradient that ``reference`` gives in float64."""
+    for dtype, limit in AGREEMENT.items():
+        student, teacher = batch(Case(CHECK_ROWS, dtype=dtype, device=device))
+        errors = _errors(_contender(impl), _contender("reference"), student, teacher)
+        for what, error in zip(("value", "gradient"), errors, strict=True):
+            if not error <= limit:
+                raise RuntimeError(
+                    f"bench: impl {impl!r} must agree with 'reference' to {limit:.0e} before it gets a speed, "
+                    f"got a {what} that is off by {error:.1e} in {dtype} at N = {CHECK_ROWS}"
+                )
+
+
+def measure(case: Case, impls: Sequence[str], all_of_them: bool, repeats: int, peer_limit_gb: float) -> list[Row]:
+    """One `Row` per contender; of ``reference`` only where it is small, unless ``all_of_them``."""
+    if case.rows < 2 or repeats < 1:
+        raise ValueError(f"bench: at least 2 rows and 1 repetition are needed, got {case.rows} and {repeats}")
+    names = [name for name in impls if name != "reference" or all_of_them or case.rows <= REFERENCE_ROWS]
+    peer_runs = peer_bytes(case) <= peer_limit_gb * 1e9
+    names += [PEER] if peer_runs else []
+    times = _times({name: _contender(name) for name in names}, *batch(case), repeats)
+    memory = {PEER: float(peer_bytes(case))} | {name: float(peak_growth(name, case)) for name in names}
+
+    def row(name: str) -> Row:
+        what = (*case[:3], str(case.dtype).removeprefix("torch."), name)
+        ratio = memory[PEER] / memory[name] if name == PEER or memory[name] >= METER else None
+        if name not in times:
+            return Row(*what, None, None, None, None, memory[name] / 1e6, True, None, None, None, None, ratio)
+        low, both, high = (float(q) for q in times[name][:, 2].quantile(torch.tensor([0.25, 0.5, 0.75]).double()))
+        forward, backward = (float(t) for t in times[name][:, :2].quantile(0.5, dim=0))
+        speed_up = float(times[PEER][:, 2].quantile(0.5)) / both if peer_runs else None
+        saved = _saved_bytes(_contender(name), *batch(case)) / 1e6
+        known = case.rows <= TRUTH_ROWS
+        errors = _errors(_contender(name), _contender("chunked"), *batch(case)) if known else (None, None)
+        growth = memory[name] / 1e6
+        return Row(*what, forward, backward, both, high - low, growth, False, saved, *errors, speed_up, ratio)
+
+    return [row(name) for name in (names if peer_runs else [*names, PEER])]
+
+
+def peer_bytes(case: Case) -> int:
+    """Peak memory that the N^3 form needs for forward and backward, within 1 % from N = 256 on."""
+    widths = case.teacher_dim + case.student_dim
+    return case.dtype.itemsize * (3 * case.rows**3 + 2 * case.rows**2 * widths)
+
+
+def batch(case: Case) -> tuple[Tensor, Tensor]:
+    """The same student and teacher for every contender; drawn on the CPU, whose numbers do not depend on the device."""
+    generator = torch.Generator().manual_seed(0)
+    widths = (case.student_dim, case.teacher_dim)
+    student, teacher = (torch.randn(case.rows, width, generator=generator) for width in widths)
+    return student.to(case.device, case.dtype), teacher.to(case.device, case.dtype)
+
+
+def growth_here(name: str, case: Case) -> int:
+    """Bytes by which forward and backward raise the peak memory of this process, or of the GPU."""
+    loss = _contender(name)
+    student, teacher = batch(case)
+    _value_and_gradient(loss, *batch(case._replace(rows=8)))  # what the first call loads is not the batch's
+    if case.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _value_and_gradient(loss, student, teacher)
+        return torch.cuda.max_memory_allocated() - before
+    _forget_peak()
+    before = _peak()
+    _value_and_gradient(loss, student, teacher)
+    return _peak() - before
+
+
+def peak_growth(name: str, case: Case) -> int:
+    """Bytes by which forward and backward raise the peak memory; on a CPU that of a fresh process."""
+    if case.device.startswith("cuda"):
+        return growth_here(name, case)
+    what = f"*{case[:3]!r}, {case.dtype}, {case.device!r}"
+    code = f"import torch; from rkd_plugin.bench.measuring import *; print(growth_here({name!r}, Case({what})))"
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # glibc gives blocks above this back as soon as they are freed, so that the peak is of live memory, not of its gaps.
+    # One thread, since their number changes no allocation and on a busy machine they wait for each other.
+    env = os.environ | {"PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout)
+
+
+def _forget_peak() -> None:
+    # Without Linux the peak of what came before stays: the growth may then read too small, never too large.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    # Not ru_maxrss where it can be helped: on Linux that survives exec, so it would start at the parent's peak.
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _contender(name: str) -> Loss:
+    if name != PEER:
+        return lambda student, teacher: rkd_da_loss(student, teacher, impl=cast(Impl, name))
+    import torchvision  # noqa: F401  # before torchdistill, whose registries look for it in sys.modules
+    from torchdistill.losses.mid_level import RKDLoss
+
+    rkd = RKDLoss("out", "out", dist_factor=1.0, angle_factor=2.0, reduction="mean")
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        value: Tensor = rkd({"out": {"output": student}}, {"out": {"output": teacher}})
+        return value
+
+    return loss
+
+
+def _value_and_gradient(loss: Loss, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    student = student.detach().requires_grad_()
+    value = loss(student, teacher)
+    (gradient,) = torch.autograd.grad(value, student)
+    return value.detach(), gradient
+
+
+def _errors(loss: Loss, truth: Loss, student: Tensor, teacher: Tensor) -> tuple[float, float]:
+    """Of value and gradient, each relative to its largest entry, against ``truth`` in float64."""
+    pairs = zip(
+        _value_and_gradient(loss, student, teacher),
+        _value_and_gradient(truth, student.double(), teacher.double()),
+        strict=True,
+    )
+    value, gradient = (float((x - y).abs().max() / y.abs().max()) for x, y in pairs)
+    return value, gradient
+
+
+def _saved_bytes(loss: Loss, student: Tensor, teacher: Tensor) -> int:
+    """What autograd keeps for the backward pass, in storages other than the inputs'."""
+    inputs = {x.untyped_storage().data_ptr() for x in (student, teacher)}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in inputs:
+            kept[storage.data_ptr()] = storage  # held, so that no other one gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = loss(student.requires_grad_(), teacher)
+    total = sum(storage.nbytes() for storage in kept.values())
+    del value
+    return total
+
+
+def _times(contenders: dict[str, Loss], student: Tensor, teacher: Tensor, repeats: int) -> dict[str, Tensor]:
+    """Milliseconds ``(repeats, 3)`` of forward, backward and both, for every contender."""
+    student = student.requires_grad_()
+
+    def now() -> float:
+        if student.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    samples: dict[str, list[list[float]]] = {name: [] for name in contenders}
+    for _ in range(WARM_UPS + repeats):
+        for name, loss in contenders.items():
+            # An untimed call first, since the one after another contender pays for what that one did to the memory.
+            torch.autograd.grad(loss(student, teacher), student)
+            start = now()
+            value = loss(student, teacher)
+            middle = now()
+            torch.autograd.grad(value, student)
+            end = now()
+            samples[name].append([middle - start, end - middle, end - start])
+            del value  # frees what the graph kept, before the next contender starts
+    return {name: torch.tensor(rows[WARM_UPS:], dtype=torch.float64) * 1000 for name, rows in samples.items()}
