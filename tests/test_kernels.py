@@ -12,14 +12,23 @@ from torch.nn import functional as F
 
 from rkd_plugin.bench import Case, batch, peak_growth
 from rkd_plugin.functional import _KERNELS, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
-from rkd_plugin.kernels import chunked
+from rkd_plugin.kernels import chunked, compiled
 
 SIZES = [0, 1, 2, 3, 17, 64, 129]
 LOSSES = [rkd_distance_loss, rkd_angle_loss]
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
-every_kernel = pytest.mark.parametrize("impl", sorted(_KERNELS.keys() - {"auto"}))
+every_kernel = pytest.mark.parametrize("impl", [*sorted(_KERNELS.keys() - {"auto"}), "compiled"], indirect=True)
 every_size = pytest.mark.parametrize("rows", SIZES)
+
+
+@pytest.fixture
+def impl(request, monkeypatch):
+    """A kernel's name; "compiled" is what `chunked` does with large batches, here with all of them."""
+    if request.param != "compiled":
+        return request.param
+    monkeypatch.setattr(compiled, "ROWS", 1)
+    return "chunked"
 
 
 def evaluate(loss, student, teacher, **options):
@@ -291,9 +300,64 @@ def test_deterministic(impl, rows, dtype):
     torch.testing.assert_close(once, again, rtol=0, atol=0)
 
 
+def angles(rows=12):
+    student, teacher = distinct(rows)
+    return evaluate(rkd_angle_loss, student.float(), teacher.float(), impl="chunked")
+
+
+@pytest.fixture
+def vertices(monkeypatch):
+    """The rows of each call of what is compiled, for batches of 12 rows or more."""
+    seen, original = [], compiled._compiled
+    monkeypatch.setattr(compiled, "ROWS", 12)
+    monkeypatch.setattr(compiled, "_compiled", lambda: lambda *args: (seen.append(len(args[0])), original()(*args))[1])
+    return seen
+
+
+def test_large_batches_are_compiled_and_small_ones_are_not(vertices):
+    angles(11)
+    assert vertices == []
+    angles(12)
+    assert vertices == [12] * 12
+    assert compiled.FAILURES == []
+    with torch.no_grad():  # of the loss alone nothing is compiled
+        rkd_angle_loss(*distinct(), impl="chunked")
+    assert vertices == [12] * 12
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_without_a_compiler_all_goes_on_in_silence(vertices, monkeypatch, recwarn, after):
+    """Also where it fails in the middle of a batch: nothing of it stays in the sums."""
+    batch = [x.float() for x in distinct(12)]
+    with torch._dynamo.config.patch(disable=True):
+        expected = evaluate(rkd_angle_loss, *batch, impl="chunked")
+    original = compiled._compiled()
+    calls = []
+
+    def broken(*args):
+        calls.append(None)
+        if len(calls) > after:
+            raise RuntimeError("no compiler")
+        return original(*args)
+
+    monkeypatch.setattr(compiled, "FAILURES", [])
+    monkeypatch.setattr(compiled, "_compiled", lambda: broken)
+    for _ in range(2):
+        torch.testing.assert_close(evaluate(rkd_angle_loss, *batch, impl="chunked"), expected, rtol=0, atol=0)
+    assert len(calls) == after + 1  # it is tried once
+    assert [str(error) for error in compiled.FAILURES] == ["no compiler"]
+    assert not recwarn.list
+
+
+def test_compiling_can_be_switched_off(vertices):
+    with torch._dynamo.config.patch(disable=True):
+        angles()
+    assert vertices == []
+
+
 def test_peak_memory():
     """1024 rows, teacher 512 wide, student 128, forward and backward; the N^3 form would take 17 GB."""
-    assert peak_growth("chunked", Case(1024)) < 100e6  # 12 matrices of N^2 float64; measured: under 11
+    assert peak_growth("chunked", Case(1024)) < 64e6  # 8 matrices of N^2 float64; measured: under 7
     # The meter sees the cubes where there are some: N^3 of float32 is 67 MB at N = 256, and the formula needs several.
     assert peak_growth("reference", Case(256)) > 200e6
 

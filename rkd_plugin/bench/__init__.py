@@ -1,4 +1,4 @@
-"""Time, memory and error of the kernels, beside torchdistill's own loss on the same data; and where that was measured."""
+"""Time, memory and error of the kernels, beside torchdistill's own loss on the same data."""
 
 from __future__ import annotations
 

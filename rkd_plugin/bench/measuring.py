@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rkd_plugin.functional import Impl, rkd_da_loss
+from rkd_plugin.kernels import compiled
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -121,7 +122,9 @@ def growth_here(name: str, case: Case) -> int:
     """Bytes by which forward and backward raise the peak memory of this process, or of the GPU."""
     loss = _contender(name)
     student, teacher = batch(case)
-    _value_and_gradient(loss, *batch(case._replace(rows=8)))  # what the first call loads is not the batch's
+    # What the first call loads, or compiles, is not the batch's.
+    compiles = name not in (PEER, "reference") and case.rows >= compiled.ROWS
+    _value_and_gradient(loss, *batch(case._replace(rows=compiled.ROWS if compiles else 8)))
     if case.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -8,7 +8,8 @@ same pass. With D the squared distances and r = 1 / sqrt(D), or 0 where D = 0:
     W          = d huber / d cos_student                           P = W * r_ab * r_ac
     dL/dD_ab   = sum_c P - r_ab^2 * sum_c W * cos - 1/2 sum_v P[v,a,b]
 
-W and P are symmetric in b and c, so that only b < c is computed.
+W and P are symmetric in b and c, so that only b < c is computed; large batches on a CPU go to ``compiled`` instead,
+which computes all of them in one pass.
 """
 
 from __future__ import annotations
@@ -20,7 +21,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
-from rkd_plugin.kernels.pairwise import EQUAL, inverse_lengths, normalise, rescale, safe_sqrt, squared_distances, widest
+from rkd_plugin.kernels import compiled
+from rkd_plugin.kernels.pairwise import (
+    EQUAL,
+    inverse_lengths,
+    mean_distance,
+    normalise,
+    rescale,
+    safe_sqrt,
+    squared_distances,
+    widest,
+)
 
 STRIP = 32  # rows b of a strip; its columns are all c from the first of them on
 EVEN = 64  # ratio of squares, so 8 between lengths: up to here rounding them costs no more than rounding the cosines
@@ -43,11 +54,53 @@ def distance(
     student: Relations, teacher: Relations, huber_delta: float, pairs: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """See ``reference.distance``; the same from squared distances."""
-    student_psi, teacher_psi = normalise(safe_sqrt(student.squares)), normalise(safe_sqrt(teacher.squares))
     if pairs is None:
-        return huber_loss(student_psi, teacher_psi, reduction="none", delta=huber_delta).sum(1)
+        sums: Tensor = _distance(student.squares, teacher.squares, huber_delta)
+        return sums
+    student_psi, teacher_psi = normalise(safe_sqrt(student.squares)), normalise(safe_sqrt(teacher.squares))
     losses = huber_loss(student_psi[pairs], teacher_psi[pairs], reduction="none", delta=huber_delta)
     return losses.new_zeros(len(student_psi)).index_add(0, pairs[0], losses)
+
+
+@torch.library.custom_op("rkd_plugin::distance", mutates_args=())
+def _distance(student: Tensor, teacher: Tensor, huber_delta: float) -> Tensor:
+    # An operator of its own keeps the squares alone for the backward pass; autograd would keep five matrices more.
+    student_psi, teacher_psi = normalise(safe_sqrt(student)), normalise(safe_sqrt(teacher))
+    return huber_loss(student_psi, teacher_psi, reduction="none", delta=huber_delta).sum(1)
+
+
+@_distance.register_fake
+def _(student: Tensor, teacher: Tensor, huber_delta: float) -> Tensor:
+    return student.new_empty(len(student))
+
+
+@torch.library.custom_op("rkd_plugin::distance_backward", mutates_args=())
+def _distance_backward(weights: Tensor, student: Tensor, teacher: Tensor, huber_delta: float) -> Tensor:
+    # In place: at most three matrices at once.
+    slope = normalise(safe_sqrt(teacher)).neg_()
+    lengths = safe_sqrt(student)
+    mean, rows = mean_distance(lengths), len(student)
+    slope.addcdiv_(lengths, mean).clamp_(-huber_delta, huber_delta).mul_(weights.unsqueeze(1))
+    # What each distance changes in the mean, by which all are divided.
+    through_mean = torch.dot(slope.flatten(), lengths.flatten()) / (mean.square() * max(rows * (rows - 1), 1))
+    return slope.div_(mean).sub_(through_mean).div_(lengths.mul_(2).masked_fill_(lengths == 0, torch.inf))
+
+
+@_distance_backward.register_fake
+def _(weights: Tensor, student: Tensor, teacher: Tensor, huber_delta: float) -> Tensor:
+    return torch.empty_like(student)
+
+
+def _save_distance(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *squares, ctx.huber_delta = inputs
+    ctx.save_for_backward(*squares)
+
+
+def _differentiate_distance(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
+    return _distance_backward(weights, *ctx.saved_tensors, ctx.huber_delta), None, None
+
+
+_distance.register_autograd(_differentiate_distance, setup_context=_save_distance)
 
 
 def angle(
@@ -92,6 +145,11 @@ def _sweep(
     if rows == 0:
         return losses, student.new_zeros(0, 0)
     sides = [(_halves(squares, dtype), inverse_lengths(squares).to(dtype)) for squares in (student, teacher)]
+    if weights is not None and (swept := compiled.sweep(sides, huber_delta, weights)) is not None:
+        losses, arms, opposite = swept
+        lengths = sides[0][1]
+        del sides, swept
+        return losses, _gradient(weights, arms, opposite.div_(2), lengths)
     # sum_c P and sum_c W * cos at [a, b], and sum_a P at [b, c]
     arms = student.new_zeros((2, rows, rows) if weights is not None else (2, 0), dtype=dtype)
     opposite = torch.zeros_like(arms[0])
@@ -132,8 +190,14 @@ def _sweep(
             facing.add_((narrow[a] @ scale.flatten(1)).view(height, width))
     if weights is None:
         return 2 * losses, student.new_zeros(0)
-    through_arms = arms[0] - sides[0][1].square() * arms[1]
-    return 2 * losses, weights.unsqueeze(1) * through_arms - opposite
+    return 2 * losses, _gradient(weights, arms, opposite, sides[0][1])
+
+
+def _gradient(weights: Tensor, arms: Tensor, opposite: Tensor, lengths: Tensor) -> Tensor:
+    """By the squared distances, from ``sum_c P`` and ``sum_c W * cos``, both overwritten, and half of ``sum_a P``."""
+    through_arms, turns = arms
+    through_arms.sub_(turns.mul_(lengths.square()))
+    return through_arms.to(weights.dtype).mul_(weights.unsqueeze(1)).sub_(opposite)
 
 
 @torch.library.custom_op("rkd_plugin::angle", mutates_args=())

@@ -98,8 +98,12 @@ def inverse_lengths(squares: Tensor) -> Tensor:
     return squares.masked_fill(equal, 1).rsqrt_().masked_fill(equal, 0)
 
 
+def mean_distance(distances: Tensor) -> Tensor:
+    """Mean of an ``(N, N)`` matrix over pairs of distinct rows, duplicates included; 1 where all rows are equal."""
+    mean = distances.sum() / max(len(distances) * (len(distances) - 1), 1)
+    return mean.masked_fill(mean == 0, 1)
+
+
 def normalise(distances: Tensor) -> Tensor:
     """Divide an ``(N, N)`` matrix by its mean over pairs of distinct rows, duplicates included."""
-    rows = len(distances)
-    mean = distances.sum() / max(rows * (rows - 1), 1)
-    return distances / mean.masked_fill(mean == 0, 1)
+    return distances / mean_distance(distances)
