@@ -88,7 +88,8 @@ def measure(case: Case, impls: Sequence[str], all_of_them: bool, repeats: int, p
     memory = {PEER: float(peer_bytes(case))} | {name: float(peak_growth(name, case)) for name in names}
 
     def row(name: str) -> Row:
-        what = (*case[:3], str(case.dtype).removeprefix("torch."), name)
+        dtype = str(case.dtype).removeprefix("torch.")
+        what = (case.rows, case.student_dim, case.teacher_dim, dtype, name)
         ratio = memory[PEER] / memory[name] if name == PEER or memory[name] >= METER else None
         if name not in times:
             return Row(*what, None, None, None, None, memory[name] / 1e6, True, None, None, None, None, ratio)
@@ -97,9 +98,9 @@ def measure(case: Case, impls: Sequence[str], all_of_them: bool, repeats: int, p
         speed_up = float(times[PEER][:, 2].quantile(0.5)) / both if peer_runs else None
         saved = _saved_bytes(_contender(name), *batch(case)) / 1e6
         known = case.rows <= TRUTH_ROWS
-        errors = _errors(_contender(name), _contender("chunked"), *batch(case)) if known else (None, None)
+        value, gradient = _errors(_contender(name), _contender("chunked"), *batch(case)) if known else (None, None)
         growth = memory[name] / 1e6
-        return Row(*what, forward, backward, both, high - low, growth, False, saved, *errors, speed_up, ratio)
+        return Row(*what, forward, backward, both, high - low, growth, False, saved, value, gradient, speed_up, ratio)
 
     return [row(name) for name in (names if peer_runs else [*names, PEER])]
 
@@ -213,9 +214,8 @@ def _saved_bytes(loss: Loss, student: Tensor, teacher: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         value = loss(student.requires_grad_(), teacher)
-    total = sum(storage.nbytes() for storage in kept.values())
     del value
-    return total
+    return sum(int(storage.nbytes()) for storage in kept.values())
 
 
 def _times(contenders: dict[str, Loss], student: Tensor, teacher: Tensor, repeats: int) -> dict[str, Tensor]:

@@ -52,7 +52,8 @@ def exponent(results: Sequence[Result], loss: str, what: str) -> float | None:
     if len({x for x, _ in points}) < 3:
         return None
     x_mean, y_mean = (sum(axis) / len(points) for axis in zip(*points, strict=True))
-    return sum((x - x_mean) * (y - y_mean) for x, y in points) / sum((x - x_mean) ** 2 for x, _ in points)
+    slope: float = sum((x - x_mean) * (y - y_mean) for x, y in points) / sum((x - x_mean) ** 2 for x, _ in points)
+    return slope
 
 
 def _cell(row: Result, name: str) -> str:

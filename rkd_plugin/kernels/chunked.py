@@ -197,7 +197,8 @@ def _gradient(weights: Tensor, arms: Tensor, opposite: Tensor, lengths: Tensor) 
     """By the squared distances, from ``sum_c P`` and ``sum_c W * cos``, both overwritten, and half of ``sum_a P``."""
     through_arms, turns = arms
     through_arms.sub_(turns.mul_(lengths.square()))
-    return through_arms.to(weights.dtype).mul_(weights.unsqueeze(1)).sub_(opposite)
+    gradient: Tensor = through_arms.to(weights.dtype).mul_(weights.unsqueeze(1)).sub_(opposite)
+    return gradient
 
 
 @torch.library.custom_op("rkd_plugin::angle", mutates_args=())
