@@ -12,8 +12,9 @@ Reference: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019.
 from __future__ import annotations
 
 import math
+import weakref
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -185,7 +186,7 @@ def _losses(
     rows = len(student)
     # Autocast would take the Gram products and norms down to half precision, where close rows become equal.
     with torch.autocast(student.device.type, enabled=False):
-        ours, theirs = kernel.relations(student), kernel.relations(teacher.detach())
+        ours, theirs = kernel.relations(student), _teacher_relations(kernel, teacher)
         dtype = torch.promote_types(student.dtype, torch.float32)
         # Zero, connected to the graph, and not a number where a lone row is not.
         total = (student * 0).sum(1, dtype=dtype) + (teacher.detach() * 0).sum(1, dtype=dtype)
@@ -197,6 +198,34 @@ def _losses(
             sums = kernel.distance(ours, theirs, huber_delta, pairs)
             total = total + distance_weight * sums / _count(reduction, rows, 2, pairs)
         return (total * rows if reduction == "anchor" else total.sum()).to(dtype)
+
+
+class _Kept(NamedTuple):
+    teacher: weakref.ref[Tensor]
+    version: int
+    kernel: ModuleType
+    relations: Any
+
+
+_KEPT: list[_Kept] = []  # of the last teacher, or nothing
+
+
+def _teacher_relations(kernel: ModuleType, teacher: Tensor) -> Any:
+    """``kernel.relations``, kept for the next loss of the same tensor, as long as that lives and is not written to."""
+    # Where the tensor tells no version, or what is computed now may be replayed or saved later, nothing is kept.
+    passing = torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or teacher.is_inference()
+    if passing or (teacher.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return kernel.relations(teacher.detach())
+    for kept in _KEPT:
+        if kept.teacher() is teacher and kept.version == teacher._version and kept.kernel is kernel:
+            return kept.relations
+    relations = kernel.relations(teacher.detach())
+
+    def forget(reference: weakref.ref[Tensor]) -> None:
+        _KEPT[:] = [kept for kept in _KEPT if kept.teacher is not reference]
+
+    _KEPT[:] = [_Kept(weakref.ref(teacher, forget), teacher._version, kernel, relations)]
+    return relations
 
 
 def _count(reduction: str, rows: int, order: int, tuples: tuple[Tensor, ...] | None) -> int:

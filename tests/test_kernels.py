@@ -325,6 +325,34 @@ def test_large_batches_are_compiled_and_small_ones_are_not(vertices):
     assert vertices == [12] * 12
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_large_batches_inside_a_compiled_step(vertices, backend):
+    student, teacher = (x.float() for x in distinct(12))
+    expected = evaluate(rkd_da_loss, student, teacher)
+    vertices.clear()
+    torch._dynamo.reset()
+    step = torch.compile(rkd_da_loss, fullgraph=True, backend=backend)
+    for _ in range(2):
+        torch.testing.assert_close(evaluate(step, student, teacher), expected)
+    assert vertices == [12] * 24
+    assert compiled.FAILURES == []
+
+
+def test_large_batches_under_autocast_and_without_gradients_of_others(vertices):
+    """What the surroundings switch on or off changes neither the bits nor what is compiled."""
+    student, teacher = (x.float() for x in distinct(12))
+    expected = evaluate(rkd_da_loss, student, teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(evaluate(rkd_da_loss, student, teacher), expected, rtol=0, atol=0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        torch.testing.assert_close(evaluate(rkd_da_loss, student, teacher), expected)
+    finally:
+        torch.set_num_threads(threads)
+    assert compiled.FAILURES == []
+
+
 @pytest.mark.parametrize("after", [0, 5])
 def test_without_a_compiler_all_goes_on_in_silence(vertices, monkeypatch, recwarn, after):
     """Also where it fails in the middle of a batch: nothing of it stays in the sums."""
