@@ -36,7 +36,7 @@ from rkd_plugin.kernels.pairwise import differentiate_squares, inverse_lengths, 
 __all__ = ["INTERPRETED", "Relations", "angle", "distance", "relations"]
 
 TILE = 32  # rows i and rows j of a program
-SPAN = 64  # rows k that are added up in float32, before float64 takes their sum
+SPAN = 32  # rows k that are added up in float32, before float64 takes their sum
 UNROLL = 16  # columns of x whose loads are under way at once
 # Four numbers of a tile for each thread, since more do not fit its registers; and no product fused into a difference,
 # since cosines are rounded before they are compared, so that equal relations differ by exactly 0.
@@ -86,8 +86,11 @@ def _cosines(h_ij, l_ij, r_ij, row, plane, i, j, split: tl.constexpr):
 
 
 @triton.jit
-def _slope(difference, limit):
-    return tl.minimum(tl.maximum(difference, -limit), limit)
+def _slope(difference, limit, split: tl.constexpr):
+    """Of the Huber loss."""
+    if not split:  # Triton makes an instruction of a clamp to plus and minus the same, which float64 lacks
+        return tl.minimum(tl.maximum(difference, -limit), limit)
+    return tl.clamp(difference, -limit, limit)
 
 
 @triton.jit
@@ -146,7 +149,7 @@ def _angle_kernel(
             # An arm and itself span no angle; at k that comes out as 0 against 0.
             diff_i = tl.where((j != k)[None, :], cos_i - want_i, 0.0)
             diff_j = tl.where((i != k)[:, None], cos_j - want_j, 0.0)
-            slope_i, slope_j = _slope(diff_i, limit), _slope(diff_j, limit)
+            slope_i, slope_j = _slope(diff_i, limit, split), _slope(diff_j, limit, split)
             if weighted:
                 slope_i *= weight_i
                 slope_j *= weight_j
@@ -154,7 +157,7 @@ def _angle_kernel(
                 loss_i = tl.fma(slope_i, tl.fma(slope_i, -0.5, diff_i), loss_i)
                 loss_j = tl.fma(slope_j, tl.fma(slope_j, -0.5, diff_j), loss_j)
             if needs_gradient:
-                slope_k = _slope(want_k - cos_k, limit)
+                slope_k = _slope(want_k - cos_k, limit, split)
                 if weighted:
                     slope_k *= tl.load(weights + k)
                 across = tl.fma(slope_k, scale_k, tl.fma(slope_j, scale_j, tl.fma(slope_i, scale_i, across)))
@@ -305,7 +308,7 @@ def _angle_backward(
 ) -> Tensor:
     # Whether the gradient at hand will do is only known on the device, where it ends the walk before it begins.
     equal = (weights == weights[:1]).all()
-    end = torch.where(equal, 0, len(weights)).int()
+    end = len(weights) * (~equal).int()
     weighted = _launch(student, teacher, huber_delta, dtype, True, weights, end)[1]
     return torch.where(equal, gradient * weights[:1], weighted)
 
