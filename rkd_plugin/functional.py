@@ -11,7 +11,9 @@ Reference: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import warnings
 import weakref
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
@@ -22,11 +24,12 @@ from torch import Tensor
 from rkd_plugin.kernels import chunked, reference
 
 Reduction = Literal["mean", "tuple_mean", "sum", "anchor"]
-Impl = Literal["auto", "reference", "chunked"]
+Impl = Literal["auto", "reference", "chunked", "fused"]
 Pairs = tuple[Tensor, Tensor]
 Triplets = tuple[Tensor, Tensor, Tensor]
 
-_KERNELS: dict[str, ModuleType] = {"auto": chunked, "chunked": chunked, "reference": reference}
+_KERNELS: dict[str, ModuleType] = {"chunked": chunked, "reference": reference}  # those that run anywhere
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up, not imported
 
 
 def rkd_distance_loss(
@@ -55,7 +58,8 @@ def rkd_distance_loss(
             so that a weight means the same at every batch size; ``"sum"``, the paper's equation; ``"anchor"``, a
             vector ``(N,)`` with the loss of the pairs that start at row i, its mean equal to ``"mean"``.
         huber_delta: where the loss turns from quadratic to linear; positive.
-        impl: the kernel: ``"reference"``, ``"chunked"``, or ``"auto"`` to leave the choice.
+        impl: the kernel: ``"reference"``, ``"chunked"``, ``"fused"``, or ``"auto"``, which takes ``"fused"`` for CUDA
+            tensors where Triton is installed and ``"chunked"`` everywhere else.
         pairs: ``(from, to)``, index vectors ``(P,)``: only these pairs count, and means are over them. The mean
             distance still runs over the whole batch.
 
@@ -65,6 +69,7 @@ def rkd_distance_loss(
     Raises:
         TypeError: if an input is no floating point tensor.
         ValueError: if a batch is not 2-D, the row counts or devices differ, or an option is unknown.
+        RuntimeError: if ``impl`` is ``"fused"`` and cannot run here.
 
     Example:
         A 3-4-5 triangle against three points on a line.
@@ -97,7 +102,8 @@ def rkd_angle_loss(
         \frac{1}{N^3}\sum_{i,j,k} \ell_\delta\!\left(\cos\angle s_j s_i s_k,\ \cos\angle t_j t_i t_k\right)
 
     with the vertex at row i. A triplet that names a row twice adds 0; an arm between two equal rows has no direction,
-    and its cosines are 0 on that side. ``"chunked"`` needs ``O(N^2)`` memory, whatever the width of the embeddings.
+    and its cosines are 0 on that side. ``"chunked"`` and ``"fused"`` need ``O(N^2)`` memory, whatever the width of the
+    embeddings.
 
     Args:
         student: embeddings that learn, shape ``(N, D_s)``, floating point.
@@ -112,7 +118,7 @@ def rkd_angle_loss(
         As `rkd_distance_loss`.
 
     Raises:
-        TypeError, ValueError: as `rkd_distance_loss`.
+        TypeError, ValueError, RuntimeError: as `rkd_distance_loss`.
 
     Example:
         >>> import torch
@@ -155,7 +161,7 @@ def rkd_da_loss(
         As `rkd_distance_loss`.
 
     Raises:
-        TypeError, ValueError: as `rkd_distance_loss`.
+        TypeError, ValueError, RuntimeError: as `rkd_distance_loss`.
 
     Example:
         >>> import torch
@@ -182,7 +188,7 @@ def _losses(
     triplets: Triplets | None,
 ) -> Tensor:
     _check(name, student, teacher, reduction, huber_delta, impl)
-    kernel = _KERNELS[impl]
+    kernel = _kernel(name, impl, student.device)
     rows = len(student)
     # Autocast would take the Gram products and norms down to half precision, where close rows become equal.
     with torch.autocast(student.device.type, enabled=False):
@@ -198,6 +204,57 @@ def _losses(
             sums = kernel.distance(ours, theirs, huber_delta, pairs)
             total = total + distance_weight * sums / _count(reduction, rows, 2, pairs)
         return (total * rows if reduction == "anchor" else total.sum()).to(dtype)
+
+
+def _kernel(name: str, impl: str, device: torch.device) -> ModuleType:
+    """The file that computes; ``"auto"`` takes one that runs, an explicit choice is kept or refused."""
+    if impl == "auto":
+        impl = "fused" if device.type == "cuda" and _HAS_TRITON and _fused_agrees(device) else "chunked"
+    if impl != "fused":
+        return _KERNELS[impl]
+    if not _HAS_TRITON:
+        raise RuntimeError(f"{name}: impl 'fused' needs Triton, which is not installed; take impl 'chunked'")
+    from rkd_plugin.kernels import fused
+
+    if device.type != "cuda" and not (device.type == "cpu" and fused.INTERPRETED):
+        raise RuntimeError(f"{name}: impl 'fused' needs tensors on a CUDA device, got {device}; take impl 'chunked'")
+    return fused
+
+
+_AGREES: dict[torch.device, bool] = {}
+
+
+def _fused_agrees(device: torch.device) -> bool:
+    """Whether the fused kernel gives on this device what the chunked one gives, found out once with a small batch.
+
+    Triton compiles for each kind of GPU anew, and ``"auto"`` must neither fail nor be wrong on one that nobody tried.
+    """
+    if device in _AGREES:
+        return _AGREES[device]
+    try:
+        from rkd_plugin.kernels import fused
+
+        generator = torch.Generator().manual_seed(0)
+        student, teacher = (torch.randn(40, width, generator=generator).to(device) for width in (3, 5))
+        found = []
+        for kernel in (fused, chunked):
+            with torch.inference_mode(False), torch.enable_grad():
+                leaf = student.detach().clone().requires_grad_()
+                sums = kernel.angle(kernel.relations(leaf), kernel.relations(teacher), 0.5)
+                found.append((sums.detach(), *torch.autograd.grad(sums.sum(), leaf)))
+        # float32 keeps 6e-8, of which sums of 1600 terms lose less than two digits.
+        agrees = all(bool((x - y).abs().max() < 1e-5 * y.abs().max()) for x, y in zip(*found, strict=True))
+        reason = "it gives other values"
+    except Exception as error:  # whatever Triton or a driver may raise
+        agrees, reason = False, f"{type(error).__name__}: {error}"
+    if not agrees:
+        warnings.warn(f"impl 'fused' cannot be used on {device} ({reason}); 'auto' takes 'chunked'", stacklevel=2)
+    _AGREES[device] = agrees
+    return agrees
+
+
+# What torch.compiler.assume_constant_result sets; using that here would load the compiler with the package.
+_fused_agrees._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Kept(NamedTuple):
@@ -255,7 +312,7 @@ def _check(name: str, student: Tensor, teacher: Tensor, reduction: str, huber_de
         )
     if reduction not in get_args(Reduction):
         raise ValueError(f"{name}: reduction must be one of {get_args(Reduction)}, got {reduction!r}")
-    if impl not in _KERNELS:
+    if impl not in get_args(Impl):
         raise ValueError(f"{name}: impl must be one of {get_args(Impl)}, got {impl!r}")
     if not huber_delta > 0:
         raise ValueError(f"{name}: huber_delta must be positive, got {huber_delta!r}")

@@ -19,13 +19,13 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "rkd.json").read_text())
 LOSSES = [rkd_distance_loss, rkd_angle_loss, rkd_da_loss]
 ORDER = {rkd_distance_loss: 2, rkd_angle_loss: 3}
 REDUCTIONS = ["mean", "tuple_mean", "sum", "anchor"]
-IMPLS = sorted(_KERNELS)
+IMPLS = ["auto", *sorted(_KERNELS)]  # fused has tests of its own
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 every_term = pytest.mark.parametrize("loss", list(ORDER), ids=lambda f: f.__name__)
 every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 every_impl = pytest.mark.parametrize("impl", IMPLS)
-every_kernel = pytest.mark.parametrize("impl", [name for name in IMPLS if name != "auto"])
+every_kernel = pytest.mark.parametrize("impl", sorted(_KERNELS))
 
 
 def batch(rows=7, student_width=3, teacher_width=5, dtype=torch.float64, device="cpu"):
@@ -83,7 +83,10 @@ X = torch.zeros(4, 2)
             X, X, {"reduction": "none"}, ValueError,
             "reduction must be one of ('mean', 'tuple_mean', 'sum', 'anchor'), got 'none'",
         ),
-        (X, X, {"impl": "fast"}, ValueError, "impl must be one of ('auto', 'reference', 'chunked'), got 'fast'"),
+        (
+            X, X, {"impl": "fast"}, ValueError,
+            "impl must be one of ('auto', 'reference', 'chunked', 'fused'), got 'fast'",
+        ),
         (X, X, {"huber_delta": 0}, ValueError, "huber_delta must be positive, got 0"),
         (X, X, {"huber_delta": math.nan}, ValueError, "huber_delta must be positive, got nan"),
     ],

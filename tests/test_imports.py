@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -42,6 +43,11 @@ def test_the_core_loads_nothing_but_torch(torch_alone):
         ("import rkd_plugin.adapters.torchdistill", "torchdistill"),
         ("import rkd_plugin.adapters.pml", "pytorch_metric_learning"),
         ("import rkd_plugin.bench", "rkd_plugin.bench"),
+        pytest.param(
+            "import rkd_plugin.kernels.fused",
+            "triton",
+            marks=pytest.mark.skipif(not find_spec("triton"), reason="none"),
+        ),
     ],
 )
 def test_the_check_can_fail(torch_alone, statement, name):

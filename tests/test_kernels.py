@@ -18,7 +18,7 @@ SIZES = [0, 1, 2, 3, 17, 64, 129]
 LOSSES = [rkd_distance_loss, rkd_angle_loss]
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
-every_kernel = pytest.mark.parametrize("impl", [*sorted(_KERNELS.keys() - {"auto"}), "compiled"], indirect=True)
+every_kernel = pytest.mark.parametrize("impl", [*sorted(_KERNELS), "compiled"], indirect=True)
 every_size = pytest.mark.parametrize("rows", SIZES)
 
 

@@ -135,3 +135,12 @@ def test_a_compiled_step_computes_its_own_teacher(student, computed):
     teacher[0] -= 1
     assert compiled(images, teacher) != first
     assert kept == functional._KEPT
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_which_kernel_auto_takes_is_a_constant_of_a_compiled_step(monkeypatch, agrees):
+    monkeypatch.setattr(functional, "_AGREES", {torch.device("cpu"): agrees})
+    compiled = torch.compile(
+        lambda x: x * 2 if functional._fused_agrees(x.device) else x, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(torch.ones(3)), torch.ones(3) * (2 if agrees else 1))

@@ -13,6 +13,7 @@ Every kernel file holds three functions with these names, arguments, values and 
 triplets; those that name a row twice add exactly zero. ``pairs`` is ``(from, to)`` and ``triplets`` is
 ``(vertex, arm, arm)``, index vectors of one length.
 
-``reference`` is written to be read and is the oracle of all tests; ``chunked`` is the one to use. What they share,
-``pairwise``, holds no loss: the scale of a batch, its squared distances and its mean distance.
+``reference`` is written to be read and is the oracle of all tests; ``chunked`` runs on any device; ``fused`` is for
+GPUs: the only file that imports Triton, and imported on first use itself. What they share, ``pairwise``, holds no loss:
+the scale of a batch, its squared distances and its mean distance.
 """

@@ -63,7 +63,8 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(len(x), len(x))
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> Tensor:
+def differentiate_squares(ctx: Any, grad: Tensor) -> Tensor:
+    """Gradient of any computation of the squared distances of a saved ``x``."""
     (x,) = ctx.saved_tensors
     centred = x - x.mean(0)
     both = grad + grad.T
@@ -72,7 +73,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> Tensor:
 
 
 _squared_distances.register_autograd(
-    _differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0])
+    differentiate_squares, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0])
 )
 
 

@@ -1,0 +1,332 @@
+"""Triton on a GPU, in ``O(N^2)`` memory: squared distances, and all cosines with their gradient, in one kernel each.
+
+A triangle i, j, k has three angles, all made of the same three distances. A program owns a tile of pairs i < j and
+walks along all k: it adds the angles at i and at j to the losses of these vertices, and all three to the gradient of
+the distance between i and j. With h = D / 2, r = 1 / sqrt(D), or 0 where D = 0, and W the slope of the Huber loss:
+
+    cos_i = (h_ij + h_ik - h_jk) * r_ij * r_ik                     likewise cos_j and cos_k
+    dL/dD_ij = sum_k W_i r_ij r_ik + W_j r_ij r_jk - W_k r_ik r_jk - r_ij^2 (W_i cos_i + W_j cos_j)
+
+What a program sums up stays in its registers, so that there are no atomics, and the same input gives the same bits in
+every run. That is paid for by computing a cosine three times, once for each side of its triangle. Tile sizes are fixed
+for the same reason: others would add up in another order. What is left to PyTorch is as reproducible as PyTorch is: the
+last step, two matrix products, always on one stream; index tuples only under ``torch.use_deterministic_algorithms``.
+
+The numerator cancels where one side is much shorter than the others. Unless the input is float64, h is therefore split
+into whole steps of about 2^-23 of the largest, whose sums are exact in float32, and the rest, whose sums are rounded to
+2^-47 of the largest.
+
+Nothing asks the GPU for a value, so that a call can be captured in a CUDA graph once its kernels have been compiled by
+a call before. ``TRITON_INTERPRET=1``, set before the first use, runs it on a CPU, slowly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rkd_plugin.kernels import chunked
+from rkd_plugin.kernels.chunked import Relations, distance
+from rkd_plugin.kernels.pairwise import differentiate_squares, inverse_lengths, rescale
+
+__all__ = ["INTERPRETED", "Relations", "angle", "distance", "relations"]
+
+TILE = 32  # rows i and rows j of a program
+SPAN = 32  # rows k that are added up in float32, before float64 takes their sum
+UNROLL = 16  # columns of x whose loads are under way at once
+# Four numbers of a tile for each thread, since more do not fit its registers; and no product fused into a difference,
+# since cosines are rounded before they are compared, so that equal relations differ by exactly 0.
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
+STEPS = 2.0**30  # this many times the largest is where float64 numbers are 2^-23 to 2^-22 of the largest apart
+
+
+@triton.jit
+def _squares_kernel(x, squares, rows, width, columns, tile: tl.constexpr, unroll: tl.constexpr):
+    """Squared distances of the rows of ``x``, which comes as ``(columns, width)``, padded with zeros."""
+    if tl.program_id(0) > tl.program_id(1):
+        return
+    i = tl.program_id(0) * tile + tl.arange(0, tile)
+    j = tl.program_id(1) * tile + tl.arange(0, tile)
+    total = tl.zeros((tile, tile), tl.float64)
+    for first in range(0, columns, unroll):
+        for step in tl.static_range(unroll):
+            column = x + tl.cast(first + step, tl.int64) * width
+            difference = tl.load(column + i)[:, None] - tl.load(column + j)[None, :]
+            total = tl.fma(difference, difference, total)
+    inside = (i < rows)[:, None] & (j < rows)[None, :]
+    tl.store(squares + i[:, None] * rows + j[None, :], total, mask=inside)
+    tl.store(squares + j[None, :] * rows + i[:, None], total, mask=inside)
+
+
+@triton.jit
+def _numerators(h_ij, h_ik, h_jk):
+    """The law of cosines at i, j and k, without the lengths."""
+    difference = h_ik - h_jk
+    at_i = h_ij + difference
+    return at_i, h_ij - difference, 2 * h_ik - at_i
+
+
+@triton.jit
+def _cosines(h_ij, l_ij, r_ij, row, plane, i, j, split: tl.constexpr):
+    """The cosines at i, j and k of one side, and the reciprocal lengths of their arms."""
+    at_i, at_j, at_k = _numerators(h_ij, tl.load(row + i)[:, None], tl.load(row + j)[None, :])
+    r_ik, r_jk = tl.load(row + plane + i)[:, None], tl.load(row + plane + j)[None, :]
+    if split:
+        rest = row + 2 * plane
+        rest_i, rest_j, rest_k = _numerators(l_ij, tl.load(rest + i)[:, None], tl.load(rest + j)[None, :])
+        at_i += rest_i
+        at_j += rest_j
+        at_k += rest_k
+    scale_i, scale_j, scale_k = r_ij * r_ik, r_ij * r_jk, r_ik * r_jk
+    return at_i * scale_i, at_j * scale_j, at_k * scale_k, scale_i, scale_j, scale_k
+
+
+@triton.jit
+def _slope(difference, limit, split: tl.constexpr):
+    """Of the Huber loss."""
+    if not split:  # Triton makes an instruction of a clamp to plus and minus the same, which float64 lacks
+        return tl.minimum(tl.maximum(difference, -limit), limit)
+    return tl.clamp(difference, -limit, limit)
+
+
+@triton.jit
+def _angle_kernel(
+    student,
+    teacher,
+    huber_delta,
+    weights,
+    end,
+    losses,
+    gradient,
+    rows,
+    width,
+    split: tl.constexpr,
+    weighted: tl.constexpr,
+    needs_gradient: tl.constexpr,
+    tile: tl.constexpr,
+    span: tl.constexpr,
+):
+    """One tile: losses per vertex and the gradient of the squares, or only the latter, for ``weights`` of the vertices.
+
+    ``student`` and ``teacher`` are results of `_packed`. ``losses`` is ``(2, width / tile, width)``.
+    """
+    tile_i, tile_j = tl.program_id(0), tl.program_id(1)
+    if tile_i > tile_j:
+        return
+    i, j = tile_i * tile + tl.arange(0, tile), tile_j * tile + tl.arange(0, tile)
+    plane = tl.cast(width, tl.int64) * width
+    pairs = i[:, None] * width + j[None, :]
+    dtype: tl.constexpr = student.dtype.element_ty
+    hs_ij, rs_ij = tl.load(student + pairs), tl.load(student + plane + pairs)
+    ht_ij, rt_ij = tl.load(teacher + pairs), tl.load(teacher + plane + pairs)
+    ls_ij, lt_ij = hs_ij, ht_ij
+    if split:
+        ls_ij, lt_ij = tl.load(student + 2 * plane + pairs), tl.load(teacher + 2 * plane + pairs)
+    limit = tl.load(huber_delta)
+    last = rows
+    if weighted:
+        weight_i, weight_j = tl.load(weights + i)[:, None], tl.load(weights + j)[None, :]
+        last = tl.load(end)
+    total_across = tl.zeros((tile, tile), tl.float64)
+    total_along = tl.zeros((tile, tile), tl.float64)
+    losses_i = tl.zeros((tile,), tl.float64)
+    losses_j = tl.zeros((tile,), tl.float64)
+    upper = i[:, None] < j[None, :]
+    for first in range(0, last, span):
+        loss_i = tl.zeros((tile, tile), dtype)
+        loss_j = tl.zeros((tile, tile), dtype)
+        across = tl.zeros((tile, tile), dtype)
+        along = tl.zeros((tile, tile), dtype)
+        for k in range(first, tl.minimum(first + span, last)):
+            cos_i, cos_j, cos_k, scale_i, scale_j, scale_k = _cosines(
+                hs_ij, ls_ij, rs_ij, student + k * width, plane, i, j, split
+            )
+            want_i, want_j, want_k, _0, _1, _2 = _cosines(ht_ij, lt_ij, rt_ij, teacher + k * width, plane, i, j, split)
+            # An arm and itself span no angle; at k that comes out as 0 against 0.
+            diff_i = tl.where((j != k)[None, :], cos_i - want_i, 0.0)
+            diff_j = tl.where((i != k)[:, None], cos_j - want_j, 0.0)
+            slope_i, slope_j = _slope(diff_i, limit, split), _slope(diff_j, limit, split)
+            if weighted:
+                slope_i *= weight_i
+                slope_j *= weight_j
+            else:
+                loss_i = tl.fma(slope_i, tl.fma(slope_i, -0.5, diff_i), loss_i)
+                loss_j = tl.fma(slope_j, tl.fma(slope_j, -0.5, diff_j), loss_j)
+            if needs_gradient:
+                slope_k = _slope(want_k - cos_k, limit, split)
+                if weighted:
+                    slope_k *= tl.load(weights + k)
+                across = tl.fma(slope_k, scale_k, tl.fma(slope_j, scale_j, tl.fma(slope_i, scale_i, across)))
+                along = tl.fma(slope_j, cos_j, tl.fma(slope_i, cos_i, along))
+        if not weighted:
+            losses_i += tl.sum(tl.where(upper, loss_i, 0.0).to(tl.float64), 1)
+            losses_j += tl.sum(tl.where(upper, loss_j, 0.0).to(tl.float64), 0)
+        if needs_gradient:
+            total_across += across.to(tl.float64)
+            total_along += along.to(tl.float64)
+    if not weighted:
+        tl.store(losses + tile_j * width + i, losses_i)
+        tl.store(losses + (tl.num_programs(0) + tile_i) * width + j, losses_j)
+    if needs_gradient:
+        halves = hs_ij.to(tl.float64)
+        if split:
+            halves += ls_ij.to(tl.float64)
+        # Not r_ij^2: its rounding would enter this term twice more than the other, where the two cancel.
+        inverse = tl.where(rs_ij == 0, 0.0, 0.5 / tl.where(rs_ij == 0, 1.0, halves))
+        slopes = total_across - inverse * total_along
+        tl.store(gradient + i[:, None] * rows + j[None, :], slopes, mask=upper & (j < rows)[None, :])
+
+
+INTERPRETED = not isinstance(_angle_kernel, triton.JITFunction)  # on a CPU, as TRITON_INTERPRET=1 asks
+
+
+def relations(x: Tensor) -> Relations:
+    """As ``chunked.relations``, but from the differences of all rows, so that no pair needs a second look."""
+    return Relations(_squared_distances(rescale(x, torch.float64)), torch.promote_types(x.dtype, torch.float32))
+
+
+def angle(
+    student: Relations,
+    teacher: Relations,
+    huber_delta: float,
+    triplets: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """See ``reference.angle``; the same from squared distances, all triplets in one kernel."""
+    if triplets is not None:
+        return chunked.angle(student, teacher, huber_delta, triplets)
+    needs_gradient = torch.is_grad_enabled() and student.squares.requires_grad
+    sums: Tensor = _angle(student.squares, teacher.squares, huber_delta, student.dtype, needs_gradient)[0]
+    return sums
+
+
+@torch.library.custom_op("rkd_plugin::fused_squared_distances", mutates_args=())
+def _squared_distances(x: Tensor) -> Tensor:
+    rows, columns = x.shape
+    squares = x.new_empty(rows, rows)
+    tiles = triton.cdiv(rows, TILE)
+    # Rows side by side, so that a tile of them is read in one go; zeros differ from zeros by nothing.
+    padded = x.new_zeros(triton.cdiv(columns, UNROLL) * UNROLL, tiles * TILE)
+    padded[:columns, :rows] = x.T
+    if rows:
+        with torch.cuda.device_of(x):
+            _squares_kernel[(tiles, tiles)](
+                padded, squares, rows, tiles * TILE, len(padded), tile=TILE, unroll=UNROLL, **LAUNCH
+            )
+    return squares
+
+
+@_squared_distances.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(len(x), len(x))
+
+
+_squared_distances.register_autograd(
+    differentiate_squares, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0])
+)
+
+
+def _packed(squares: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(2 or 3, width, width)``, padded with zeros to whole tiles: h, r and, in float32, what h was rounded by."""
+    rows, width = len(squares), triton.cdiv(len(squares), TILE) * TILE
+    packed = torch.zeros(2 if dtype == torch.float64 else 3, width, width, dtype=dtype, device=squares.device)
+    coarse = halves = squares / 2
+    if dtype != torch.float64:
+        # Numbers of this size are so far apart that adding it, and taking it off again, rounds to whole steps.
+        offset = STEPS * halves.amax()
+        coarse = (halves + offset).sub_(offset)
+        packed[2, :rows, :rows] = halves.sub_(coarse)
+    packed[0, :rows, :rows] = coarse
+    packed[1, :rows, :rows] = inverse_lengths(squares)
+    return packed
+
+
+def _launch(
+    student: Tensor,
+    teacher: Tensor,
+    huber_delta: float,
+    dtype: torch.dtype,
+    needs_gradient: bool,
+    weights: Tensor | None = None,
+    end: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Angle losses ``(N,)`` per vertex and their gradient ``(N, N)``; given ``weights``, only the gradient.
+
+    ``end`` is how many rows k are walked along, a tensor of one integer: where it is 0, the weights cost nothing.
+    """
+    rows = len(student)
+    gradient = student.new_zeros((rows, rows) if needs_gradient else 0)
+    if rows < 3:
+        return student.new_zeros(rows), gradient
+    sides = [_packed(squares, dtype) for squares in (student, teacher)]
+    width = sides[0].shape[1]
+    losses = student.new_zeros(2, width // TILE, width)
+    limit = torch.full((1,), huber_delta, dtype=dtype, device=student.device)
+    if weights is not None:
+        weights = torch.nn.functional.pad(weights.to(dtype), (0, width - rows))
+    with torch.cuda.device_of(student):
+        _angle_kernel[(width // TILE, width // TILE)](
+            *sides,
+            limit,
+            weights,
+            end,
+            losses,
+            gradient,
+            rows,
+            width,
+            split=dtype != torch.float64,
+            weighted=weights is not None,
+            needs_gradient=needs_gradient,
+            tile=TILE,
+            span=SPAN,
+            **LAUNCH,
+        )
+    return losses[..., :rows].sum((0, 1)), gradient
+
+
+@torch.library.custom_op("rkd_plugin::fused_angle", mutates_args=())
+def _angle(
+    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    # As in chunked, the gradient is taken in the forward pass for weights of 1, which most reductions ask for.
+    return _launch(student, teacher, huber_delta, dtype, needs_gradient)
+
+
+@_angle.register_fake
+def _(
+    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    return student.new_empty(len(student)), torch.empty_like(student) if needs_gradient else student.new_empty(0)
+
+
+@torch.library.custom_op("rkd_plugin::fused_angle_backward", mutates_args=())
+def _angle_backward(
+    weights: Tensor, student: Tensor, teacher: Tensor, gradient: Tensor, huber_delta: float, dtype: torch.dtype
+) -> Tensor:
+    # Whether the gradient at hand will do is only known on the device, where it ends the walk before it begins.
+    equal = (weights == weights[:1]).all()
+    end = len(weights) * (~equal).int()
+    weighted = _launch(student, teacher, huber_delta, dtype, True, weights, end)[1]
+    return torch.where(equal, gradient * weights[:1], weighted)
+
+
+@_angle_backward.register_fake
+def _(
+    weights: Tensor, student: Tensor, teacher: Tensor, gradient: Tensor, huber_delta: float, dtype: torch.dtype
+) -> Tensor:
+    return torch.empty_like(student)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    student, teacher, ctx.huber_delta, ctx.dtype, _ = inputs
+    ctx.save_for_backward(student, teacher, output[1])
+
+
+def _differentiate(ctx: Any, weights: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _angle_backward(weights, *ctx.saved_tensors, ctx.huber_delta, ctx.dtype), None, None, None, None
+
+
+_angle.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,414 @@
+"""The Triton kernel: on a GPU with ``-m gpu``; in the default run interpreted on a CPU, and compiled for a GPU unseen.
+
+The interpreter takes 10 ms for what a GPU does in one step, so batches are tiny: most of one tile, some of three. It
+has a process of its own, since Triton decides when a kernel is defined; there this file's tests find ``DEVICE`` a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from test_kernels import HARD, assert_within_budget, clusters, distinct, duplicated, evaluate
+from torch.utils.checkpoint import checkpoint
+
+from rkd_plugin import functional, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
+from rkd_plugin.kernels import chunked
+
+triton = pytest.importorskip("triton")
+from rkd_plugin.kernels import fused  # noqa: E402
+
+DEVICE = torch.device("cpu" if fused.INTERPRETED else "cuda")
+runs_kernel = pytest.mark.interpreted if fused.INTERPRETED else pytest.mark.gpu
+in_plain_process = pytest.mark.skipif(fused.INTERPRETED, reason="this is the interpreter's process")
+
+every_loss = pytest.mark.parametrize("loss", [rkd_distance_loss, rkd_angle_loss], ids=lambda f: f.__name__)
+both_widths = pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=["float32", "float64"])
+
+
+def short_arm():
+    """Two rows a ten-thousandth apart: of how they differ as seen from a third row, one float32 would keep 3 digits."""
+    student, teacher = distinct()
+    student[1] = student[0] + 1e-4 * torch.randn(6)
+    return student, teacher
+
+
+CASES = {
+    **{f"clusters-{spread:g}": lambda s=spread: clusters(s, 24, 6) for spread in (1e-1, 1e-3, 1e-5)},
+    **{name: case for name, case in HARD.items() if not name.startswith("clusters")},
+    "short-arm": short_arm,
+}
+
+
+def value_and_gradient(loss, student, *teacher, **options):
+    student = student.detach().requires_grad_()
+    value = loss(student, *teacher, **options)
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    return value.detach(), gradient
+
+
+def batch(rows=7, dtype=torch.float64, **options):
+    return tuple(x.to(DEVICE, dtype) for x in distinct(rows, **options))
+
+
+@in_plain_process
+def test_under_the_interpreter():
+    """All tests of this file that are marked so, in one process."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "interpreted", "-p", "no:cacheprovider", __file__]
+    # An input that is not finite makes NumPy warn.
+    command += ["-W", "ignore::RuntimeWarning"]
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 100
+    assert "skipped" not in done.stdout
+
+
+def signature(kernel, pointers, dtype, constants):
+    """What Triton would read off a launch: names to types, and which of them are multiples of 16."""
+    types, aligned = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        kind = pointers.get(name, dtype)
+        types[name] = (
+            "constexpr" if name in constants else "i32" if name in ("rows", "width", "columns") else f"*{kind}"
+        )
+        if types[name][0] == "*" or name in ("width", "columns"):
+            aligned[(position,)] = [["tt.divisibility", 16]]
+    return types, aligned
+
+
+@in_plain_process
+@pytest.mark.parametrize(
+    ("name", "kind", "constants"),
+    [
+        ("_squares_kernel", "fp64", {"unroll": fused.UNROLL}),
+        ("_angle_kernel", "fp32", {"weights": None, "end": None, "weighted": False, "needs_gradient": True}),
+        ("_angle_kernel", "fp32", {"weighted": True, "needs_gradient": True}),
+        ("_angle_kernel", "fp64", {"weights": None, "end": None, "weighted": False, "needs_gradient": True}),
+    ],
+    ids=["squares", "forward-float32", "backward-float32", "forward-float64"],
+)
+def test_compiles_for_a_gpu(name, kind, constants):
+    """The interpreter takes Python that the compiler refuses."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(fused, name)
+    constants = {"tile": fused.TILE, **constants}
+    if name == "_angle_kernel":
+        constants |= {"span": fused.SPAN, "split": kind == "fp32"}
+    pointers = {"losses": "fp64", "gradient": "fp64", "end": "i32"}
+    types, aligned = signature(kernel, pointers, kind, constants)
+    source = ASTSource(kernel, types, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(fused.LAUNCH)).asm["ptx"]
+    assert not re.search(r"\b(atom|red)\.", ptx)  # nothing is added up in whatever order
+
+
+@in_plain_process
+def test_says_where_it_cannot_run(monkeypatch):
+    x = torch.randn(4, 3)
+    with pytest.raises(RuntimeError) as caught:
+        rkd_angle_loss(x, x, impl="fused")
+    assert str(caught.value) == (
+        "rkd_angle_loss: impl 'fused' needs tensors on a CUDA device, got cpu; take impl 'chunked'"
+    )
+    monkeypatch.setattr(functional, "_HAS_TRITON", False)
+    with pytest.raises(RuntimeError) as caught:
+        rkd_da_loss(x, x, impl="fused")
+    assert str(caught.value) == "rkd_da_loss: impl 'fused' needs Triton, which is not installed; take impl 'chunked'"
+
+
+def test_auto_takes_what_runs(monkeypatch):
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(functional, "_AGREES", {gpu: True})
+        assert functional._kernel("loss", "auto", gpu) is fused
+        assert functional._kernel("loss", "auto", cpu) is chunked
+        monkeypatch.setattr(functional, "_HAS_TRITON", False)
+        assert functional._kernel("loss", "auto", gpu) is chunked
+        monkeypatch.setattr(functional, "_HAS_TRITON", True)
+        monkeypatch.setattr(functional, "_AGREES", {gpu: False})
+        assert functional._kernel("loss", "auto", gpu) is chunked
+
+
+@runs_kernel
+@every_loss
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 17, 33, 64])
+def test_error_budget(loss, rows, dtype, tolerance):
+    if fused.INTERPRETED and rows == 64 and dtype in (torch.float16, torch.bfloat16):
+        rows = 4  # as float32 from the first step on, which takes its time
+    assert_within_budget(loss, "fused", torch.randn(rows, 5), torch.randn(rows, 19), dtype, tolerance, DEVICE)
+
+
+@runs_kernel
+@every_loss
+@both_widths
+@pytest.mark.parametrize("case", CASES)
+def test_error_budget_of_hard_batches(loss, case, wide):
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-10}[wide]  # as in conftest.py
+    assert_within_budget(loss, "fused", *CASES[case](), wide, tolerance, DEVICE)
+
+
+@runs_kernel
+@pytest.mark.parametrize("reduction", ["mean", "tuple_mean", "sum", "anchor"])
+@pytest.mark.parametrize("huber_delta", [1.0, 0.1])
+@pytest.mark.parametrize("loss", [rkd_distance_loss, rkd_angle_loss, rkd_da_loss], ids=lambda f: f.__name__)
+def test_reductions_and_thresholds(loss, reduction, huber_delta):
+    student, teacher = batch()
+    ours, truth = (
+        value_and_gradient(loss, student, teacher, reduction=reduction, huber_delta=huber_delta, impl=impl)
+        for impl in ("fused", "reference")
+    )
+    torch.testing.assert_close(ours, truth)
+
+
+@runs_kernel
+@pytest.mark.parametrize(("rows", "wide"), [(17, torch.float64), (34, torch.float32)])
+def test_upstream_weights(rows, wide):
+    """A weight per anchor: unequal ones, for which the gradient is recomputed, equal ones, and none."""
+    student, teacher = batch(rows, wide)
+    leaf = student.clone().requires_grad_()
+    losses = rkd_angle_loss(leaf, teacher, reduction="anchor", impl="fused")
+    truth = student.double().requires_grad_()
+    expected = rkd_angle_loss(truth, teacher.double(), reduction="anchor", impl="reference")
+    for weights in (torch.rand(rows) - 0.3, torch.full((rows,), 2.5), torch.zeros(rows)):
+        weights = weights.to(DEVICE, wide)
+        (ours,) = torch.autograd.grad(losses @ weights, leaf, retain_graph=True)
+        (theirs,) = torch.autograd.grad(expected @ weights.double(), truth, retain_graph=True)
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-6 * float(theirs.abs().max()))
+        assert ours.any() == weights.any()
+
+
+@runs_kernel
+@every_loss
+def test_half_precision_is_computed_in_float32(loss, dtype):
+    """The value has the very bits of the float32 computation on the same numbers."""
+    student, teacher = batch(17, dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    value, gradient = evaluate(loss, student, teacher, impl="fused")
+    expected, wide_gradient = evaluate(loss, student.to(wide), teacher.to(wide), impl="fused")
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    torch.testing.assert_close(gradient, wide_gradient.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@runs_kernel
+@pytest.mark.parametrize("which", ["student", "teacher", "both"])
+def test_duplicates_keep_the_gradient_small(which, dtype):
+    with_copy, without = duplicated(which, 6)
+    value, gradient = evaluate(rkd_da_loss, *(x.to(DEVICE, dtype) for x in with_copy), impl="fused")
+    _, usual = evaluate(rkd_da_loss, *(x.to(DEVICE, dtype) for x in without), impl="fused")
+    assert value.isfinite().all()
+    assert gradient.isfinite().all()
+    assert 0 < gradient.abs().max() <= 10 * usual.abs().max()
+
+
+@runs_kernel
+@pytest.mark.parametrize("constant", [0, 1 / 3, 1000])
+def test_collapsed_batch(constant, dtype):
+    student = torch.full((9, 4), constant, dtype=dtype, device=DEVICE)
+    value, gradient = evaluate(rkd_angle_loss, student, torch.randn(9, 3).to(DEVICE, dtype), impl="fused")
+    assert value.isfinite().all()
+    assert value.all()
+    assert not gradient.any()
+
+
+@runs_kernel
+@every_loss
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_not_a_number_is_passed_on(loss, side, bad, rows):
+    student, teacher = batch(rows, torch.float32)
+    (student if side == "student" else teacher)[-1, 0] = bad
+    assert loss(student, teacher, impl="fused").isnan()
+    if rows > 2:
+        kernel_alone = fused.angle(fused.relations(student), fused.relations(teacher), 1.0)
+        assert kernel_alone.isnan().any()
+
+
+@runs_kernel
+@every_loss
+@both_widths
+def test_shift_and_scale_change_nothing(loss, wide):
+    # Multiples of 2**-12, so that a shift by 1000 rounds nothing even in float32.
+    student, teacher = ((x * 2**12).round() / 2**12 for x in batch(9, wide))
+    limit = 2e-6 if wide == torch.float32 else 1e-9
+    before, gradient = value_and_gradient(loss, student, teacher, impl="fused")
+    for shift, scale in ((1000, 1), (-1000, 1), (0, 1e-4), (0, 1e4)):
+        moved, other = ((x + shift) * scale for x in (student, teacher))
+        value, moved_gradient = value_and_gradient(loss, moved, other, impl="fused")
+        torch.testing.assert_close(value, before, rtol=0, atol=limit)
+        torch.testing.assert_close(moved_gradient * scale, gradient, rtol=0, atol=limit * float(gradient.abs().max()))
+
+
+@runs_kernel
+def test_memory_layout_does_not_matter(dtype):
+    student, teacher = batch(6, dtype)
+    expected = evaluate(rkd_da_loss, student, teacher, impl="fused")
+    for view in (lambda x: x.mT.contiguous().mT, lambda x: x.repeat_interleave(2, 1)[:, ::2]):
+        views = [view(x) for x in (student, teacher)]
+        assert not any(x.is_contiguous() for x in views)
+        torch.testing.assert_close(evaluate(rkd_da_loss, *views, impl="fused"), expected)
+
+
+@runs_kernel
+def test_same_bits_every_time():
+    student, teacher = batch(33 if fused.INTERPRETED else 777, torch.float32)
+    once, again = (evaluate(rkd_da_loss, student, teacher, impl="fused") for _ in range(2))
+    torch.testing.assert_close(once, again, rtol=0, atol=0)
+
+
+@runs_kernel
+@both_widths
+def test_equal_relations_have_nothing_to_learn(wide):
+    """Exactly 0, value and gradient: not a rounding's worth of noise for an optimizer to scale up."""
+    teacher = torch.randn(20 if fused.INTERPRETED else 300, 8).to(DEVICE, wide)
+    value, gradient = value_and_gradient(rkd_da_loss, 4 * teacher, teacher, impl="fused")
+    assert value == 0
+    assert not gradient.any()
+
+
+@runs_kernel
+@pytest.mark.parametrize("span", [1, 5, 100])
+def test_spans(monkeypatch, span):
+    """What is added up in float64 in between: one row at a time, a broken last span, all at once."""
+    student, teacher = batch(13)
+    monkeypatch.setattr(fused, "SPAN", span)
+    ours = evaluate(rkd_angle_loss, student, teacher, impl="fused")
+    torch.testing.assert_close(ours, evaluate(rkd_angle_loss, student, teacher, impl="reference"))
+
+
+@runs_kernel
+def test_index_tuples():
+    student, teacher = batch()
+    options = {"pairs": ([0, 2, 2, 5], [1, 4, 0, 6]), "triplets": ([0, 2, 2, 3], [1, 4, 0, 3], [2, 1, 5, 1])}
+    options = {key: tuple(torch.tensor(index, device=DEVICE) for index in value) for key, value in options.items()}
+    ours, truth = (
+        value_and_gradient(rkd_da_loss, student, teacher, impl=impl, **options) for impl in ("fused", "reference")
+    )
+    torch.testing.assert_close(ours, truth)
+
+
+@runs_kernel
+def test_under_pytorch(dtype):
+    """No gradient wanted, autocast, checkpointing, a functional call: the bits of the plain call."""
+    student, teacher = batch(5, dtype)
+    model = torch.nn.Linear(6, 4).to(DEVICE, dtype)
+
+    def loss(x):
+        return rkd_da_loss(x, teacher, impl="fused")
+
+    plain = value_and_gradient(loss, student)
+    with torch.no_grad():
+        assert torch.equal(loss(student), plain[0])
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        value, gradient = value_and_gradient(loss, student)
+    assert torch.equal(value, plain[0])
+    assert torch.equal(gradient, plain[1])
+    value, gradient = value_and_gradient(lambda x: checkpoint(loss, x, use_reentrant=False), student)
+    assert torch.equal(gradient, plain[1])
+    loss(model(student)).backward()
+    weights = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+    loss(torch.func.functional_call(model, weights, (student,))).backward()
+    assert torch.equal(weights["weight"].grad, model.weight.grad)
+    # Twice in one graph: the sum of both gradients.
+    twice = value_and_gradient(lambda x: loss(x) + loss(x), student)
+    torch.testing.assert_close(twice[1], 2 * plain[1])
+
+
+@runs_kernel
+@pytest.mark.parametrize("reduction", ["mean", "anchor"])
+def test_dynamo(reduction):
+    student, teacher = batch(5, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(rkd_da_loss, fullgraph=True, backend="aot_eager" if fused.INTERPRETED else "inductor")
+    ours, eager = (
+        value_and_gradient(f, student, teacher, impl="fused", reduction=reduction) for f in (compiled, rkd_da_loss)
+    )
+    torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [129, 1000])
+def test_agrees_with_chunked(rows, dtype):
+    student, teacher = batch(rows, dtype)
+    ours, theirs = (evaluate(rkd_da_loss, student, teacher, impl=impl) for impl in ("fused", "chunked"))
+    for x, y in zip(ours, theirs, strict=True):
+        limit = {torch.float64: 1e-12, torch.float32: 2e-6}.get(x.dtype, torch.finfo(x.dtype).eps)
+        torch.testing.assert_close(x, y, rtol=0, atol=limit * float(y.abs().max()))
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    """Forward and backward captured once, and run on new numbers."""
+    student, teacher = (x.cuda().float() for x in distinct(100))
+    student.requires_grad_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(rkd_da_loss(student, teacher, impl="fused"), student)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = rkd_da_loss(student, teacher, impl="fused")
+        (gradient,) = torch.autograd.grad(value, student)
+    for _ in range(2):
+        with torch.no_grad():
+            student.copy_(torch.randn_like(student))
+            teacher.copy_(torch.randn_like(teacher))
+        graph.replay()
+        expected = value_and_gradient(rkd_da_loss, student, teacher, impl="fused")
+        torch.testing.assert_close((value.detach(), gradient), expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_second_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    student, teacher = distinct()
+    values = [rkd_da_loss(student.to(d), teacher.to(d), impl="fused").cpu() for d in ("cuda:0", "cuda:1")]
+    torch.testing.assert_close(*values)
+
+
+@pytest.mark.gpu
+def test_memory_growth():
+    """N = 4096: by counting, matrices of 110 bytes an entry at the peak; the N^3 form would take 200,000 of them."""
+    student, teacher = (torch.randn(4096, width, device="cuda") for width in (128, 512))
+    student.requires_grad_()
+    torch.autograd.grad(rkd_da_loss(student[:64], teacher[:64], impl="fused"), student)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(rkd_da_loss(student, teacher, impl="fused"), student)
+    assert torch.cuda.max_memory_allocated() - before < 160 * 4096**2
+
+
+@runs_kernel
+@pytest.mark.parametrize("fault", [None, "value", "gradient", "error"])
+def test_auto_leaves_a_kernel_alone_that_fails_on_this_device(monkeypatch, fault):
+    """Off by a hundredth, or with an exception; said once."""
+    right = fused.angle
+
+    def wrong(*args):
+        if fault == "error":
+            raise OSError("no such instruction")
+        losses = right(*args)
+        return losses * 1.01 if fault == "value" else losses.detach() + 1.01 * (losses - losses.detach())
+
+    monkeypatch.setattr(functional, "_AGREES", {})
+    if fault is None:
+        assert functional._fused_agrees(DEVICE)
+        return
+    monkeypatch.setattr(fused, "angle", wrong)
+    said = "OSError: no such instruction" if fault == "error" else "it gives other values"
+    with pytest.warns(
+        UserWarning, match=rf"impl 'fused' cannot be used on {DEVICE} \({said}\); 'auto' takes 'chunked'"
+    ):
+        assert not functional._fused_agrees(DEVICE)
+    assert not functional._fused_agrees(DEVICE)  # silent, or the warning would be an error
