@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def main(
         raise ValueError(f"bench: dtype must be one of torch's floating-point ones, got {dtype!r}")
     cases = [Case(rows, student_dim, teacher_dim, kind, device) for rows in sizes]
     chosen = list(impls) or ["chunked", "reference"]
+    if not impls and device.startswith("cuda") and find_spec("triton") is not None:
+        chosen.insert(0, "fused")
     for impl in chosen:
         check(impl, device)
     results = [row for case in cases for row in measure(case, chosen, bool(impls), repeats, peer_limit_gb)]
