@@ -310,7 +310,9 @@ def vertices(monkeypatch):
     """The rows of each call of what is compiled, for batches of 12 rows or more."""
     seen, original = [], compiled._compiled
     monkeypatch.setattr(compiled, "ROWS", 12)
-    monkeypatch.setattr(compiled, "_compiled", lambda: lambda *args: (seen.append(len(args[0])), original()(*args))[1])
+    monkeypatch.setattr(
+        compiled, "_compiled", lambda n: lambda *args: (seen.append(len(args[0])), original(n)(*args))[1]
+    )
     return seen
 
 
@@ -359,7 +361,7 @@ def test_without_a_compiler_all_goes_on_in_silence(vertices, monkeypatch, recwar
     batch = [x.float() for x in distinct(12)]
     with torch._dynamo.config.patch(disable=True):
         expected = evaluate(rkd_angle_loss, *batch, impl="chunked")
-    original = compiled._compiled()
+    original = compiled._compiled(torch.get_num_threads())
     calls = []
 
     def broken(*args):
@@ -369,7 +371,7 @@ def test_without_a_compiler_all_goes_on_in_silence(vertices, monkeypatch, recwar
         return original(*args)
 
     monkeypatch.setattr(compiled, "FAILURES", [])
-    monkeypatch.setattr(compiled, "_compiled", lambda: broken)
+    monkeypatch.setattr(compiled, "_compiled", lambda _: broken)
     for _ in range(2):
         torch.testing.assert_close(evaluate(rkd_angle_loss, *batch, impl="chunked"), expected, rtol=0, atol=0)
     assert len(calls) == after + 1  # it is tried once

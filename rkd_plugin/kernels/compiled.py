@@ -41,10 +41,11 @@ def sweep(sides: Sequence[tuple[Tensor, Tensor]], huber_delta: float, weights: T
     if teacher_halves.dtype != halves.dtype:  # of two compilations, not four
         halves, teacher_halves = halves.to(weights.dtype), teacher_halves.to(weights.dtype)
     shared = halves, teacher_halves, distinct, delta, opposite
+    vertex = _compiled(torch.get_num_threads())
     try:
         for a in range(rows):
             own = halves[a], lengths[a], teacher_halves[a], teacher_lengths[a], weights[a]
-            _compiled()(*shared, *own, losses[a], arms[0, a], arms[1, a])
+            vertex(*shared, *own, losses[a], arms[0, a], arms[1, a])
     except Exception as error:  # whatever a missing or broken compiler may raise
         FAILURES.append(error)
         return None
@@ -52,8 +53,9 @@ def sweep(sides: Sequence[tuple[Tensor, Tensor]], huber_delta: float, weights: T
 
 
 @cache
-def _compiled() -> Any:
-    return torch.compile(_vertex, dynamic=True)
+def _compiled(threads: int) -> Any:
+    # Else PyTorch's cache on disk may give code for another number of threads.
+    return torch.compile(_vertex, dynamic=True, options={"cpp.threads": threads})
 
 
 def _vertex(
