@@ -35,7 +35,7 @@ from rkd_plugin.kernels.pairwise import (
 
 STRIP = 32  # rows b of a strip; its columns are all c from the first of them on
 EVEN = 64  # ratio of squares, so 8 between lengths: up to here rounding them costs no more than rounding the cosines
-ELEMENTS = 2**19  # of a chunk of a strip: fewer calls, and temporaries that a CPU still has in its caches
+ELEMENTS = 2**17  # of a chunk of a strip, so that its temporaries stay inside the caches of a CPU core
 
 
 class Relations(NamedTuple):
