@@ -275,3 +275,14 @@ def test_what_a_row_cannot_refer_to(small_suite, changes, problem):
     rows = [first, {**SUITE["rows"][1], "overrides": [], "epochs_of": "first", **changes}]
     with pytest.raises(RecipeError, match=f"suite.rows.1.{problem}"):
         read_suite(small_suite(rows=rows))
+
+
+@pytest.mark.parametrize(("data", "row"), [("omniglot", "rkd_da"), ("mini_imagenet", "attention")])
+def test_a_resnet12_teaches_the_small_network(recipe, root, tmp_path, data, row):
+    shorter = ["recipe.num_epochs=1", "recipe.episodes=1"]
+    teacher = run(recipe(data, "teacher", "recipe.network=resnet12", *shorter), tmp_path / "teacher")
+    taught = f"recipe.teacher_checkpoint={tmp_path / 'teacher' / 'last.pt'}"
+    result = run(recipe(data, row, "recipe.teacher_network=resnet12", taught, *shorter), tmp_path / "student")
+    assert teacher["parameters"] > 12e6
+    assert result["parameters"] < 0.2e6
+    assert torch.isfinite(torch.tensor(result["history"][0]["loss"]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import wraps
 from typing import Any, Literal, get_args
 
 import torch
@@ -176,42 +177,6 @@ class OnEpisodePart(nn.Module):
 
 
 @torch.no_grad()
-def few_shot(
-    outputs: Tensor,
-    labels: Tensor,
-    seed: int = 0,
-    test_tasks: Sequence[Sequence[int]] = ((5, 1),),
-    test_queries: int = 15,
-    test_episodes: int = 1000,
-) -> dict[str, float]:
-    """Accuracy over episodes in percent, and half of its 95 % interval over them.
-
-    Arguments and errors: see `episode_accuracies`.
-
-    Returns:
-        For each task ``<way>way_<shot>shot`` and ``<way>way_<shot>shot_ci95``.
-
-    Example:
-        >>> embeddings = torch.tensor([[0.], [1.], [5.], [6.]])
-        >>> few_shot(embeddings, torch.tensor([0, 0, 1, 1]), test_tasks=[(2, 1)], test_queries=1, test_episodes=10)
-        {'2way_1shot': 100.0, '2way_1shot_ci95': 0.0}
-    """
-    metrics = {}
-    for name, values in episode_accuracies(outputs, labels, seed, test_tasks, test_queries, test_episodes).items():
-        metrics[name], metrics[f"{name}_ci95"] = interval(values)
-    return metrics
-
-
-def interval(values: Tensor) -> tuple[float, float]:
-    """Mean of independent values ``(E,)``, such as of episodes, and half of its 95 % interval.
-
-    Of two models' differences on the same episodes it is the paired interval.
-    """
-    spread = float(values.std()) if len(values) > 1 else math.nan
-    return float(values.mean()), Z_95 * spread / math.sqrt(len(values))
-
-
-@torch.no_grad()
 def episode_accuracies(
     outputs: Tensor,
     labels: Tensor,
@@ -254,6 +219,35 @@ def episode_accuracies(
             blocks.append(100 * is_right(squared_distances(queries, prototypes), own).double().mean(1).cpu())
         accuracies[f"{way}way_{shot}shot"] = torch.cat(blocks)
     return accuracies
+
+
+@wraps(episode_accuracies, assigned=())  # its arguments, for who asks
+def few_shot(*args: Any, **kwargs: Any) -> dict[str, float]:
+    """Accuracy over episodes in percent, and half of its 95 % interval over them.
+
+    Arguments and errors: see `episode_accuracies`.
+
+    Returns:
+        For each task ``<way>way_<shot>shot`` and ``<way>way_<shot>shot_ci95``.
+
+    Example:
+        >>> embeddings = torch.tensor([[0.], [1.], [5.], [6.]])
+        >>> few_shot(embeddings, torch.tensor([0, 0, 1, 1]), test_tasks=[(2, 1)], test_queries=1, test_episodes=10)
+        {'2way_1shot': 100.0, '2way_1shot_ci95': 0.0}
+    """
+    metrics = {}
+    for name, values in episode_accuracies(*args, **kwargs).items():
+        metrics[name], metrics[f"{name}_ci95"] = interval(values)
+    return metrics
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """Mean of independent values ``(E,)``, such as of episodes, and half of its 95 % interval.
+
+    Of two models' differences on the same episodes it is the paired interval.
+    """
+    spread = float(values.std()) if len(values) > 1 else math.nan
+    return float(values.mean()), Z_95 * spread / math.sqrt(len(values))
 
 
 def _episodes(labels: Tensor, seed: int, way: int, shot: int, queries: int, episodes: int) -> Tensor:
