@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,19 @@ def test_omniglot_is_downloaded_when_asked_and_only_if_it_is_the_published_one(d
     assert len(Omniglot(root, "test", download=True)) == 24  # it is there
     with pytest.raises(ConnectionError, match=r"val\.txt failed .*404"):
         Omniglot(root, "val", download=True)
+
+
+def test_an_archive_that_writes_elsewhere_leaves_no_part_of_omniglot(tmp_path, monkeypatch, web):
+    (folder, address), root = web, tmp_path / "root"
+    with tarfile.open(folder / "images_background.zip", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("../../../evil"))
+    monkeypatch.setattr(torchvision.datasets.Omniglot, "download_url_prefix", address)
+    md5 = hashlib.md5((folder / "images_background.zip").read_bytes()).hexdigest()
+    monkeypatch.setattr(Omniglot, "PARTS", {"images_background": md5})
+    with pytest.raises(ValueError, match="expected an archive that stays in its folder"):
+        Omniglot(root, "test", download=True)
+    assert [path.name for path in (root / "omniglot-py").iterdir()] == ["images_background.zip"]
+    assert not list(tmp_path.rglob("evil"))
 
 
 def test_a_cut_archive_of_omniglot_leaves_no_images(drawn, tmp_path, monkeypatch, web):

@@ -140,6 +140,21 @@ def test_early_stopping_goes_by_the_first_metric(recipe, tmp_path, monkeypatch, 
     assert len(run(small, tmp_path)["history"]) == epochs  # it had ended
 
 
+@pytest.mark.parametrize("changed", ["recipe.test_queries=5", "recipe.test_tasks=[[30, 1]]"])
+def test_a_split_too_small_for_its_episodes_is_known_before_anything_is_trained(recipe, tmp_path, changed):
+    with pytest.raises(ValueError, match=r"few_shot: expected .* classes or more with"):
+        run(recipe("omniglot", "teacher", changed), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "problem"), [("[[5]]", "0: a pair of way and shot was expected, got 1 of them"), ("[5]", "0: ")]
+)
+def test_a_task_that_is_no_pair_is_a_problem_of_the_recipe(recipe, tasks, problem):
+    with pytest.raises(RecipeError, match=f"recipe.test_tasks.{problem}"):
+        recipe("omniglot", "teacher", f"recipe.test_tasks={tasks}").validate()
+
+
 SEARCH = ["recipe.train_split=train", "recipe.val_split=val", "recipe.patience=1", "recipe.num_epochs=4"]
 SHORT = [override for override in SMALL if "num_epochs" not in override]
 SUITE = {
@@ -246,6 +261,14 @@ def test_differences_are_paired_by_episode(small_suite, tmp_path):
         assert f"| {found['mean']:+.2f} ± {found['ci95']:.2f} |" in table
 
 
+def test_only_test_episodes_can_be_paired(small_suite, tmp_path):
+    row = {"label": "A row", "recipe": "quickstart/student"}
+    rows = [{**row, "name": "one"}, {**row, "name": "two", "against": ["one"]}]
+    with pytest.raises(RecipeError, match=r"two.against: a few_shot recipe was expected, .*, got metric_learning"):
+        suites.reproduce(small_suite(rows=rows, metrics={"recall_at_1": "R"}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_several_seeds_halve_the_interval_as_their_episodes_differ():
     results = [{"against": {"teacher": {"t": [mean, half]}}, "final": {"t": 1.0}} for mean, half in ((1, 3), (2, 4))]
     row = {"name": "r", "label": "R", "against": ["teacher"], "trained": False}
@@ -266,6 +289,7 @@ def test_a_fast_schedule_needs_no_search(small_suite, tmp_path):
     [
         ({"epochs_of": "later"}, "epochs_of: a row above was expected, got 'later'"),
         ({"against": ["teacher"]}, "against.0: a row above was expected, got 'teacher'"),
+        ({"others": {"S": {"4way_1shot": 1.0}}}, "others.S.4way_1shot: one of 3way_1shot, 2way_2shot was expected"),
         ({"metrics": ["4way_1shot"]}, "metrics.0: one of 3way_1shot, 2way_2shot was expected"),
         ({"times": 0}, "times: "),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +23,11 @@ from torchdistill.models.registry import get_model
 
 from rkd_plugin.adapters.torchdistill import seed_epoch
 from rkd_plugin.experiments.features import compared
+from rkd_plugin.experiments.few_shot import episode_accuracies
 from rkd_plugin.experiments.files import load_weights, read_checkpoint
 from rkd_plugin.experiments.metrics import EVALUATORS, Layer, check_classes, embed
 from rkd_plugin.experiments.recipe import Recipe, read
 from rkd_plugin.experiments.recipe.schema import stages
-
-LOGGED = ("epoch", "loss", "lr", "seconds")  # beside the metrics, in the history of a run
 
 
 class Experiment:
@@ -102,6 +101,8 @@ class Experiment:
         box = get_distillation_box(teacher, student, *common) if teacher else get_training_box(student, *common)
         if self.settings["task"] == "classification":
             self._check_labels()  # after the box, which draws weights as well
+        if self.settings["task"] == "few_shot":
+            self._check_episodes(getattr(box.val_data_loader.dataset, "targets", None))
         return box
 
     @torch.no_grad()
@@ -120,6 +121,13 @@ class Experiment:
                 check_classes(scores.shape[1], torch.tensor(sorted(labels)), f"datasets.{name}")
         self.student.train()
 
+    def _check_episodes(self, labels: Sequence[int] | None) -> None:
+        """What a split is too small for is else known after an epoch, which is lost then."""
+        if labels is not None:
+            of = torch.tensor(labels)
+            known = {name: self.settings[name] for name in ("test_tasks", "test_queries") if name in self.settings}
+            episode_accuracies(of[:, None], of, test_episodes=1, **known)
+
     def embed(self, model: nn.Module, loader: Any, layer: Layer | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """See `metrics.embed`, in the recipe's precision and memory layout."""
         batches = ((self.place(images), labels) for images, labels, *_ in loader)
@@ -134,15 +142,6 @@ class Experiment:
         options = {name: self.settings[name] for name in known if name in self.settings}
         measured: dict[str, Any] = evaluator(outputs, labels, **options)
         return measured
-
-    def is_settled(self, history: Sequence[Mapping[str, float]]) -> bool:
-        """Whether the first metric has not risen for ``recipe.patience`` epochs, the end of early stopping."""
-        patience = self.settings.get("patience")
-        if patience is None or len(history) <= patience:
-            return False
-        first = next(name for name in history[0] if name not in LOGGED)
-        values = [epoch[first] for epoch in history]
-        return max(values[:-patience]) >= max(values[-patience:])
 
     def test_loader(self) -> Any:
         """The loader that ``test`` describes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
@@ -13,7 +14,8 @@ def keep_memory() -> None:
     glibc returns every large tensor of the CPU that is freed, and the system clears the pages that the next step asks
     for, which may take as long as the arithmetic. With another allocator this does nothing.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # Where there is no such thing as the process's own symbols, asking for them raises.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

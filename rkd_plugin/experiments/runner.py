@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rkd_plugin.bench import environment
-from rkd_plugin.experiments.experiment import LOGGED, Experiment
+from rkd_plugin.experiments.experiment import Experiment
 from rkd_plugin.experiments.files import load_weights, read_checkpoint, write_checkpoint, write_json, write_text
 from rkd_plugin.experiments.recipe import Recipe
 
@@ -65,7 +65,7 @@ def _train(
     steps = len(box.train_data_loader)
     with tqdm(total=box.num_epochs * steps, initial=len(history) * steps, desc=label, unit="step", leave=False) as bar:
         for epoch in range(len(history), box.num_epochs):
-            if experiment.is_settled(history):
+            if _is_settled(history, experiment.settings.get("patience")):
                 break
             started = time.monotonic()
             box.pre_epoch_process(epoch=epoch)
@@ -94,6 +94,20 @@ def _train(
                 for name, value in history[-1].items():
                     events.add_scalar(name, value, epoch + 1)
             _save(folder, experiment.student, box, history, next(iter(metrics)))
+
+
+def _metrics(history: list[dict[str, Any]]) -> list[str]:
+    """Names of what is measured, the one that `best` goes by first."""
+    return [name for name in history[-1] if name not in ("epoch", "loss", "lr", "seconds")]
+
+
+def _is_settled(history: list[dict[str, Any]], patience: int | None) -> bool:
+    """Whether the first metric has not risen for ``patience`` epochs, the end of early stopping."""
+    if patience is None or len(history) <= patience:
+        return False
+    first = _metrics(history)[0]
+    values: list[float] = [epoch[first] for epoch in history]
+    return max(values[:-patience]) >= max(values[-patience:])
 
 
 def steps_of(experiment: Experiment, box: Any) -> Iterator[float]:
@@ -161,7 +175,7 @@ def events_in(folder: Path, done: int = 0) -> AbstractContextManager[Any]:
 
 
 def _result(recipe: Recipe, experiment: Experiment, history: list[dict[str, Any]]) -> dict[str, Any]:
-    metrics = [name for name in history[-1] if name not in LOGGED]
+    metrics = _metrics(history)
     best = max(history, key=lambda epoch: float(epoch[metrics[0]]))
     return {
         "recipe": recipe.path.stem,

@@ -68,18 +68,24 @@ def reproduce(
     seeds = seeds or suite["seeds"]
     # Every recipe is read and checked before the first of them is run.
     tests = {key: read(recipe) for key, recipe in suite.get("test_sets", {}).items()}
-    planned = [(seed, row, _folder(folder, row["name"], seed)) for seed in seeds for row in suite["rows"]]
     schedule = suite["fast"]["overrides"] if fast else None
-    recipes = [read(row["recipe"], _overrides(folder, row, seed, schedule, overrides)) for seed, row, _ in planned]
+    planned = [
+        (seed, row, _overrides(folder, row, seed, schedule, overrides)) for seed in seeds for row in suite["rows"]
+    ]
+    recipes = [read(row["recipe"], changes) for _, row, changes in planned]
     for recipe in [*recipes, *tests.values()]:
         recipe.validate()
+    for (_, row, _), recipe in zip(planned, recipes, strict=True):
+        if "against" in row and recipe.settings["task"] != "few_shot":
+            problem = f"a few_shot recipe was expected, whose test episodes are paired, got {recipe.settings['task']}"
+            raise RecipeError(name, [(f"{row['name']}.against", problem)])
     results: dict[str, list[Result]] = {row["name"]: [] for row in suite["rows"]}
-    for (seed, row, target), recipe in zip(tqdm(planned, desc=suite["title"], unit="run"), recipes, strict=True):
+    for (seed, row, changes), recipe in zip(tqdm(planned, desc=suite["title"], unit="run"), recipes, strict=True):
+        target = _folder(folder, row["name"], seed)
         trained = row.get("trained", True)
         if "epochs_of" in row and not fast:
             epochs = results[row["epochs_of"]][-1]["best"]["epoch"] * row.get("times", 1)
-            planned_as = _overrides(folder, row, seed, schedule, overrides)
-            recipe = read(row["recipe"], [*planned_as, f"recipe.num_epochs={epochs}"])
+            recipe = read(row["recipe"], [*changes, f"recipe.num_epochs={epochs}"])
         result = run(recipe, target, f"{row['label']}, seed {seed}") if trained else {"seed": seed}
         if tests:
             result = {**result, **_on_other_data(recipe, target, tests, next(iter(suite["metrics"])), trained)}

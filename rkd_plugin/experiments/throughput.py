@@ -49,16 +49,16 @@ def throughput(recipe: Recipe, steps: int) -> str:
     """
     recipe.validate()
     plain = _switched(recipe, PLAIN)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = _images(plain)
+    alone = _built(plain)
+    images = len(next(iter(alone[1].train_data_loader.batch_sampler)))
     contenders: dict[str, Callable[[], Iterator[Any]]] = {
-        "torchdistill's loop": _loop(plain, _as_torchdistill),
+        "torchdistill's loop": _loop(_built(plain), _as_torchdistill),
         **{
-            name: _loop(_switched(recipe, switches), steps_of)
+            name: _loop(_built(_switched(recipe, switches)), steps_of)
             for name, switches in SWITCHES.items()
             if not switches["compile"] or "compile" in recipe.settings  # it takes a minute, and a recipe may lack it
         },
-        "data alone": _loop(plain, lambda _, box: iter(box.train_data_loader)),
+        "data alone": _loop(alone, lambda _, box: iter(box.train_data_loader)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     ours = [name for name in contenders if name.startswith("rkd run")]
@@ -72,7 +72,7 @@ def throughput(recipe: Recipe, steps: int) -> str:
         low, middle, high = statistics.quantiles(times, n=4)
         ratio = "" if name == "data alone" else f"{theirs / middle:.2f}"
         lines.append(f"| {name} | {1e3 * middle:.1f} | {1e3 * (high - low):.1f} | {images / middle:,.0f} | {ratio} |")
-    where = environment(device.type)
+    where = environment(alone[0].device.type)
     return "\n".join([*lines, "", ", ".join(f"{key} {value}" for key, value in where.items())])
 
 
@@ -80,14 +80,16 @@ def _switched(recipe: Recipe, switches: dict[str, Any]) -> Recipe:
     return replace(recipe, data={**recipe.data, "recipe": {**recipe.settings, **switches}})
 
 
-def _images(recipe: Recipe) -> int:
-    """In a batch."""
-    return len(next(iter(Experiment(recipe).box().train_data_loader.batch_sampler)))
-
-
-def _loop(recipe: Recipe, loop: Callable[[Experiment, Any], Iterator[Any]]) -> Callable[[], Iterator[Any]]:
+def _built(recipe: Recipe) -> tuple[Experiment, Any]:
+    """The recipe and its box."""
     experiment = Experiment(recipe)
-    box = experiment.box()
+    return experiment, experiment.box()
+
+
+def _loop(
+    built: tuple[Experiment, Any], loop: Callable[[Experiment, Any], Iterator[Any]]
+) -> Callable[[], Iterator[Any]]:
+    experiment, box = built
 
     def start() -> Iterator[Any]:
         box.pre_epoch_process(epoch=0)

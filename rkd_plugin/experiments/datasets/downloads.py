@@ -1,7 +1,9 @@
-"""Published files from where they lie, held against their checksums."""
+"""Published files from where they lie, held against their checksums, and unpacked in one piece."""
 
 from __future__ import annotations
 
+import tarfile
+import zipfile
 from http.client import HTTPException
 from pathlib import Path
 
@@ -21,3 +23,22 @@ def download(owner: str, url: str, path: Path, md5: str, remedy: str) -> None:
         raise ConnectionError(f"{owner}: {url} failed ({error}); {remedy}") from error
     except RuntimeError as error:
         raise ValueError(f"{owner}: {url} gave a file whose MD5 is not {md5}; {remedy}") from error
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a tar or zip archive, which cannot write anywhere else.
+
+    Raises:
+        ValueError: if it tries, or is no such archive.
+    """
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as zipped:
+                zipped.extractall(folder)
+        else:
+            with tarfile.open(archive) as tarred:
+                tarred.extractall(folder, filter="data")
+    except (tarfile.TarError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"expected an archive that stays in its folder in {archive.name}, refused it: {error}"
+        ) from error

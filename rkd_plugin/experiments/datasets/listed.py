@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import tarfile
 import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from PIL import Image
 from pytorch_metric_learning import datasets as pml
 
 from rkd_plugin.experiments.datasets.downloads import download as fetch
+from rkd_plugin.experiments.datasets.downloads import unpack
 from rkd_plugin.experiments.datasets.folders import open_image
 
 
@@ -102,25 +101,6 @@ class Listed(pml.BaseDataset):
             fetch(name, self.DOWNLOAD_URL, archive, self.MD5, self.HOME)
             unpack(archive, Path(folder, "unpacked"))
             Path(folder, "unpacked", self.FOLDER).rename(Path(self.root, self.FOLDER))
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a tar or zip archive, which cannot write anywhere else.
-
-    Raises:
-        ValueError: if it tries, or is no such archive.
-    """
-    try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as zipped:
-                zipped.extractall(folder)
-        else:
-            with tarfile.open(archive) as tarred:
-                tarred.extractall(folder, filter="data")
-    except (tarfile.TarError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"expected an archive that stays in its folder in {archive.name}, refused it: {error}"
-        ) from error
 
 
 class CUB(Listed, pml.CUB):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,9 +11,10 @@ from typing import Any, ClassVar
 import torchvision
 from PIL import Image
 from torchvision.datasets import VisionDataset
-from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.datasets.utils import check_integrity
 
 from rkd_plugin.experiments.datasets.downloads import download as fetch
+from rkd_plugin.experiments.datasets.downloads import unpack
 from rkd_plugin.experiments.datasets.folders import open_image
 
 LISTS = "https://raw.githubusercontent.com/jakesnell/prototypical-networks/master/data/omniglot/splits/vinyals"
@@ -96,7 +98,10 @@ class Omniglot(VisionDataset):
                 archive = folder / f"{part}.zip"
                 url = f"{torchvision.datasets.Omniglot.download_url_prefix}/{archive.name}"
                 fetch("Omniglot", url, archive, md5, self._remedy)
-                extract_archive(archive, folder)
+                # A part that is there is whole: a kill leaves a folder of another name.
+                with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder) as unpacked:
+                    unpack(archive, Path(unpacked))
+                    Path(unpacked, part).rename(folder / part)
         if not self.list.is_file():
             self.list.parent.mkdir(parents=True, exist_ok=True)
             fetch("Omniglot", f"{LISTS}/{self.list.name}", self.list, self.SPLITS[self.split], self._remedy)

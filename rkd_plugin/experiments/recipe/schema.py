@@ -282,6 +282,12 @@ def _train(walk: Walk, value: Any, path: str) -> None:
     section(numbered | {"log_freq": positive}, dict.fromkeys(sides, side))(walk, value, path)
 
 
+def _task(walk: Walk, value: Any, path: str) -> None:
+    of(list[int])(walk, value, path)
+    if isinstance(value, list) and len(value) != 2:
+        walk.report(path, f"a pair of way and shot was expected, got {len(value)} of them")
+
+
 _SETTINGS = section(
     {"task": one_of("task", lambda: EVALUATORS), "seed": _WHOLE},
     {
@@ -289,7 +295,7 @@ _SETTINGS = section(
         "channels_last": _FLAG,
         "compile": _FLAG,
         "recall_at": of(list[int]),
-        "test_tasks": of(list[list[int]]),
+        "test_tasks": each(_task),
         "test_queries": positive,
         "test_episodes": positive,
         "patience": optional(positive),

@@ -66,7 +66,9 @@ def _check_rows(walk: Walk, suite: dict[str, Any]) -> None:
             if other not in names:
                 walk.report(f"{path}.{key}", f"a row above was expected, got {other!r}")
         shown = {f"metrics.{at}": column for at, column in enumerate(row.get("metrics", ()))}
-        for key, column in ({f"paper.{column}": column for column in row.get("paper", ())} | shown).items():
+        sources = {"paper": row.get("paper", ()), **{f"others.{by}": of for by, of in row.get("others", {}).items()}}
+        shown |= {f"{by}.{column}": column for by, of in sources.items() for column in of}
+        for key, column in shown.items():
             if column not in columns:
                 walk.report(f"{path}.{key}", f"one of {', '.join(columns)} was expected")
         names.append(row["name"])
