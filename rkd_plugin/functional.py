@@ -54,6 +54,8 @@ def rkd_distance_loss(
     Args:
         student: embeddings that learn, shape ``(N, D_s)``, floating point.
         teacher: embeddings to imitate, shape ``(N, D_t)``, floating point, on the same device; row i belongs to row i.
+            The same tensor given to another loss is not looked at again; on a GPU, where a replayed CUDA graph may have
+            written to it unseen, a ``clone()`` is.
         reduction: ``"mean"`` over all ``N^2`` entries; ``"tuple_mean"`` over the ``N (N - 1)`` pairs of distinct rows,
             so that a weight means the same at every batch size; ``"sum"``, the paper's equation; ``"anchor"``, a
             vector ``(N,)`` with the loss of the pairs that start at row i, its mean equal to ``"mean"``.
@@ -260,8 +262,15 @@ _fused_agrees._dynamo_marked_constant = True  # type: ignore[attr-defined]
 class _Kept(NamedTuple):
     teacher: weakref.ref[Tensor]
     version: int
+    values: Tensor | None  # a copy, on a CPU
     kernel: ModuleType
     relations: Any
+
+    def serves(self, kernel: ModuleType, teacher: Tensor) -> bool:
+        if self.teacher() is not teacher or self.version != teacher._version or self.kernel is not kernel:
+            return False
+        # NumPy and other processes write without a new version. Asking a GPU would wait for it.
+        return self.values is None or torch.equal(self.values, teacher)
 
 
 _KEPT: list[_Kept] = []  # of the last teacher, or nothing
@@ -274,14 +283,15 @@ def _teacher_relations(kernel: ModuleType, teacher: Tensor) -> Any:
     if passing or (teacher.is_cuda and torch.cuda.is_current_stream_capturing()):
         return kernel.relations(teacher.detach())
     for kept in _KEPT:
-        if kept.teacher() is teacher and kept.version == teacher._version and kept.kernel is kernel:
+        if kept.serves(kernel, teacher):
             return kept.relations
     relations = kernel.relations(teacher.detach())
 
     def forget(reference: weakref.ref[Tensor]) -> None:
         _KEPT[:] = [kept for kept in _KEPT if kept.teacher is not reference]
 
-    _KEPT[:] = [_Kept(weakref.ref(teacher, forget), teacher._version, kernel, relations)]
+    values = None if teacher.is_cuda else teacher.detach().clone()
+    _KEPT[:] = [_Kept(weakref.ref(teacher, forget), teacher._version, values, kernel, relations)]
     return relations
 
 

@@ -99,6 +99,13 @@ def test_a_teacher_that_was_written_to_is_computed_again(computed):
     assert computed.count(5) == 3
 
 
+def test_a_teacher_that_numpy_wrote_to_is_computed_again(computed):
+    images, teacher = batch()
+    rkd_da_loss(images, teacher)
+    teacher.numpy()[0] += 1
+    assert rkd_da_loss(images, teacher) == rkd_da_loss(images, teacher.clone())
+
+
 def test_a_teacher_that_is_gone_leaves_nothing(computed):
     images, teacher = batch()
     rkd_da_loss(images, teacher)
