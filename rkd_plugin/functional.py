@@ -16,17 +16,21 @@ import math
 import warnings
 import weakref
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args
 
 import torch
 from torch import Tensor
 
 from rkd_plugin.kernels import chunked, reference
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 Reduction = Literal["mean", "tuple_mean", "sum", "anchor"]
 Impl = Literal["auto", "reference", "chunked", "fused"]
 Pairs = tuple[Tensor, Tensor]
 Triplets = tuple[Tensor, Tensor, Tensor]
+Gather = Union[bool, "ProcessGroup"]
 
 _KERNELS: dict[str, ModuleType] = {"chunked": chunked, "reference": reference}  # those that run anywhere
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up, not imported
@@ -40,6 +44,7 @@ def rkd_distance_loss(
     huber_delta: float = 1.0,
     impl: Impl = "auto",
     pairs: Pairs | None = None,
+    gather: Gather = False,
 ) -> Tensor:
     r"""Huber loss between mean-normalised pairwise distances (RKD-D, equations 4 to 6 of the paper).
 
@@ -64,6 +69,9 @@ def rkd_distance_loss(
             tensors where Triton is installed and ``"chunked"`` everywhere else.
         pairs: ``(from, to)``, index vectors ``(P,)``: only these pairs count, and means are over them. The mean
             distance still runs over the whole batch.
+        gather: whether the batch is that of all processes of ``torch.distributed``, or of a process group. Each of
+            them calls this and the backward pass, has the value of the whole batch, and ``N`` is its size; its
+            gradient is right for `DistributedDataParallel`, see `rkd_plugin.distributed`.
 
     Returns:
         A scalar, or ``(N,)`` for ``"anchor"``, in the student's dtype, or float32 where that is narrower.
@@ -71,7 +79,7 @@ def rkd_distance_loss(
     Raises:
         TypeError: if an input is no floating point tensor.
         ValueError: if a batch is not 2-D, the row counts or devices differ, or an option is unknown.
-        RuntimeError: if ``impl`` is ``"fused"`` and cannot run here.
+        RuntimeError: if ``impl`` is ``"fused"`` and cannot run here, or ``gather`` finds no processes.
 
     Example:
         A 3-4-5 triangle against three points on a line.
@@ -86,7 +94,8 @@ def rkd_distance_loss(
         >>> rkd_distance_loss(3 * teacher + 1, teacher)  # the same shape: nothing to learn
         tensor(0.)
     """
-    return _losses("rkd_distance_loss", student, teacher, 1.0, 0.0, reduction, huber_delta, impl, pairs, None)
+    options = (reduction, huber_delta, impl, pairs, None, None, gather)
+    return _losses("rkd_distance_loss", student, teacher, 1.0, 0.0, *options)
 
 
 def rkd_angle_loss(
@@ -97,6 +106,8 @@ def rkd_angle_loss(
     huber_delta: float = 1.0,
     impl: Impl = "auto",
     triplets: Triplets | None = None,
+    anchors: float | None = None,
+    gather: Gather = False,
 ) -> Tensor:
     r"""Huber loss between the cosines of all triplets' angles (RKD-A, equations 7 to 9 of the paper).
 
@@ -115,6 +126,9 @@ def rkd_angle_loss(
         huber_delta: where the loss turns from quadratic to linear; positive.
         impl: as in `rkd_distance_loss`.
         triplets: ``(vertex, arm, arm)``, index vectors ``(T,)``: only these triplets count, and means are over them.
+        anchors: how many rows (an integer) or which share of them (a float up to 1) are vertices: drawn anew in each
+            call by PyTorch's generator, and weighted so that the expected loss is that of all. So is the cubic cost.
+        gather: as in `rkd_distance_loss`.
 
     Returns:
         As `rkd_distance_loss`.
@@ -131,7 +145,8 @@ def rkd_angle_loss(
         >>> rkd_angle_loss(2 * teacher + 1, teacher)
         tensor(0.)
     """
-    return _losses("rkd_angle_loss", student, teacher, 0.0, 1.0, reduction, huber_delta, impl, None, triplets)
+    options = (reduction, huber_delta, impl, None, triplets, anchors, gather)
+    return _losses("rkd_angle_loss", student, teacher, 0.0, 1.0, *options)
 
 
 def rkd_da_loss(
@@ -145,6 +160,8 @@ def rkd_da_loss(
     impl: Impl = "auto",
     pairs: Pairs | None = None,
     triplets: Triplets | None = None,
+    anchors: float | None = None,
+    gather: Gather = False,
 ) -> Tensor:
     """The weighted sum of `rkd_distance_loss` and `rkd_angle_loss` (RKD-DA), the distances computed once for both.
 
@@ -158,6 +175,8 @@ def rkd_da_loss(
         impl: as in `rkd_distance_loss`.
         pairs: as in `rkd_distance_loss`.
         triplets: as in `rkd_angle_loss`.
+        anchors: as in `rkd_angle_loss`; distances are between all rows nevertheless.
+        gather: as in `rkd_distance_loss`.
 
     Returns:
         As `rkd_distance_loss`.
@@ -172,9 +191,8 @@ def rkd_da_loss(
         >>> rkd_da_loss(student, teacher)  # 0.0972 + 2 * 0.1393
         tensor(0.3757)
     """
-    return _losses(
-        "rkd_da_loss", student, teacher, distance_weight, angle_weight, reduction, huber_delta, impl, pairs, triplets
-    )
+    options = (reduction, huber_delta, impl, pairs, triplets, anchors, gather)
+    return _losses("rkd_da_loss", student, teacher, distance_weight, angle_weight, *options)
 
 
 def _losses(
@@ -188,24 +206,56 @@ def _losses(
     impl: str,
     pairs: Pairs | None,
     triplets: Triplets | None,
+    anchors: float | None,
+    gather: Gather,
 ) -> Tensor:
     _check(name, student, teacher, reduction, huber_delta, impl)
+    _check_choices(name, pairs, triplets, anchors, gather)
     kernel = _kernel(name, impl, student.device)
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    batch = own = None
+    if gather is not False:
+        from rkd_plugin import distributed
+
+        batch = distributed.gather(name, student, teacher, gather, draws=anchors is not None)
+        student, teacher = batch.student, batch.teacher
     rows = len(student)
     # Autocast would take the Gram products and norms down to half precision, where close rows become equal.
     with torch.autocast(student.device.type, enabled=False):
-        ours, theirs = kernel.relations(student), _teacher_relations(kernel, teacher)
-        dtype = torch.promote_types(student.dtype, torch.float32)
         # Zero, connected to the graph, and not a number where a lone row is not.
         total = (student * 0).sum(1, dtype=dtype) + (teacher.detach() * 0).sum(1, dtype=dtype)
+        if batch is not None or anchors is not None:
+            everyone = torch.arange(rows, device=student.device)
+            vertices = everyone if anchors is None else _draw(everyone, anchors, batch and batch.seed)
+            own, starts = (vertices, everyone) if batch is None else (batch.share(vertices), batch.share(everyone))
+            others = torch.ones_like(everyone, dtype=torch.bool).index_fill(0, own, False)
+            order = torch.cat([own, everyone[others]])  # a kernel's vertices are its first rows
+            student, teacher = student[order], teacher[order]
+        ours, theirs = kernel.relations(student), _teacher_relations(kernel, teacher)
         # The angles first: what the distances keep for their gradient is then not there yet.
         if angle_weight:
-            sums = kernel.angle(ours, theirs, huber_delta, triplets)
+            sums = kernel.angle(ours, theirs, huber_delta, triplets, None if own is None else len(own))
+            if own is not None:
+                sums = sums.new_zeros(rows).index_add(0, own, sums * (rows / max(len(vertices), 1)))
             total = total + angle_weight * sums / _count(reduction, rows, 3, triplets)
         if distance_weight:
             sums = kernel.distance(ours, theirs, huber_delta, pairs)
+            if own is not None:
+                sums = torch.zeros_like(sums).index_add(0, order, sums)
+                sums = torch.zeros_like(sums).index_add(0, starts, sums[starts])
             total = total + distance_weight * sums / _count(reduction, rows, 2, pairs)
+        if batch is not None:
+            total = batch.sum(total)
         return (total * rows if reduction == "anchor" else total.sum()).to(dtype)
+
+
+def _draw(rows: Tensor, anchors: float, seed: int | None) -> Tensor:
+    """Some of ``rows``, without repetition."""
+    number = anchors if isinstance(anchors, int) else max(round(anchors * len(rows)), 1)
+    if seed is None:
+        return torch.randperm(len(rows), device=rows.device)[:number]
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return drawn[:number].to(rows.device)
 
 
 def _kernel(name: str, impl: str, device: torch.device) -> ModuleType:
@@ -302,6 +352,22 @@ def _count(reduction: str, rows: int, order: int, tuples: tuple[Tensor, ...] | N
     if tuples is not None:
         return max(len(tuples[0]), 1)
     return max(math.perm(rows, order) if reduction == "tuple_mean" else rows**order, 1)
+
+
+def _check_choices(
+    name: str, pairs: Pairs | None, triplets: Triplets | None, anchors: float | None, gather: Gather
+) -> None:
+    if anchors is not None:
+        whole = isinstance(anchors, int) and not isinstance(anchors, bool) and anchors >= 1
+        if not whole and not (isinstance(anchors, float) and 0 < anchors <= 1):
+            raise ValueError(
+                f"{name}: anchors must be a number of rows, at least 1, or a share of them, above 0 and up to 1.0, "
+                f"got {anchors!r}"
+            )
+        if triplets is not None:
+            raise ValueError(f"{name}: triplets name their vertices, so anchors must not be given with them")
+    if gather is not False and (pairs is not None or triplets is not None):
+        raise ValueError(f"{name}: pairs and triplets name rows of this process, so gather must be False with them")
 
 
 def _check(name: str, student: Tensor, teacher: Tensor, reduction: str, huber_delta: float, impl: str) -> None:

@@ -6,8 +6,9 @@ Every kernel file holds three functions with these names, arguments, values and 
     What the file needs to know of one batch ``(N, D)``, in the scale of ``pairwise.rescale``. Differentiable.
 ``distance(student, teacher, huber_delta, pairs=None)``
     ``(N,)``: for every row, the Huber loss between normalised distances summed over the pairs that start there.
-``angle(student, teacher, huber_delta, triplets=None)``
-    ``(N,)``: for every row, the Huber loss between cosines summed over the triplets that have their vertex there.
+``angle(student, teacher, huber_delta, triplets=None, vertices=None)``
+    ``(N,)``: for every row, the Huber loss between cosines summed over the triplets that have their vertex there; or
+    ``(vertices,)``, for the first so many rows alone, at that share of the cost.
 
 ``student`` and ``teacher`` are results of ``relations``. Without index tuples the sums run over all pairs and
 triplets; those that name a row twice add exactly zero. ``pairs`` is ``(from, to)`` and ``triplets`` is

@@ -108,11 +108,13 @@ def angle(
     teacher: Relations,
     huber_delta: float,
     triplets: tuple[Tensor, Tensor, Tensor] | None = None,
+    vertices: int | None = None,
 ) -> Tensor:
     """See ``reference.angle``; the same from squared distances, a strip at a time."""
     if triplets is None:
         needs_gradient = torch.is_grad_enabled() and student.squares.requires_grad
-        sums: Tensor = _angle(student.squares, teacher.squares, huber_delta, student.dtype, needs_gradient)[0]
+        vertices = len(student.squares) if vertices is None else vertices
+        sums: Tensor = _angle(student.squares, teacher.squares, huber_delta, student.dtype, vertices, needs_gradient)[0]
         return sums
     a, b, c = triplets
 
@@ -137,13 +139,13 @@ def _halves(squares: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sweep(
-    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, weights: Tensor | None
+    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, last: int, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Angle losses ``(N,)`` per vertex and, given ``weights`` of the vertices, their gradient ``(N, N)``."""
+    """Angle losses ``(last,)`` per vertex and, given ``weights`` of the vertices, their gradient ``(N, N)``."""
     rows = len(student)
-    losses = student.new_zeros(rows)
-    if rows == 0:
-        return losses, student.new_zeros(0, 0)
+    losses = student.new_zeros(last)
+    if last == 0:
+        return losses, torch.zeros_like(student)
     sides = [(_halves(squares, dtype), inverse_lengths(squares).to(dtype)) for squares in (student, teacher)]
     if weights is not None and (swept := compiled.sweep(sides, huber_delta, weights)) is not None:
         losses, arms, opposite = swept
@@ -151,11 +153,11 @@ def _sweep(
         del sides, swept
         return losses, _gradient(weights, arms, opposite.div_(2), lengths)
     # sum_c P and sum_c W * cos at [a, b], and sum_a P at [b, c]
-    arms = student.new_zeros((2, rows, rows) if weights is not None else (2, 0), dtype=dtype)
-    opposite = torch.zeros_like(arms[0])
+    arms = student.new_zeros((2, last, rows) if weights is not None else (2, 0), dtype=dtype)
+    opposite = student.new_zeros((rows, rows) if weights is not None else 0, dtype=dtype)
     narrow = losses.to(dtype) if weights is None else weights.to(dtype)
     # Memory is asked for once: pages that are new in every chunk cost more than the arithmetic.
-    size = min(max(ELEMENTS, STRIP * rows), STRIP * rows * rows)
+    size = min(max(ELEMENTS, STRIP * rows), STRIP * rows * last)
     buffers = student.new_empty(2, 2 * size, dtype=dtype)
     wide_buffer = student.new_empty(size if any(halves.dtype != dtype for halves, _ in sides) else 0)
     for first in range(0, rows, STRIP):
@@ -165,8 +167,8 @@ def _sweep(
         parts = [(h[:, b, None], h[:, None, c], h[b, c], r[:, b, None], r[:, None, c]) for h, r in sides]
         below, across, facing = arms[..., b], arms[..., c], opposite[b, c] if weights is not None else opposite
         vertices = max(ELEMENTS // (height * width), 1)
-        for start in range(0, rows, vertices):
-            a = slice(start, min(start + vertices, rows))
+        for start in range(0, last, vertices):
+            a = slice(start, min(start + vertices, last))
             shape = (a.stop - start, height, width)
             cosines, products = (buffer[: 2 * math.prod(shape)].view(2, *shape) for buffer in buffers)
             for i, (h_ab, h_ac, h_bc, r_ab, r_ac) in enumerate(parts):
@@ -196,25 +198,27 @@ def _sweep(
 def _gradient(weights: Tensor, arms: Tensor, opposite: Tensor, lengths: Tensor) -> Tensor:
     """By the squared distances, from ``sum_c P`` and ``sum_c W * cos``, both overwritten, and half of ``sum_a P``."""
     through_arms, turns = arms
-    through_arms.sub_(turns.mul_(lengths.square()))
-    gradient: Tensor = through_arms.to(weights.dtype).mul_(weights.unsqueeze(1)).sub_(opposite)
+    through_arms.sub_(turns.mul_(lengths[: len(weights)].square()))
+    gradient = opposite.to(weights.dtype).neg_()
+    gradient[: len(weights)].add_(through_arms.mul_(weights.unsqueeze(1)))
     return gradient
 
 
 @torch.library.custom_op("rkd_plugin::angle", mutates_args=())
 def _angle(
-    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, needs_gradient: bool
+    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, vertices: int, needs_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     # An operator of its own keeps torch.compile from unrolling the loops. The gradient is taken in the forward pass for
     # weights of 1, since every reduction but a weighted one asks for the same weight at each vertex.
-    return _sweep(student, teacher, huber_delta, dtype, student.new_ones(len(student)) if needs_gradient else None)
+    weights = student.new_ones(vertices) if needs_gradient else None
+    return _sweep(student, teacher, huber_delta, dtype, vertices, weights)
 
 
 @_angle.register_fake
 def _(
-    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, needs_gradient: bool
+    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, vertices: int, needs_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    return student.new_empty(len(student)), torch.empty_like(student) if needs_gradient else student.new_empty(0)
+    return student.new_empty(vertices), torch.empty_like(student) if needs_gradient else student.new_empty(0)
 
 
 @torch.library.custom_op("rkd_plugin::angle_backward", mutates_args=())
@@ -223,7 +227,7 @@ def _angle_backward(
 ) -> Tensor:
     if bool((weights == weights[:1]).all()):
         return gradient * weights[:1]
-    return _sweep(student, teacher, huber_delta, dtype, weights)[1]
+    return _sweep(student, teacher, huber_delta, dtype, len(weights), weights)[1]
 
 
 @_angle_backward.register_fake
@@ -234,12 +238,12 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teacher, ctx.huber_delta, ctx.dtype, _ = inputs
+    student, teacher, ctx.huber_delta, ctx.dtype, _, _ = inputs
     ctx.save_for_backward(student, teacher, output[1])
 
 
 def _differentiate(ctx: Any, weights: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _angle_backward(weights, *ctx.saved_tensors, ctx.huber_delta, ctx.dtype), None, None, None, None
+    return _angle_backward(weights, *ctx.saved_tensors, ctx.huber_delta, ctx.dtype), None, None, None, None, None
 
 
 _angle.register_autograd(_differentiate, setup_context=_save)

@@ -19,23 +19,23 @@ ROWS = 384  # from here on a call saves enough; below, the calls themselves cost
 
 
 def sweep(sides: Sequence[tuple[Tensor, Tensor]], huber_delta: float, weights: Tensor) -> tuple[Tensor, ...] | None:
-    """Sums over all pairs of arms at each vertex.
+    """Sums over all pairs of arms at each of the first V rows.
 
     Args:
         sides: halved squares and inverse lengths, ``(N, N)`` each, of student and teacher.
         huber_delta: of the loss.
-        weights: of the vertices, ``(N,)``.
+        weights: of the vertices, ``(V,)``.
 
     Returns:
-        Losses ``(N,)``; ``sum_c P`` and ``sum_c W * cos`` at ``[a, b]``, ``(2, N, N)``; ``sum_a weights_a * P`` at
+        Losses ``(V,)``; ``sum_c P`` and ``sum_c W * cos`` at ``[a, b]``, ``(2, V, N)``; ``sum_a weights_a * P`` at
         ``[b, c]``. None where this cannot run.
     """
     (halves, lengths), (teacher_halves, teacher_lengths) = sides
     rows = len(halves)
     if rows < ROWS or halves.device.type != "cpu" or FAILURES or torch._dynamo.config.disable:
         return None
-    losses = weights.new_empty(rows)
-    arms, opposite = lengths.new_empty(2, rows, rows), lengths.new_zeros(rows, rows)
+    losses = weights.new_empty(len(weights))
+    arms, opposite = lengths.new_empty(2, len(weights), rows), lengths.new_zeros(rows, rows)
     distinct = 1 - torch.eye(rows, dtype=lengths.dtype)
     delta = lengths.new_tensor(huber_delta)
     if teacher_halves.dtype != halves.dtype:  # of two compilations, not four
@@ -43,7 +43,7 @@ def sweep(sides: Sequence[tuple[Tensor, Tensor]], huber_delta: float, weights: T
     shared = halves, teacher_halves, distinct, delta, opposite
     vertex = _compiled(torch.get_num_threads())
     try:
-        for a in range(rows):
+        for a in range(len(weights)):
             own = halves[a], lengths[a], teacher_halves[a], teacher_lengths[a], weights[a]
             vertex(*shared, *own, losses[a], arms[0, a], arms[1, a])
     except Exception as error:  # whatever a missing or broken compiler may raise

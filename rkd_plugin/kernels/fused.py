@@ -194,10 +194,14 @@ def angle(
     teacher: Relations,
     huber_delta: float,
     triplets: tuple[Tensor, Tensor, Tensor] | None = None,
+    vertices: int | None = None,
 ) -> Tensor:
-    """See ``reference.angle``; the same from squared distances, all triplets in one kernel."""
-    if triplets is not None:
-        return chunked.angle(student, teacher, huber_delta, triplets)
+    """See ``reference.angle``; the same from squared distances, all triplets in one kernel.
+
+    A choice of triplets or vertices goes to ``chunked``: the kernel saves little where its tiles still meet all rows.
+    """
+    if triplets is not None or vertices not in (None, len(student.squares)):
+        return chunked.angle(student, teacher, huber_delta, triplets, vertices)
     needs_gradient = torch.is_grad_enabled() and student.squares.requires_grad
     sums: Tensor = _angle(student.squares, teacher.squares, huber_delta, student.dtype, needs_gradient)[0]
     return sums

@@ -33,17 +33,22 @@ def distance(
 
 
 def angle(
-    student: Tensor, teacher: Tensor, huber_delta: float, triplets: tuple[Tensor, Tensor, Tensor] | None = None
+    student: Tensor,
+    teacher: Tensor,
+    huber_delta: float,
+    triplets: tuple[Tensor, Tensor, Tensor] | None = None,
+    vertices: int | None = None,
 ) -> Tensor:
     """Equations 7 to 9: Huber loss between the cosines of the angles that any two rows span at a third."""
 
     def psi(differences: Tensor) -> Tensor:
+        differences = differences[:vertices]
         units = differences * inverse_lengths(differences.square().sum(-1, keepdim=True))
         return units @ units.mT
 
     losses = huber_loss(psi(student), psi(teacher).to(student.dtype), reduction="none", delta=huber_delta)
     # An arm and itself span no angle; where only one side's arm has length 0 the formula would say 0 against 1.
-    losses = losses.masked_fill(torch.eye(len(losses), dtype=torch.bool, device=losses.device), 0)
+    losses = losses.masked_fill(torch.eye(losses.shape[1], dtype=torch.bool, device=losses.device), 0)
     if triplets is not None:
         return losses.new_zeros(len(losses)).index_add(0, triplets[0], losses[triplets])
     return losses.sum((1, 2))

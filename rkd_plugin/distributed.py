@@ -1,0 +1,136 @@
+r"""The batch of all processes of a ``torch.distributed`` group, for the losses' argument ``gather``.
+
+Every process holds all rows and computes the terms of its share of the anchors, 1 / W of the cubic work among W
+processes. Communication: the shapes, one all-gather a side, one sum of N losses, so that each process knows the value,
+and, in the backward pass, one reduce-scatter. A process without rows takes part in all of it.
+
+Why gradients carry a factor W: with :math:`L = \sum_p L_p`, the sum of what the processes compute, the reduce-scatter
+gives each process the whole :math:`\partial L / \partial s` of its own rows s, and its parameters the part of
+:math:`\partial L / \partial \theta` that runs through these rows. The parts must be added up.
+``DistributedDataParallel`` and FSDP take their mean instead, as fits a loss that is a mean over processes; W times the
+mean is the sum. Whoever adds gradients up by hand divides the loss by W.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class GlobalBatch(NamedTuple):
+    """The rows of all processes, process by process: ``(N, D_s)``, in float32 at least, and ``(N, D_t)``."""
+
+    student: Tensor
+    teacher: Tensor
+    rank: int
+    processes: int
+    seed: int  # the same on all of them, drawn by the first
+    group: Any
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's part of ``rows``, an index vector that all processes pass alike."""
+        return rows.tensor_split(self.processes)[self.rank]
+
+    def sum(self, parts: Tensor) -> Tensor:
+        """The sum over all processes, whose gradient is that of this process's ``parts``."""
+        whole = parts.detach().clone()
+        distributed.all_reduce(whole, group=self.group)
+        # Not parts + (whole - parts), which rounds.
+        total: Tensor = _Instead.apply(parts, whole)
+        return total
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def gather(
+    name: str, student: Tensor, teacher: Tensor, group: distributed.ProcessGroup | bool, draws: bool
+) -> GlobalBatch:
+    """The batch of ``group``, or of all processes for True; with a new seed if the caller ``draws``.
+
+    Raises:
+        TypeError: if ``group`` is something else.
+        RuntimeError: if ``torch.distributed`` has not been initialised, or this process does not belong to the group.
+        ValueError: on all processes alike, if they disagree on widths, dtypes or whether the student needs a gradient.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise RuntimeError(
+            f"{name}: gather needs torch.distributed, which is not initialised; call init_process_group, or start "
+            "with torchrun"
+        )
+    if not isinstance(group, bool | distributed.ProcessGroup):
+        raise TypeError(f"{name}: gather must be True, False or a process group, got {group!r}")
+    members = None if isinstance(group, bool) else group
+    rank, processes = distributed.get_rank(members), distributed.get_world_size(members)
+    if rank < 0:
+        raise RuntimeError(f"{name}: gather needs a group that this process belongs to, got one that it does not")
+    needs_gradient = torch.is_grad_enabled() and student.requires_grad
+    seed = int(torch.randint(2**62, ())) if draws and rank == 0 else 0
+    own = [len(student), seed, student.shape[1], teacher.shape[1]]
+    own += [_DTYPES.index(student.dtype), _DTYPES.index(teacher.dtype), int(needs_gradient)]
+    told = torch.tensor(own, device=student.device)
+    table = told.new_empty(processes, len(own))
+    distributed.all_gather_into_tensor(table, told, group=members)
+    rows, seeds, *rest = table.T.tolist()
+    for what, values in zip(
+        ("student's width", "teacher's width", "student's dtype", "teacher's dtype", "need of a gradient"),
+        rest,
+        strict=True,
+    ):
+        if len(set(values)) > 1:
+            found = [str(_DTYPES[v]) if "dtype" in what else v for v in values]
+            raise ValueError(f"{name}: all processes must agree on the {what}, got {found} by rank")
+    students: Tensor = _Gather.apply(student, rows, members)
+    return GlobalBatch(students, _gather(teacher.detach(), rows, members), rank, processes, seeds[0], members)
+
+
+def _gather(x: Tensor, rows: list[int], group: Any) -> Tensor:
+    """``(N, D)`` of all processes, sent in its own dtype, each padded to the longest."""
+    padded = x.new_zeros(max(rows), x.shape[1])
+    padded[: len(x)] = x
+    # As bytes, since not every backend knows every dtype.
+    whole = x.new_empty(len(rows) * len(padded), x.shape[1])
+    if whole.numel():
+        distributed.all_gather_into_tensor(whole.view(torch.uint8), padded.view(torch.uint8), group=group)
+    if min(rows) == max(rows):
+        return whole
+    parts = whole.view(len(rows), -1, x.shape[1])
+    return torch.cat([part[:length] for part, length in zip(parts, rows, strict=True)])
+
+
+class _Gather(torch.autograd.Function):
+    """`_gather`, in float32 at least, so that the processes' gradients are rounded to the input's dtype as a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: list[int], group: Any) -> Tensor:
+        ctx.rows, ctx.group, ctx.dtype = rows, group, x.dtype
+        return _gather(x, rows, group).to(torch.promote_types(x.dtype, torch.float32))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rows, processes = ctx.rows, len(ctx.rows)
+        padded = grad.new_zeros(processes, max(rows), grad.shape[1])
+        for part, own in zip(padded, torch.split(grad, rows), strict=True):
+            part[: len(own)] = own
+        total = grad.new_empty(max(rows), grad.shape[1])
+        if total.numel():
+            distributed.reduce_scatter_tensor(total, padded.flatten(0, 1), group=ctx.group)
+        limit = torch.finfo(ctx.dtype).max
+        own = total[: rows[distributed.get_rank(ctx.group)]] * processes  # see the head of this file
+        return own.clamp(-limit, limit).to(ctx.dtype), None, None
+
+
+class _Instead(torch.autograd.Function):
+    """The value of one tensor with the gradient of another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
