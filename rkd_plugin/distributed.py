@@ -71,7 +71,7 @@ def gather(
     seed = int(torch.randint(2**62, ())) if draws and rank == 0 else 0
     own = [len(student), seed, student.shape[1], teacher.shape[1]]
     own += [_DTYPES.index(student.dtype), _DTYPES.index(teacher.dtype), int(needs_gradient)]
-    told = torch.tensor(own, device=student.device)
+    told = torch.tensor([own], device=student.device)
     table = told.new_empty(processes, len(own))
     distributed.all_gather_into_tensor(table, told, group=members)
     rows, seeds, *rest = table.T.tolist()
