@@ -1,22 +1,80 @@
-"""Batch samplers of the recipes, and how their data sets are read; torchdistill has them once this file is imported."""
+"""Batch samplers of the recipes, and how their data sets are read; torchdistill has them once this file is imported.
+
+Under ``torch.distributed`` every one of them gives each process a share of its own, the same batches in all as in one
+process. torchdistill's own way, a ``DistributedSampler`` in place of the recipe's sampler, would lose what that does.
+"""
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
-from torch import distributed
 from torch.utils.data import Sampler
-from torchdistill.datasets.registry import register_batch_sampler, register_dataset_wrapper
+from torchdistill.datasets.registry import get_batch_sampler, register_batch_sampler, register_dataset_wrapper
 from torchdistill.datasets.wrapper import BaseDatasetWrapper
+
+from rkd_plugin.experiments import processes
+
+
+class SharedBatchSampler(Sampler[list[int]]):
+    """A batch sampler that gives every process a share of its own; recipes' others are put into `SharedBatches`."""
 
 
 @register_batch_sampler
-class ClassBalancedBatchSampler(Sampler[list[int]]):
+class SharedBatches(SharedBatchSampler):
+    """Any batch sampler, whose batches the first process draws and all share.
+
+    Args:
+        sampler: given by torchdistill, over the data set.
+        of: ``key`` and ``kwargs`` of the batch sampler, such as PyTorch's ``BatchSampler``.
+        whole: take turns with whole batches, as fits evaluation; without it each process gets an equal, contiguous part
+            of every batch, so that the mean over processes is the mean over the batch.
+
+    Raises:
+        ValueError: when iterated, if processes cannot share batches evenly; of a shorter last one so many images are
+            left out that they can.
+
+    Example:
+        >>> from torch.utils.data import SequentialSampler
+        >>> of = {"key": "BatchSampler", "kwargs": {"batch_size": 2, "drop_last": False}}
+        >>> list(SharedBatches(SequentialSampler("abcde"), of))  # in one process
+        [[0, 1], [2, 3], [4]]
+    """
+
+    def __init__(self, sampler: Any, of: Mapping[str, Any], whole: bool = False) -> None:
+        self.sampler = sampler  # torchdistill looks for it here
+        self.batches = get_batch_sampler(of["key"])(sampler, **of["kwargs"])
+        self.whole = whole
+
+    def __len__(self) -> int:
+        """Batches of this process."""
+        return len(range(processes.rank(), len(self.batches), processes.count())) if self.whole else len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Lists of indices into the data set."""
+        rank, count = processes.rank(), processes.count()
+        batches = processes.of_first(lambda: list(self.batches))
+        if self.whole:
+            yield from batches[rank::count]
+            return
+        for number, batch in enumerate(batches, 1):
+            is_rest = number == len(batches) and count <= len(batch) < len(batches[0])
+            if len(batch) % count and not is_rest:
+                raise ValueError(
+                    f"expected batches that {count} processes share evenly, got one of {len(batch)} images; change "
+                    "recipe.batch_size, which counts the images of all processes together, or set drop_last"
+                )
+        for batch in batches:
+            size = len(batch) // count
+            yield batch[rank * size : (rank + 1) * size]
+
+
+@register_batch_sampler
+class ClassBalancedBatchSampler(SharedBatchSampler):
     """Batches of the same number of images of each of some classes, drawn anew for each batch.
 
     Classes come in random order, each with ``images_per_class`` images at random without repetition (all, if it has
@@ -65,9 +123,8 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Lists of indices into the data set."""
-        rank, processes = _place()
-        generator = _generator(processes)
-        start, stop = (self.batch_size * part // processes for part in (rank, rank + 1))
+        rank, generator = processes.rank(), _generator()
+        start, stop = (self.batch_size * part // processes.count() for part in (rank, rank + 1))
         for _ in range(self.iterations):
             batch: list[int] = []
             # Every class brings at least one image, so that no more classes than this are needed.
@@ -79,7 +136,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
 
 
 @register_batch_sampler
-class EpisodicBatchSampler(Sampler[list[int]]):
+class EpisodicBatchSampler(SharedBatchSampler):
     """Episodes of few-shot learning: some classes, and of each some images to learn it from and some to be asked for.
 
     A batch is one episode, class by class, the ``shot`` images of its support first, then its ``query`` images; no
@@ -127,22 +184,20 @@ class EpisodicBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Episodes of one process."""
-        _, processes = _place()
-        if self.episodes % processes:
+        if self.episodes % processes.count():
             raise ValueError(
-                f"EpisodicBatchSampler: expected a number of episodes that {processes} processes share evenly, got "
-                f"{self.episodes}"
+                f"EpisodicBatchSampler: expected a number of episodes that {processes.count()} processes share evenly, "
+                f"got {self.episodes}"
             )
-        return self.episodes // processes
+        return self.episodes // processes.count()
 
     def __iter__(self) -> Iterator[list[int]]:
         """Lists of indices into the data set."""
-        rank, processes = _place()
-        generator = _generator(processes)
-        for number in range(len(self) * processes):
+        rank, generator = processes.rank(), _generator()
+        for number in range(len(self) * processes.count()):
             classes = generator.sample(self.images, self.way)
             episode = [index for images in classes for index in generator.sample(images, self.images_per_class)]
-            if number % processes == rank:
+            if number % processes.count() == rank:
                 yield episode
 
 
@@ -166,19 +221,9 @@ def _check_positive(sampler: object, **numbers: int) -> None:
             raise ValueError(f"{type(sampler).__name__}: {name} must be at least 1, got {value}")
 
 
-def _place() -> tuple[int, int]:
-    """Rank and number of processes."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def _generator(processes: int) -> random.Random:
-    """Random numbers that follow PyTorch's seed, the same on all processes."""
-    seed = [int(torch.randint(2**63 - 1, ()))]
-    if processes > 1:
-        distributed.broadcast_object_list(seed, src=0)
-    return random.Random(seed[0])
+def _generator() -> random.Random:
+    """Random numbers that follow the first process's seed, the same on all processes."""
+    return random.Random(processes.of_first(lambda: int(torch.randint(2**63 - 1, ()))))
 
 
 def _by_class(owner: object, sampler: Any) -> list[list[int]]:

@@ -1,0 +1,182 @@
+"""One run on many processes: how they find each other, and what they have to say to each other.
+
+`torchrun`, `srun` and `accelerate launch` start them; each loads its share of the data, and the mean of the gradients
+is taken here, as torchdistill's boxes, hooks and wrappers then see the plain modules that they see in one process:
+its own ``DistributedDataParallel`` needs CUDA, hides the wrappers' second forward pass, and knows only of parameters
+that lie between a module's input and its output, not of those that a hook leads to.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, zip_longest
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's number; the first one, 0, writes all files."""
+    return distributed.get_rank() if _is_joined() else 0
+
+
+def count() -> int:
+    """How many processes train together."""
+    return distributed.get_world_size() if _is_joined() else 1
+
+
+def _is_joined() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def launched() -> tuple[int, int]:
+    """Rank and number of processes as the launcher says, before they have joined.
+
+    What SLURM's ``srun`` says becomes ``torchrun``'s variables, which PyTorch reads.
+
+    Raises:
+        ValueError: if SLURM started several processes and nothing says where the first of them is.
+    """
+    said = os.environ
+    # The script of a job has a task's variables as well, though it is none: srun alone starts steps.
+    is_task = "SLURM_PROCID" in said and ("SLURM_STEP_ID" in said or "SLURM_JOB_ID" not in said)
+    if "RANK" not in said and is_task:
+        processes = said.get("SLURM_STEP_NUM_TASKS") or said.get("SLURM_NTASKS", "1")
+        if int(processes) > 1:
+            nodes = said.get("SLURM_STEP_NODELIST") or said.get("SLURM_JOB_NODELIST")
+            if "MASTER_ADDR" not in said and not nodes:
+                raise ValueError(
+                    "expected the first host in MASTER_ADDR or SLURM_JOB_NODELIST, found neither; export MASTER_ADDR"
+                )
+            said.setdefault("MASTER_ADDR", first_host(nodes or ""))
+            # Jobs that share a host get ports of their own, below those that systems hand out.
+            said.setdefault("MASTER_PORT", str(20_000 + int(said.get("SLURM_JOB_ID", 0)) % 10_000))
+            said.update(
+                RANK=said["SLURM_PROCID"], WORLD_SIZE=processes, LOCAL_RANK=said.get("SLURM_LOCALID", "0")
+            )
+    return int(said.get("RANK", 0)), int(said.get("WORLD_SIZE", 1))
+
+
+def first_host(nodes: str) -> str:
+    """The first of SLURM's list of hosts.
+
+    Example:
+        >>> first_host("gpu[003-006,9]-ib,login"), first_host("localhost")
+        ('gpu003-ib', 'localhost')
+    """
+    return re.sub(r"\[(\d+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", nodes)[0])
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within the block, the processes that were launched together know each other: NCCL on GPUs, gloo on CPUs."""
+    _, processes = launched()
+    if processes == 1 or _is_joined():
+        yield
+        return
+    if torch.cuda.is_available():
+        # Where each process is shown its own GPU alone, that one has number 0.
+        torch.cuda.set_device(_local_rank() % torch.cuda.device_count())
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    yield
+    # Not after an error: the others may wait for what never comes, until the launcher ends them.
+    distributed.destroy_process_group()
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def of_first(compute: Callable[[], T]) -> T:
+    """What the first process computes, or raises, on all of them."""
+    if count() == 1:
+        return compute()
+    told: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            told[0] = compute()
+        except Exception as error:
+            told[1] = error
+    distributed.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]
+    result: T = told[0]
+    return result
+
+
+@contextmanager
+def one_after_the_other() -> Iterator[None]:
+    """The first process goes first, then the first of every node, then all others.
+
+    Whoever comes later finds the files that were downloaded or decoded before, on a disk of all nodes or of each.
+    """
+    turn = 0 if rank() == 0 else 1 if _local_rank() == 0 else 2
+    for _ in range(turn):
+        of_first(lambda: None)
+    yield
+    for _ in range(turn, 2):
+        of_first(lambda: None)
+
+
+def as_first(module: nn.Module) -> None:
+    """Give all processes the first one's weights and buffers, such as the statistics of BatchNorm."""
+    if count() > 1:
+        for tensor in chain(module.parameters(), module.buffers()):
+            whole = tensor.detach().contiguous()
+            distributed.broadcast(whole, src=0)
+            tensor.detach().copy_(whole)
+
+
+def mean(loss: Tensor) -> float:
+    """Of a scalar of each process."""
+    if count() == 1:
+        return loss.item()
+    total = loss.detach().double()
+    distributed.all_reduce(total)
+    return total.item() / count()
+
+
+def average_gradients(loss: Tensor, parameters: Iterable[Tensor]) -> None:
+    """Have the backward pass from ``loss``, still to come, end with the mean of all processes' gradients.
+
+    At its end, and not before the optimizer's step, so that clipping sees the mean. A parameter that this process did
+    not use counts as 0 here; one that none used keeps its ``grad`` of None.
+    """
+    if count() > 1:
+        learning = list(parameters)
+        # As DistributedDataParallel and FSDP do it.
+        engine: Any = torch.autograd.Variable._execution_engine
+        loss.register_hook(lambda _: engine.queue_callback(lambda: _average(learning)))
+
+
+def _average(parameters: Sequence[Tensor]) -> None:
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=parameters[0].device)
+    distributed.all_reduce(used, distributed.ReduceOp.MAX)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter, is_used in zip(parameters, used.tolist(), strict=True):
+        if is_used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            by_dtype.setdefault(parameter.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        whole = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(whole)
+        whole /= count()
+        for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def taken_in_turn(own: list[tuple[Tensor, ...]], device: torch.device) -> list[tuple[Tensor, ...]]:
+    """All tuples of tensors in their order, of which this process had every `count`-th, from `rank` on."""
+    if count() == 1:
+        return own
+    parts: list[list[tuple[Tensor, ...]]] = [[] for _ in range(count())]
+    # A tensor comes back on the device that it was sent from, with all of what it is a view of.
+    distributed.all_gather_object(parts, [tuple(tensor.cpu().clone() for tensor in item) for item in own])
+    return [tuple(tensor.to(device) for tensor in item) for turn in zip_longest(*parts) for item in turn if item]
