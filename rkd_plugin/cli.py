@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import rkd_plugin
+from rkd_plugin.experiments.processes import launched
 
 RECIPE = "a YAML file, or the name of a packaged recipe as `rkd ls` shows it"
 OVERRIDES = "key.path=value, changing the recipe before anything is built"
+TOGETHER = ("run", "eval")  # what many processes do together
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,13 +25,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     command: Callable[[argparse.Namespace], int] = options.command
+    name = f"rkd {options.verb}"
     try:
+        rank, count = launched()
+        if count > 1:
+            name += f", process {rank} of 0 to {count - 1}"
+            if options.verb not in TOGETHER:
+                raise ValueError(
+                    f"expected one process, got {count}, which share the work of `rkd {'` and `rkd '.join(TOGETHER)}` "
+                    "alone; start this without torchrun or srun"
+                )
         return command(options)
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
-        print(f"rkd {options.verb}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"rkd {options.verb}: stopped; the same command goes on after the last full epoch", file=sys.stderr)
+        print(f"{name}: stopped; the same command goes on after the last full epoch", file=sys.stderr)
         return 130
 
 
@@ -145,13 +156,17 @@ def _check(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from rkd_plugin.experiments.memory import keep_memory
+    from rkd_plugin.experiments.processes import joined, rank
     from rkd_plugin.experiments.recipe import read
     from rkd_plugin.experiments.runner import run
 
     recipe = read(options.recipe, options.overrides)
     folder = options.out or Path("runs", *Path(options.recipe).with_suffix("").parts[-2:])
     keep_memory()
-    result = run(recipe, folder)
+    with joined():
+        result = run(recipe, folder)
+        if rank() > 0:
+            return 0
     for when in ("final", "best"):
         print(f"{when:6}", "  ".join(f"{name} {value:.4g}" for name, value in result[when].items()))
     print(f"in {folder}")
@@ -160,6 +175,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     from rkd_plugin.experiments.experiment import evaluate, of_folder
+    from rkd_plugin.experiments.processes import joined, rank
     from rkd_plugin.experiments.recipe import read
 
     folder = Path(options.recipe)
@@ -171,7 +187,10 @@ def _eval(options: argparse.Namespace) -> int:
         recipe = read(options.recipe, options.overrides)
         checkpoint = options.checkpoint and Path(options.checkpoint)
         folder = Path("runs", "eval", recipe.path.stem)
-    evaluation = evaluate(recipe, checkpoint, read(options.data) if options.data else None)
+    with joined():
+        evaluation = evaluate(recipe, checkpoint, read(options.data) if options.data else None)
+        if rank() > 0:
+            return 0
     for name, value in evaluation.metrics.items():
         print(f"{name} {value:.4g}")
     if options.pictures:

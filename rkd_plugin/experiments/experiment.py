@@ -17,17 +17,20 @@ from torchdistill.common import yaml_util
 from torchdistill.common.main_util import import_dependencies
 from torchdistill.core.distillation import get_distillation_box
 from torchdistill.core.training import get_training_box
+from torchdistill.datasets.registry import BATCH_SAMPLER_DICT
 from torchdistill.datasets.util import build_data_loader
 from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
 from rkd_plugin.adapters.torchdistill import seed_epoch
+from rkd_plugin.experiments import processes
 from rkd_plugin.experiments.features import compared
 from rkd_plugin.experiments.few_shot import episode_accuracies
 from rkd_plugin.experiments.files import load_weights, read_checkpoint
 from rkd_plugin.experiments.metrics import EVALUATORS, Layer, check_classes, embed
 from rkd_plugin.experiments.recipe import Recipe, read
 from rkd_plugin.experiments.recipe.schema import stages
+from rkd_plugin.experiments.samplers import SharedBatchSampler
 
 
 class Experiment:
@@ -46,8 +49,11 @@ class Experiment:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "recipe.yaml")
             path.write_text(recipe.resolved(), encoding="utf-8")
-            self.config = yaml_util.load_yaml_file(str(path))
+            with processes.one_after_the_other():
+                self.config = yaml_util.load_yaml_file(str(path))
         import_dependencies(self.config["dependencies"])
+        if processes.count() > 1:
+            self._share_data()
 
     @functools.cached_property
     def student(self) -> nn.Module:
@@ -62,8 +68,22 @@ class Experiment:
         return self._build(models["student_model" if "student_model" in models else "model"])
 
     def seed(self, epoch: int) -> None:
-        """See `seed_epoch`."""
-        seed_epoch(self.settings["seed"], epoch)
+        """See `seed_epoch`; in an epoch every process crops and drops otherwise, the first as one that is alone."""
+        seed_epoch(self.settings["seed"] + (processes.rank() << 16 if epoch else 0), epoch)
+
+    def _share_data(self) -> None:
+        """Have torchdistill build loaders of this process's batches: the recipe's own, shared."""
+        for path, stage in stages(self.config).items():
+            for side in ("teacher", "student", "model"):
+                if stage.get(side, {}).get("wrapper"):
+                    raise ValueError(
+                        f"{path}.{side}.wrapper: expected none, as `rkd run` takes the mean of the processes' gradients "
+                        f"itself, got {stage[side]['wrapper']}; leave it out"
+                    )
+        for part in (*stages(self.config).values(), self.config.get("test", {})):
+            for name in ("train_data_loader", "val_data_loader", "test_data_loader"):
+                if part.get(name):
+                    part[name] = _shared(part[name], whole=name != "train_data_loader")
 
     def _build(self, config: dict[str, Any]) -> nn.Module:
         model = get_image_classification_model(config)
@@ -73,6 +93,13 @@ class Experiment:
             # torchdistill goes on with random weights where this file is missing, and executes what it holds.
             path = Path(config["src_ckpt"])
             load_weights(model, read_checkpoint(path, "model")["model"], path, str(self.path))
+        if config.get("sync_bn") and processes.count() > 1:
+            if self.device.type == "cpu":
+                raise ValueError(
+                    f"{self.path}: expected sync_bn on GPUs, which alone PyTorch has it for, got CPUs; set sync_bn to "
+                    "False, and each process normalises its own part of a batch"
+                )
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         built: nn.Module = model.to(self.device, memory_format=self.layout)
         if self.settings.get("compile"):
             # Compiled code has to see the hooks of a later stage; few sizes of batches occur, each worth its own code.
@@ -129,24 +156,41 @@ class Experiment:
             episode_accuracies(of[:, None], of, test_episodes=1, **known)
 
     def embed(self, model: nn.Module, loader: Any, layer: Layer | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """See `metrics.embed`, in the recipe's precision and memory layout."""
+        """See `metrics.embed`, in the recipe's precision and memory layout; the whole of it in every process."""
         batches = ((self.place(images), labels) for images, labels, *_ in loader)
         with self.precision():
             outputs, labels, features = embed(model, batches, self.device, layer)
         return outputs.float(), labels, features.float()
 
     def measure(self, outputs: Tensor, labels: Tensor, evaluator: Callable[..., Any] | None = None) -> dict[str, Any]:
-        """The task's metrics, or those of another evaluator, with what the recipe says of them."""
+        """The task's metrics, or those of another evaluator, with what the recipe says of them; the first process's."""
         evaluator = evaluator or EVALUATORS[self.settings["task"]]
         known = inspect.signature(evaluator).parameters
         options = {name: self.settings[name] for name in known if name in self.settings}
-        measured: dict[str, Any] = evaluator(outputs, labels, **options)
+        measured: dict[str, Any] = processes.of_first(lambda: evaluator(outputs, labels, **options))
         return measured
 
     def test_loader(self) -> Any:
         """The loader that ``test`` describes."""
         config = self.config["test"]["test_data_loader"]
         return build_data_loader(self.config["datasets"][config["dataset_id"]], config, False)
+
+
+def _shared(loader: dict[str, Any], whole: bool) -> dict[str, Any]:
+    """The same loader's configuration, of the batches of this process; see `SharedBatches`."""
+    options = dict(loader["kwargs"])
+    sampler = loader.get("batch_sampler")
+    if sampler is None:
+        decided = {"batch_size": options.pop("batch_size", 1), "drop_last": options.pop("drop_last", False)}
+        sampler = {"key": "BatchSampler", "kwargs": decided}
+    kind = BATCH_SAMPLER_DICT.get(sampler["key"])
+    if isinstance(kind, type) and issubclass(kind, SharedBatchSampler):
+        return loader
+    return {
+        **loader,
+        "kwargs": options,
+        "batch_sampler": {"key": "SharedBatches", "kwargs": {"of": sampler, "whole": whole}},
+    }
 
 
 class Evaluation(NamedTuple):

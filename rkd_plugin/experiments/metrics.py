@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rkd_plugin.experiments.few_shot import few_shot
+from rkd_plugin.experiments.processes import taken_in_turn
 from rkd_plugin.kernels.pairwise import rescale, widest
 
 BLOCK = 2**24  # distances at once, 128 MiB in float64
@@ -32,6 +33,9 @@ def embed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``model`` in eval mode makes of all batches of images and labels, in one pass.
 
+    Processes that train together take turns with whole batches, as `SharedBatches` deals them out, so that each is
+    computed as one process alone would do it; all have the result.
+
     Returns:
         Outputs ``(M, D)``, labels ``(M,)``, and features ``(M, E)`` of ``layer``, without one the outputs again.
     """
@@ -48,7 +52,7 @@ def embed(
             outputs = model(images.to(device))
             embedded.append((outputs, labels.to(device), seen.pop("features") if layer else outputs))
     model.train(training)
-    outputs, labels, features = zip(*embedded, strict=True)
+    outputs, labels, features = zip(*taken_in_turn(embedded, device), strict=True)
     whole = torch.cat(outputs)
     return whole, torch.cat(labels), torch.cat(features) if layer else whole
 

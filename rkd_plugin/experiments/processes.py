@@ -75,9 +75,12 @@ def first_host(nodes: str) -> str:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Within the block, the processes that were launched together know each other: NCCL on GPUs, gloo on CPUs."""
-    _, processes = launched()
-    if processes == 1 or _is_joined():
+    """Within the block, the processes that were launched together know each other: NCCL on GPUs, gloo on CPUs.
+
+    So does one that was launched alone by ``torchrun``, but not one that nobody launched.
+    """
+    launched()
+    if "RANK" not in os.environ or _is_joined():
         yield
         return
     if torch.cuda.is_available():
@@ -117,11 +120,11 @@ def one_after_the_other() -> Iterator[None]:
     Whoever comes later finds the files that were downloaded or decoded before, on a disk of all nodes or of each.
     """
     turn = 0 if rank() == 0 else 1 if _local_rank() == 0 else 2
-    for _ in range(turn):
-        of_first(lambda: None)
-    yield
-    for _ in range(turn, 2):
-        of_first(lambda: None)
+    for at in range(3):
+        if at == turn:
+            yield
+        if count() > 1:
+            distributed.all_reduce(torch.zeros(()))  # of all, which is when the last one comes
 
 
 def as_first(module: nn.Module) -> None:

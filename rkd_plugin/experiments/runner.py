@@ -3,6 +3,7 @@
 A run is a folder: ``recipe.yaml`` (as it was resolved), ``last.pt`` and ``best.pt`` (checkpoints), ``result.json`` and
 TensorBoard events. The same call on the same folder goes on where a run was stopped, and ends with the same numbers as
 one that never was: every epoch starts from random numbers of its own, and its end is the only state that is kept.
+Of processes that train together (see `processes`) the first reads and writes the folder, and any number of them goes on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rkd_plugin.bench import environment
+from rkd_plugin.experiments import processes
 from rkd_plugin.experiments.experiment import Experiment
 from rkd_plugin.experiments.files import load_weights, read_checkpoint, write_checkpoint, write_json, write_text
 from rkd_plugin.experiments.recipe import Recipe
@@ -29,7 +31,7 @@ def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
 
     Returns:
         What ``result.json`` holds: ``final`` and ``best`` metrics, ``history`` by epoch, seed, environment
-        (commit, hardware, versions) and seconds. ``best`` is chosen on the data it is measured on, as the authors do;
+        (commit, hardware, versions), number of processes and seconds. ``best`` is chosen on the data it is measured on, as the authors do;
         ``final`` is not.
 
     Raises:
@@ -39,37 +41,51 @@ def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
         FloatingPointError: if the loss is no longer finite; the last checkpoint stays.
     """
     resolved = recipe.resolved()
+    result = processes.of_first(lambda: _done(folder, resolved))
+    if result is not None:
+        return result
+    recipe.validate()
+    experiment = Experiment(recipe)
+    box = experiment.box()
+    processes.of_first(lambda: write_text(folder / "recipe.yaml", resolved))
+    history = _resume(folder / "last.pt", experiment.student, box)
+    with events_in(folder, len(history)) if processes.rank() == 0 else nullcontext() as events:
+        _train(experiment, box, history, folder, events, label or recipe.path.stem)
+
+    def finish() -> dict[str, Any]:
+        result = _result(recipe, experiment, history)
+        write_json(folder / "result.json", result)
+        return result
+
+    return processes.of_first(finish)
+
+
+def _done(folder: Path, resolved: str) -> dict[str, Any] | None:
+    """The result of a run that has ended, None if there is something left to do."""
     held = folder / "recipe.yaml"
     if held.is_file() and held.read_text(encoding="utf-8") != resolved:
         raise FileExistsError(
             f"{folder} holds a run of another recipe; give this one another folder, or delete that one"
         )
-    if (folder / "result.json").is_file():
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        return result
-    recipe.validate()
-    experiment = Experiment(recipe)
-    box = experiment.box()
-    write_text(held, resolved)
-    history = _resume(folder / "last.pt", experiment.student, box)
-    with events_in(folder, len(history)) as events:
-        _train(experiment, box, history, folder, events, label or recipe.path.stem)
-    result = _result(recipe, experiment, history)
-    write_json(folder / "result.json", result)
-    return result
+    ended = folder / "result.json"
+    return json.loads(ended.read_text(encoding="utf-8")) if ended.is_file() else None
 
 
 def _train(
     experiment: Experiment, box: Any, history: list[dict[str, Any]], folder: Path, events: Any, label: str
 ) -> None:
     steps = len(box.train_data_loader)
-    with tqdm(total=box.num_epochs * steps, initial=len(history) * steps, desc=label, unit="step", leave=False) as bar:
+    with tqdm(
+        total=box.num_epochs * steps, initial=len(history) * steps, desc=label, unit="step", leave=False,
+        disable=processes.rank() > 0,
+    ) as bar:  # fmt: skip
         for epoch in range(len(history), box.num_epochs):
             if _is_settled(history, experiment.settings.get("patience")):
                 break
             started = time.monotonic()
             box.pre_epoch_process(epoch=epoch)
             experiment.seed(epoch + 1)
+            processes.as_first(_trained(box))  # a new stage's layers were drawn by each
             total = 0.0
             for loss in steps_of(experiment, box):
                 if not math.isfinite(loss):
@@ -77,6 +93,7 @@ def _train(
                 total += loss
                 bar.update()
             rate = box.optimizer.param_groups[0]["lr"]
+            processes.as_first(_trained(box))  # statistics of BatchNorm are of each process's part
             outputs, labels, _ = experiment.embed(experiment.student, box.val_data_loader)
             metrics = experiment.measure(outputs, labels)
             box.post_epoch_process()
@@ -93,7 +110,8 @@ def _train(
             if events is not None:
                 for name, value in history[-1].items():
                     events.add_scalar(name, value, epoch + 1)
-            _save(folder, experiment.student, box, history, next(iter(metrics)))
+            if processes.rank() == 0:
+                _save(folder, experiment.student, box, history, next(iter(metrics)))
 
 
 def _metrics(history: list[dict[str, Any]]) -> list[str]:
@@ -111,13 +129,14 @@ def _is_settled(history: list[dict[str, Any]], patience: int | None) -> bool:
 
 
 def steps_of(experiment: Experiment, box: Any) -> Iterator[float]:
-    """One epoch; the loss of each step, whose update is done unless the loss is not finite."""
+    """One epoch; the loss of each step, of all processes together, whose update is done unless it is not finite."""
     for batch, targets, supplement in box.train_data_loader:
         box.pre_forward_process()
         with experiment.precision():
             loss = box.forward_process(experiment.place(batch), targets.to(experiment.device), supplement)
-        value = loss.item()
+        value = processes.mean(loss)
         if math.isfinite(value):
+            processes.average_gradients(loss, (p for group in box.optimizer.param_groups for p in group["params"]))
             box.post_forward_process(loss)
         yield value
 
@@ -145,11 +164,9 @@ def _trained(box: Any) -> nn.Module:
 
 def _resume(path: Path, student: nn.Module, box: Any) -> list[dict[str, Any]]:
     """Bring a new box to the state of a checkpoint, if there is one; the epochs that are done."""
-    for stray in path.parent.glob(".*.tmp*"):
-        stray.unlink()
-    if not path.is_file():
+    checkpoint = processes.of_first(lambda: _last(path))
+    if checkpoint is None:
         return []
-    checkpoint = read_checkpoint(path, "model", "trained", "optimizer", "lr_scheduler", "steps", "history")
     history: list[dict[str, Any]] = checkpoint["history"]
     # A box of several stages has to reach the stage of the checkpoint before it can take its state.
     while getattr(box, "current_epoch", len(history)) < len(history):
@@ -163,6 +180,13 @@ def _resume(path: Path, student: nn.Module, box: Any) -> list[dict[str, Any]]:
         box.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
     box.stage_grad_count = checkpoint["steps"]
     return history
+
+
+def _last(path: Path) -> dict[str, Any] | None:
+    for stray in path.parent.glob(".*.tmp*"):
+        stray.unlink()
+    parts = "model", "trained", "optimizer", "lr_scheduler", "steps", "history"
+    return read_checkpoint(path, *parts) if path.is_file() else None
 
 
 def events_in(folder: Path, done: int = 0) -> AbstractContextManager[Any]:
@@ -185,6 +209,7 @@ def _result(recipe: Recipe, experiment: Experiment, history: list[dict[str, Any]
         "best": {name: best[name] for name in ("epoch", *metrics)},
         "parameters": sum(parameter.numel() for parameter in experiment.student.parameters()),
         "seconds": sum(epoch["seconds"] for epoch in history),
+        "processes": processes.count(),
         "environment": environment(experiment.device.type),
         "history": history,
     }
