@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         rank, count = launched()
         if count > 1:
-            name += f", process {rank} of 0 to {count - 1}"
+            name += f", rank {rank} of {count} processes"
             if options.verb not in TOGETHER:
                 raise ValueError(
                     f"expected one process, got {count}, which share the work of `rkd {'` and `rkd '.join(TOGETHER)}` "

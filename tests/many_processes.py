@@ -1,65 +1,125 @@
-"""What tests/test_many_processes.py starts in several processes: small recipes in float64, and parts that break."""
+"""What tests/test_many_processes.py starts in several processes: data, models and losses in float64, and a script."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
-from torch import nn
+from pytorch_metric_learning.losses import ProxyNCALoss
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torchdistill.models.registry import register_model
 
+from rkd_plugin import rkd_da_loss
+from rkd_plugin.adapters.torchdistill import find_hooked, mid_level_loss
 from rkd_plugin.experiments import experiment, processes, runner
 from rkd_plugin.experiments.recipe import read
 
 
 class Points(torch.utils.data.Dataset):
-    """Points around the centres of ten classes; one process may fail to read them."""
+    """Points around the centres of ten classes; BREAK=rank,after,how ends a process at a point that it asks for."""
 
-    def __init__(self, count, seed, fails_in=None, after=0):
+    def __init__(self, count, seed):
         drawn = torch.Generator().manual_seed(seed)
         self.targets = (torch.arange(count) % 10).tolist()
         centres = torch.randn(10, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self.points = centres[self.targets] + torch.randn(count, 6, generator=drawn, dtype=torch.float64)
-        self.fails_in, self.left = fails_in, after
+        self.asked = 0
 
     def __len__(self):
         return len(self.targets)
 
     def __getitem__(self, index):
-        if self.fails_in == processes.rank():
-            self.left -= 1
-            if self.left < 0:
-                raise OSError(f"cannot read point {index}")
+        rank, after, how = os.environ.get("BREAK", "-1,0,").split(",")
+        self.asked += 1
+        if int(rank) == processes.rank() and self.asked > int(after):
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(f"cannot read point {index}")
         return self.points[index], self.targets[index]
 
 
 @register_model
 class Perceptron(nn.Sequential):
-    """An unused layer in it, as stages leave some behind."""
+    """With a layer that is never used, as stages leave some behind."""
 
     def __init__(self, width, dim):
         super().__init__(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, dim))
         self.unused = nn.Linear(2, 2)
+        self.double()
 
     def forward(self, x):
         return self[2](self[1](self[0](x)))
 
 
+class Proxies(ProxyNCALoss):
+    def __init__(self):
+        super().__init__(num_classes=10, embedding_size=10)
+        self.double()
+
+
+@mid_level_loss
+class GlobalRKD(nn.Module):
+    """RKD-DA of all processes' rows, on the layer before the last."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def forward(self, student_io_dict, teacher_io_dict, *_):
+        student = find_hooked(student_io_dict, "student", self.path, "output")
+        teacher = find_hooked(teacher_io_dict, "teacher", "1", "output")
+        return rkd_da_loss(student, teacher, gather=distributed.is_initialized())
+
+
 def train(path, folder, *overrides):
-    torch.set_default_dtype(torch.float64)
     return runner.run(read(path, overrides), Path(folder))
 
 
 def measure(path, checkpoint):
-    """Test outputs and metrics, of this process."""
-    torch.set_default_dtype(torch.float64)
-    return experiment.evaluate(read(path), Path(checkpoint))
+    evaluation = experiment.evaluate(read(path), Path(checkpoint))
+    return {name: getattr(evaluation, name) for name in ("metrics", "outputs", "labels")}
 
 
-if __name__ == "__main__":
+def gradients_of_fsdp():
+    """Of the global loss through a sharded student, and of one that is whole."""
+    torch.manual_seed(0)
+    images, teacher = torch.randn(14, 6, dtype=torch.float64), torch.randn(14, 7, dtype=torch.float64)
+    student, sharded = Perceptron(9, 4), Perceptron(9, 4)
+    sharded.load_state_dict(student.state_dict())
+    mesh = init_device_mesh("cpu", (processes.count(),))
+    for module in (sharded[0], sharded[2], sharded):
+        fully_shard(module, mesh=mesh)
+    own = slice(0, 5) if processes.rank() == 0 else slice(5, 14)
+    rkd_da_loss(sharded(images[own]), teacher[own], gather=True).backward()
+    rkd_da_loss(student(images), teacher).backward()
+    shards = [parameter.grad for parameter in sharded.parameters() if parameter.grad is not None]
+    whole = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
+    return [shard.full_tensor() for shard in shards], whole, [shard.to_local().numel() for shard in shards]
+
+
+def mean_gradients():
+    """Of a parameter that both use, one in float32, one that only this process uses, one that none does."""
+    used, narrow, first, second, none = (torch.ones((), requires_grad=True) for _ in range(5))
+    used, narrow = used.detach().double().requires_grad_(), narrow
+    mine = (first, second)[processes.rank()]
+    loss = (processes.rank() + 1) * (used * 2 + narrow + mine)
+    processes.average_gradients(loss, [used, narrow, first, second, none])
+    loss.backward()
+    return [parameter.grad for parameter in (used, narrow, first, second, none)]
+
+
+def main():
+    todo = json.loads(sys.argv[1])
     with processes.joined():
-        for arguments in json.loads(sys.argv[1]):
+        for arguments in todo["train"]:
             train(*arguments)
+        found = {path: measure(path, checkpoint) for path, checkpoint in todo["measure"]}
+        found |= {"fsdp": gradients_of_fsdp(), "mean": mean_gradients()}
+        torch.save(found, Path(todo["out"]) / f"{processes.rank()}.pt")

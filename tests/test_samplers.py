@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from itertools import chain
+from itertools import chain, zip_longest
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +10,10 @@ import torch
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
 from pytorch_metric_learning.utils.common_functions import EmbeddingDataset
 from torch import distributed, multiprocessing
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 from torchdistill.datasets.util import build_data_loader
 
-from rkd_plugin.experiments.samplers import ClassBalancedBatchSampler, EpisodicBatchSampler
+from rkd_plugin.experiments.samplers import ClassBalancedBatchSampler, EpisodicBatchSampler, SharedBatches
 
 LABELS = [label for label in range(40) for _ in range(3 + label % 5)]  # classes of 3 to 7 images
 
@@ -116,14 +116,29 @@ def through_a_loader(sampler):
     return [list(map(int, images)) for images, _ in DataLoader(Data(), batch_sampler=sampler)]
 
 
+def shared(whole, batch_size=18):
+    """Of 199 images in any order: of 18, and one of 1, or of 12, and one of 7."""
+    of = {"key": "BatchSampler", "kwargs": {"batch_size": batch_size, "drop_last": False}}
+    return SharedBatches(RandomSampler(range(199)), of, whole)
+
+
 def _process(rank, processes, address, results):
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
     sampler = DistributedSampler(Data())
-    kinds = ClassBalancedBatchSampler(sampler, 32, 5, 3), EpisodicBatchSampler(sampler, 7, 2, 1, 6)
-    for kind in kinds:
+    kinds = {
+        "balanced": ClassBalancedBatchSampler(sampler, 32, 5, 3),
+        "episodic": EpisodicBatchSampler(sampler, 7, 2, 1, 6),
+        "parts": shared(whole=False, batch_size=12),
+        "whole": shared(whole=True),
+    }
+    for name, kind in kinds.items():
         torch.manual_seed(rank)  # processes that were seeded differently still share their batches
-        results[type(kind).__name__, rank] = through_a_loader(kind)
-        assert len(results[type(kind).__name__, rank]) == len(kind)
+        results[name, rank] = through_a_loader(kind)
+        assert len(results[name, rank]) == len(kind)
+    for name, batch_size in (("odd", 19), ("short", 18)):
+        with pytest.raises(ValueError, match=f"expected batches that {processes} processes share evenly") as error:
+            list(shared(whole=False, batch_size=batch_size))
+        results[name, rank] = str(error.value)
     distributed.destroy_process_group()
 
 
@@ -132,15 +147,25 @@ def test_processes_share_the_batches_of_one(processes, tmp_path):
     with multiprocessing.Manager() as manager:
         results = manager.dict()
         multiprocessing.spawn(_process, (processes, f"file://{tmp_path}/store", results), processes)
-        parts, turns = (
-            [results[kind, rank] for rank in range(processes)]
-            for kind in ("ClassBalancedBatchSampler", "EpisodicBatchSampler")
-        )
+        found = {kind: [results[kind, rank] for rank in range(processes)] for kind, _ in sorted(results.keys())}
+    parts, turns = found["balanced"], found["episodic"]
     torch.manual_seed(0)
     assert [list(chain(*shares)) for shares in zip(*parts, strict=True)] == through_a_loader(batches(iterations=3))
     assert all(abs(len(share) - 32 / processes) < 1 for part in parts for share in part)
     torch.manual_seed(0)  # an episode is never torn apart
     assert [episode for turn in zip(*turns, strict=True) for episode in turn] == through_a_loader(episodes())
+    torch.manual_seed(0)
+    *expected, rest = through_a_loader(shared(whole=False, batch_size=12))
+    assert len(rest) == 7
+    joined = [list(chain(*shares)) for shares in zip(*found["parts"], strict=True)]
+    assert joined == [*expected, rest[:6]]
+    assert {len(share) for part in found["parts"] for share in part[:-1]} == {12 // processes}
+    torch.manual_seed(0)
+    whole = [batch for turn in zip_longest(*found["whole"]) for batch in turn if batch]
+    assert whole == through_a_loader(shared(whole=True))
+    assert len(set(chain(*whole))) == 199
+    for name, size in (("odd", 19), ("short", 1)):
+        assert all(f"got one of {size} images; change recipe.batch_size" in text for text in found[name])
 
 
 # Episodes

@@ -77,7 +77,7 @@ class Experiment:
             for side in ("teacher", "student", "model"):
                 if stage.get(side, {}).get("wrapper"):
                     raise ValueError(
-                        f"{path}.{side}.wrapper: expected none, as `rkd run` takes the mean of the processes' gradients "
+                        f"{path}.{side}.wrapper: expected none, as `rkd run` averages the gradients of its processes "
                         f"itself, got {stage[side]['wrapper']}; leave it out"
                     )
         for part in (*stages(self.config).values(), self.config.get("test", {})):
@@ -99,7 +99,7 @@ class Experiment:
                     f"{self.path}: expected sync_bn on GPUs, which alone PyTorch has it for, got CPUs; set sync_bn to "
                     "False, and each process normalises its own part of a batch"
                 )
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         built: nn.Module = model.to(self.device, memory_format=self.layout)
         if self.settings.get("compile"):
             # Compiled code has to see the hooks of a later stage; few sizes of batches occur, each worth its own code.

@@ -57,9 +57,7 @@ def launched() -> tuple[int, int]:
             said.setdefault("MASTER_ADDR", first_host(nodes or ""))
             # Jobs that share a host get ports of their own, below those that systems hand out.
             said.setdefault("MASTER_PORT", str(20_000 + int(said.get("SLURM_JOB_ID", 0)) % 10_000))
-            said.update(
-                RANK=said["SLURM_PROCID"], WORLD_SIZE=processes, LOCAL_RANK=said.get("SLURM_LOCALID", "0")
-            )
+            said.update(RANK=said["SLURM_PROCID"], WORLD_SIZE=processes, LOCAL_RANK=said.get("SLURM_LOCALID", "0"))
     return int(said.get("RANK", 0)), int(said.get("WORLD_SIZE", 1))
 
 
@@ -155,7 +153,9 @@ def average_gradients(loss: Tensor, parameters: Iterable[Tensor]) -> None:
         learning = list(parameters)
         # As DistributedDataParallel and FSDP do it.
         engine: Any = torch.autograd.Variable._execution_engine
-        loss.register_hook(lambda _: engine.queue_callback(lambda: _average(learning)))
+        loss.register_hook(  # type: ignore[no-untyped-call]
+            lambda _: engine.queue_callback(lambda: _average(learning))
+        )
 
 
 def _average(parameters: Sequence[Tensor]) -> None:
@@ -171,11 +171,11 @@ def _average(parameters: Sequence[Tensor]) -> None:
         whole = torch.cat([gradient.flatten() for gradient in gradients])
         distributed.all_reduce(whole)
         whole /= count()
-        for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients]), strict=True):
+        for gradient, part in zip(gradients, torch.split(whole, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
 
-def taken_in_turn(own: list[tuple[Tensor, ...]], device: torch.device) -> list[tuple[Tensor, ...]]:
+def taken_in_turn(own: Sequence[tuple[Tensor, ...]], device: torch.device) -> Sequence[tuple[Tensor, ...]]:
     """All tuples of tensors in their order, of which this process had every `count`-th, from `rank` on."""
     if count() == 1:
         return own

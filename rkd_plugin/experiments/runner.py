@@ -3,7 +3,7 @@
 A run is a folder: ``recipe.yaml`` (as it was resolved), ``last.pt`` and ``best.pt`` (checkpoints), ``result.json`` and
 TensorBoard events. The same call on the same folder goes on where a run was stopped, and ends with the same numbers as
 one that never was: every epoch starts from random numbers of its own, and its end is the only state that is kept.
-Of processes that train together (see `processes`) the first reads and writes the folder, and any number of them goes on.
+Of processes that train together (see `processes`) the first reads and writes the folder; any number may go on with it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
 
     Returns:
         What ``result.json`` holds: ``final`` and ``best`` metrics, ``history`` by epoch, seed, environment
-        (commit, hardware, versions), number of processes and seconds. ``best`` is chosen on the data it is measured on, as the authors do;
-        ``final`` is not.
+        (commit, hardware, versions), number of processes and seconds. ``best`` is chosen on the data it is measured on,
+        as the authors do; ``final`` is not.
 
     Raises:
         RecipeError: if the recipe has problems.
@@ -86,11 +86,11 @@ def _train(
             box.pre_epoch_process(epoch=epoch)
             experiment.seed(epoch + 1)
             processes.as_first(_trained(box))  # a new stage's layers were drawn by each
-            total = 0.0
+            losses = []
             for loss in steps_of(experiment, box):
                 if not math.isfinite(loss):
                     raise FloatingPointError(f"the loss became {loss} in epoch {epoch + 1}; nothing was overwritten")
-                total += loss
+                losses.append(loss)
                 bar.update()
             rate = box.optimizer.param_groups[0]["lr"]
             processes.as_first(_trained(box))  # statistics of BatchNorm are of each process's part
@@ -100,7 +100,7 @@ def _train(
             history.append(
                 {
                     "epoch": epoch + 1,
-                    "loss": total / steps,
+                    "loss": sum(losses) / len(losses),
                     "lr": rate,
                     **metrics,
                     "seconds": time.monotonic() - started,
