@@ -12,7 +12,8 @@ import torch
 from rkd_plugin import RKDAngleLoss, RKDDALoss, RKDDistanceLoss, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
 
 TWINS = {RKDDistanceLoss: rkd_distance_loss, RKDAngleLoss: rkd_angle_loss, RKDDALoss: rkd_da_loss}
-OPTIONS = {"reduction": "sum", "huber_delta": 0.1, "impl": "reference"}
+OPTIONS = {"reduction": "sum", "huber_delta": 0.1, "impl": "reference", "gather": True}
+ANCHORS = {"anchors": 0.5}
 WEIGHTS = {"distance_weight": 25.0, "angle_weight": 50.0}
 
 every_module = pytest.mark.parametrize("module", TWINS, ids=lambda m: m.__name__)
@@ -20,7 +21,7 @@ every_module = pytest.mark.parametrize("module", TWINS, ids=lambda m: m.__name__
 
 def others(module):
     """Options that all differ from the defaults."""
-    return OPTIONS | (WEIGHTS if module is RKDDALoss else {})
+    return OPTIONS | (ANCHORS if module is not RKDDistanceLoss else {}) | (WEIGHTS if module is RKDDALoss else {})
 
 
 @every_module
@@ -36,7 +37,7 @@ def test_module(module, changed, monkeypatch):
 
 
 @every_module
-@pytest.mark.parametrize("option", [*OPTIONS, *WEIGHTS])
+@pytest.mark.parametrize("option", [*OPTIONS, *ANCHORS, *WEIGHTS])
 def test_every_option_reaches_the_function(module, option, monkeypatch):
     options = others(module)
     if option not in options:
