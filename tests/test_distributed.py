@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 import traceback
+from datetime import timedelta
 
 import pytest
 import torch
@@ -25,18 +26,19 @@ every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 
 
 def serve(rank, folder, tasks, results):
-    """What each process does: the calls that come, and back what they give or the error's class and text."""
+    """What each process does: the calls that come, and back what they give or how it failed."""
     torch.set_num_threads(1)
+    limit = timedelta(seconds=30)  # where one fails, the others must not wait for it
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES, timeout=None
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES, timeout=limit
     )
     groups = {n: distributed.new_group(list(range(n))) for n in range(1, PROCESSES)}
     groups[PROCESSES] = True
     for call, arguments in iter(tasks.get, None):
         try:
             results.put((rank, call(rank, groups, *arguments)))
-        except Exception as error:
-            results.put((rank, (type(error).__name__, str(error), traceback.format_exc())))
+        except Exception:
+            results.put((rank, traceback.format_exc()))
     distributed.barrier()
     distributed.destroy_process_group()
 
@@ -63,7 +65,7 @@ def everywhere(tmp_path_factory):
                 rank, result = results.get(timeout=60)
             except queue.Empty:
                 raise AssertionError(f"only {sorted(found)} answered: {found}") from None
-            assert not (isinstance(result, tuple) and isinstance(result[0], str)), result
+            assert not isinstance(result, str), result
             found[rank] = result
         return [found[rank] for rank in range(PROCESSES)]
 
@@ -160,8 +162,8 @@ def through_ddp(rank, groups):
     layer = nn.Linear(7, 4, bias=False).double()
     layer.weight.data = weights.T.clone()
     rows = own_rows(rank, sizes)
-    student = DistributedDataParallel(layer)(x[rows])
-    rkd_da_loss(student, teacher[rows], gather=True).backward()
+    model = DistributedDataParallel(layer)
+    rkd_da_loss(model(x[rows]), teacher[rows], gather=True).backward()
     return layer.weight.grad.T.contiguous()
 
 
@@ -247,7 +249,7 @@ def drawn(rank, groups, sizes, options, seed):
     return share(rank, groups, rkd_angle_loss, sizes, torch.float64, options)
 
 
-@pytest.mark.parametrize("anchors", [1, 4, 0.3, 1.0, 100])
+@pytest.mark.parametrize("anchors", [1, 4, 0.3, 0.99999, 100])
 def test_anchors_are_the_same_on_every_process(everywhere, anchors):
     sizes, options = SIZES["ragged"], {"anchors": anchors}
     found = everywhere(drawn, sizes, options, 3)
@@ -255,10 +257,10 @@ def test_anchors_are_the_same_on_every_process(everywhere, anchors):
         assert torch.equal(value, found[0][0])
         assert torch.equal(gradient, found[0][1])
     assert torch.equal(everywhere(drawn, sizes, options, 3)[0][0], found[0][0])
-    if anchors in (1.0, 100):
+    if anchors in (0.99999, 100):  # all of them
         assert_as_one_process(found, rkd_angle_loss, sizes)
     else:
-        assert everywhere(drawn, sizes, options, 4)[0][0] != found[0][0]
+        assert any(everywhere(drawn, sizes, options, seed)[0][0] != found[0][0] for seed in (4, 5, 6))
 
 
 @pytest.mark.parametrize("loss", [rkd_angle_loss, rkd_da_loss])

@@ -226,7 +226,7 @@ def _angle_backward(
     weights: Tensor, student: Tensor, teacher: Tensor, gradient: Tensor, huber_delta: float, dtype: torch.dtype
 ) -> Tensor:
     if bool((weights == weights[:1]).all()):
-        return gradient * weights[:1]
+        return gradient * weights[:1].sum()  # of none, where there is no vertex
     return _sweep(student, teacher, huber_delta, dtype, len(weights), weights)[1]
 
 
