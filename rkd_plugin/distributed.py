@@ -46,9 +46,7 @@ class GlobalBatch(NamedTuple):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def gather(
-    name: str, student: Tensor, teacher: Tensor, group: distributed.ProcessGroup | bool, draws: bool
-) -> GlobalBatch:
+def gather(name: str, student: Tensor, teacher: Tensor, group: Any, draws: bool) -> GlobalBatch:
     """The batch of ``group``, or of all processes for True; with a new seed if the caller ``draws``.
 
     Raises:
@@ -61,12 +59,13 @@ def gather(
             f"{name}: gather needs torch.distributed, which is not initialised; call init_process_group, or start "
             "with torchrun"
         )
-    if not isinstance(group, bool | distributed.ProcessGroup):
-        raise TypeError(f"{name}: gather must be True, False or a process group, got {group!r}")
     members = None if isinstance(group, bool) else group
-    rank, processes = distributed.get_rank(members), distributed.get_world_size(members)
-    if rank < 0:
+    stranger = members == distributed.GroupMember.NON_GROUP_MEMBER  # what new_group gives to others
+    if not (stranger or isinstance(group, bool | distributed.ProcessGroup)):
+        raise TypeError(f"{name}: gather must be True, False or a process group, got {group!r}")
+    if stranger or distributed.get_rank(members) < 0:
         raise RuntimeError(f"{name}: gather needs a group that this process belongs to, got one that it does not")
+    rank, processes = distributed.get_rank(members), distributed.get_world_size(members)
     needs_gradient = torch.is_grad_enabled() and student.requires_grad
     seed = int(torch.randint(2**62, ())) if draws and rank == 0 else 0
     own = [len(student), seed, student.shape[1], teacher.shape[1]]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from rkd_plugin.functional import Impl, Reduction, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
+from rkd_plugin.functional import Gather, Impl, Reduction, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
 
 
 class RKDDistanceLoss(nn.Module):
@@ -12,35 +14,54 @@ class RKDDistanceLoss(nn.Module):
 
     Example:
         >>> RKDDistanceLoss(reduction="tuple_mean")
-        RKDDistanceLoss(reduction='tuple_mean', huber_delta=1.0, impl='auto')
+        RKDDistanceLoss(reduction='tuple_mean', huber_delta=1.0, impl='auto', gather=False)
     """
 
-    def __init__(self, reduction: Reduction = "mean", huber_delta: float = 1.0, impl: Impl = "auto") -> None:
+    _names: tuple[str, ...] = ("reduction", "huber_delta", "impl", "gather")
+
+    def __init__(
+        self, reduction: Reduction = "mean", huber_delta: float = 1.0, impl: Impl = "auto", gather: Gather = False
+    ) -> None:
         super().__init__()
         self.reduction: Reduction = reduction
         self.huber_delta = huber_delta
         self.impl: Impl = impl
+        self.gather: Gather = gather
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._names}
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """``(N, D_s)``, ``(N, D_t)`` -> a scalar, or ``(N,)`` for ``reduction="anchor"``."""
-        return rkd_distance_loss(
-            student, teacher, reduction=self.reduction, huber_delta=self.huber_delta, impl=self.impl
-        )
+        return rkd_distance_loss(student, teacher, **self._options())
 
     def extra_repr(self) -> str:
         """The options, as they were passed."""
-        return f"reduction={self.reduction!r}, huber_delta={self.huber_delta}, impl={self.impl!r}"
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
 
 
 class RKDAngleLoss(RKDDistanceLoss):
     """See `rkd_angle_loss`."""
 
+    _names = (*RKDDistanceLoss._names, "anchors")
+
+    def __init__(
+        self,
+        reduction: Reduction = "mean",
+        huber_delta: float = 1.0,
+        impl: Impl = "auto",
+        gather: Gather = False,
+        anchors: float | None = None,
+    ) -> None:
+        super().__init__(reduction, huber_delta, impl, gather)
+        self.anchors = anchors
+
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """``(N, D_s)``, ``(N, D_t)`` -> a scalar, or ``(N,)`` for ``reduction="anchor"``."""
-        return rkd_angle_loss(student, teacher, reduction=self.reduction, huber_delta=self.huber_delta, impl=self.impl)
+        return rkd_angle_loss(student, teacher, **self._options())
 
 
-class RKDDALoss(RKDDistanceLoss):
+class RKDDALoss(RKDAngleLoss):
     """See `rkd_da_loss`.
 
     Example:
@@ -53,6 +74,8 @@ class RKDDALoss(RKDDistanceLoss):
         torch.Size([3, 2])
     """
 
+    _names = ("distance_weight", "angle_weight", *RKDAngleLoss._names)
+
     def __init__(
         self,
         distance_weight: float = 1.0,
@@ -60,23 +83,13 @@ class RKDDALoss(RKDDistanceLoss):
         reduction: Reduction = "mean",
         huber_delta: float = 1.0,
         impl: Impl = "auto",
+        gather: Gather = False,
+        anchors: float | None = None,
     ) -> None:
-        super().__init__(reduction, huber_delta, impl)
+        super().__init__(reduction, huber_delta, impl, gather, anchors)
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """``(N, D_s)``, ``(N, D_t)`` -> a scalar, or ``(N,)`` for ``reduction="anchor"``."""
-        return rkd_da_loss(
-            student,
-            teacher,
-            distance_weight=self.distance_weight,
-            angle_weight=self.angle_weight,
-            reduction=self.reduction,
-            huber_delta=self.huber_delta,
-            impl=self.impl,
-        )
-
-    def extra_repr(self) -> str:
-        """The options, as they were passed."""
-        return f"distance_weight={self.distance_weight}, angle_weight={self.angle_weight}, {super().extra_repr()}"
+        return rkd_da_loss(student, teacher, **self._options())

@@ -13,20 +13,22 @@ from rkd_plugin import RKDAngleLoss, RKDDALoss, RKDDistanceLoss, rkd_angle_loss,
 
 TWINS = {RKDDistanceLoss: rkd_distance_loss, RKDAngleLoss: rkd_angle_loss, RKDDALoss: rkd_da_loss}
 OPTIONS = {"reduction": "sum", "huber_delta": 0.1, "impl": "reference"}
+GATHER, ANCHORS = {"gather": True}, {"anchors": 0.5}  # not for calls: one needs processes, the other draws
 WEIGHTS = {"distance_weight": 25.0, "angle_weight": 50.0}
 
 every_module = pytest.mark.parametrize("module", TWINS, ids=lambda m: m.__name__)
 
 
-def others(module):
+def others(module, called=False):
     """Options that all differ from the defaults."""
-    return OPTIONS | (WEIGHTS if module is RKDDALoss else {})
+    options = OPTIONS | (WEIGHTS if module is RKDDALoss else {})
+    return options if called else options | GATHER | (ANCHORS if module is not RKDDistanceLoss else {})
 
 
 @every_module
 @pytest.mark.parametrize("changed", [False, True], ids=["defaults", "options"])
 def test_module(module, changed, monkeypatch):
-    options = others(module) if changed else {}
+    options = others(module, called=True) if changed else {}
     student, teacher = torch.randn(6, 3, requires_grad=True), torch.randn(6, 4)
     ours, expected = module(**options)(student, teacher), TWINS[module](student, teacher, **options)
     assert ours == expected
@@ -36,7 +38,7 @@ def test_module(module, changed, monkeypatch):
 
 
 @every_module
-@pytest.mark.parametrize("option", [*OPTIONS, *WEIGHTS])
+@pytest.mark.parametrize("option", [*OPTIONS, *GATHER, *ANCHORS, *WEIGHTS])
 def test_every_option_reaches_the_function(module, option, monkeypatch):
     options = others(module)
     if option not in options:
@@ -72,7 +74,7 @@ def test_repr_names_every_option(module):
 
 @every_module
 def test_copies(module):
-    original = module(**others(module))
+    original = module(**others(module, called=True))
     for twin in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
         assert repr(twin) == repr(original)
         student, teacher = torch.randn(5, 2), torch.randn(5, 3)

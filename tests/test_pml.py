@@ -321,7 +321,7 @@ def test_statistics_are_not_computed_unasked(monkeypatch):
 
 def test_cross_batch_memory_says_what_to_use():
     for cls in LOSSES:
-        with pytest.raises(ValueError, match=rf"{cls.__name__}.*larger batch.*DistributedLossWrapper"):
+        with pytest.raises(ValueError, match=rf"{cls.__name__}.*larger batch.*gather=True"):
             losses.CrossBatchMemory(cls(), embedding_size=5)
 
 

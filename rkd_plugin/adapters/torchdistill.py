@@ -138,7 +138,9 @@ class RKDDistanceLoss(HookedLoss, losses.RKDDistanceLoss):
         pool: feature maps ``(N, C, ...)`` become ``(N, C)`` by ``'avg'``, or ``(N, C * ...)`` by ``'flatten'``.
         l2_normalize: whether both sides' rows are then scaled to length 1, as the authors' code does for image
             classification.
-        options: ``reduction``, ``huber_delta``, ``impl``; for RKDDALoss also ``distance_weight``, ``angle_weight``.
+        options: ``reduction``, ``huber_delta``, ``impl``, ``gather``; for RKDAngleLoss and RKDDALoss also ``anchors``;
+            for RKDDALoss also ``distance_weight``, ``angle_weight``. ``gather: true`` compares the batch of all
+            processes, see `rkd_plugin.distributed`.
 
     Raises:
         TypeError: for an unknown option, or a module whose output is no tensor.

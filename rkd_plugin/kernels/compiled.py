@@ -45,7 +45,7 @@ def sweep(sides: Sequence[tuple[Tensor, Tensor]], huber_delta: float, weights: T
     try:
         for a in range(len(weights)):
             own = halves[a], lengths[a], teacher_halves[a], teacher_lengths[a], weights[a]
-            vertex(*shared, *own, losses[a], arms[0, a], arms[1, a])
+            losses[a] = vertex(*shared, *own, arms[0, a], arms[1, a])
     except Exception as error:  # whatever a missing or broken compiler may raise
         FAILURES.append(error)
         return None
@@ -69,11 +69,10 @@ def _vertex(
     teacher_h: Tensor,
     teacher_r: Tensor,
     weight: Tensor,
-    loss: Tensor,
     arm: Tensor,
     turn: Tensor,
-) -> None:
-    """The sums of one vertex, whose rows of the matrices are ``h`` and ``r``, into the last three and ``opposite``."""
+) -> Tensor:
+    """The loss of one vertex, whose rows of the matrices are ``h`` and ``r``; writes the last two and ``opposite``."""
     scale = r[:, None] * r
     cosine = (h - halves + h[:, None]).to(r.dtype) * scale
     # Both cosines are rounded before they are compared, so that equal relations differ by exactly 0.
@@ -81,7 +80,9 @@ def _vertex(
     difference = (cosine - teacher_cosine) * distinct
     slope = torch.minimum(torch.maximum(difference, -delta), delta)
     scaled = slope * scale
-    loss.copy_(((difference - 0.5 * slope) * slope).sum(1).to(loss.dtype).sum())
+    loss = ((difference - 0.5 * slope) * slope).sum(1).to(weight.dtype).sum()
     arm.copy_(scaled.sum(1))
     turn.copy_((slope * cosine).sum(1))
     opposite.add_((scaled * weight).to(opposite.dtype))
+    # Returned: within another compilation, PyTorch 2.15 drops what is written into a tensor without dimensions.
+    return loss

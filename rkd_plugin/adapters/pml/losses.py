@@ -8,24 +8,39 @@ from typing import Any
 import torch
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.losses import BaseMetricLossFunction, CrossBatchMemory
+from pytorch_metric_learning.reducers import ClassWeightedReducer
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from rkd_plugin.functional import Impl, Pairs, Triplets, rkd_angle_loss, rkd_distance_loss
+from rkd_plugin.functional import Gather, Impl, Pairs, Triplets, rkd_angle_loss, rkd_distance_loss
 
 
 class _RelationalLoss(BaseMetricLossFunction):
     """What the three losses share; each names its terms in ``_sub_loss_names``."""
 
     def __init__(
-        self, distance_weight: float, angle_weight: float, huber_delta: float, impl: Impl, **kwargs: Any
+        self,
+        distance_weight: float,
+        angle_weight: float,
+        huber_delta: float,
+        impl: Impl,
+        gather: Gather,
+        anchors: float | None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
         self.huber_delta = huber_delta
         self.impl: Impl = impl
+        self.gather: Gather = gather
+        self.anchors = anchors
+        if gather is not False and any(isinstance(module, ClassWeightedReducer) for module in self.modules()):
+            raise ValueError(
+                f"{type(self).__name__}: ClassWeightedReducer needs the label of every row, and gather brings none; "
+                "use DistributedLossWrapper(loss, efficient=False) instead of gather"
+            )
         lp = self.distance
         if not isinstance(lp, LpDistance) or lp.p != 2 or lp.power != 1:
             raise ValueError(
@@ -82,7 +97,9 @@ class _RelationalLoss(BaseMetricLossFunction):
         pairs, triplets = _mined(indices_tuple, student.device)
         terms = {
             "distance_loss": self._term(rkd_distance_loss, self.distance_weight, student, teacher, pairs=pairs),
-            "angle_loss": self._term(rkd_angle_loss, self.angle_weight, student, teacher, triplets=triplets),
+            "angle_loss": self._term(
+                rkd_angle_loss, self.angle_weight, student, teacher, triplets=triplets, anchors=self.anchors
+            ),
         }
         terms = {name: terms[name] for name in self._sub_loss_names()}
         if self.collect_stats and len(student) > 1:
@@ -90,14 +107,15 @@ class _RelationalLoss(BaseMetricLossFunction):
         return terms
 
     def _term(
-        self, loss: Callable[..., Tensor], weight: float, student: Tensor, teacher: Tensor, **tuples: Any
+        self, loss: Callable[..., Tensor], weight: float, student: Tensor, teacher: Tensor, **choice: Any
     ) -> dict[str, Any]:
-        if not weight or not len(student):
-            zero: dict[str, Any] = self.zero_loss()
+        zero: dict[str, Any] = self.zero_loss()
+        if not weight:
             return zero
-        losses = weight * loss(
-            student, teacher, reduction="anchor", huber_delta=self.huber_delta, impl=self.impl, **tuples
-        )
+        options = {"huber_delta": self.huber_delta, "impl": self.impl, "gather": self.gather}
+        losses = weight * loss(student, teacher, reduction="anchor", **options, **choice)
+        if not len(losses):
+            return zero
         return {
             "losses": losses,
             "indices": c_f.torch_arange_from_size(losses),
@@ -121,7 +139,8 @@ class RKDDistanceLoss(_RelationalLoss):
     Row i of ``ref_emb`` is the teacher's embedding of the example in row i of the student's; the widths may differ.
     Labels are accepted and, but for ``ClassWeightedReducer``, not needed. The teacher's embeddings are moved to the
     student's device. Embeddings in half precision give a float32 loss, and a gradient that saturates at the largest
-    number of their dtype. ``DistributedLossWrapper(loss, efficient=False)`` gives the gradients of the global batch.
+    number of their dtype. For the batch of all processes pass ``gather=True``; ``DistributedLossWrapper(loss,
+    efficient=False)`` gives the same gradients, with all of the work on each process. One of the two, not both.
 
     **Tuples.** With ``indices_tuple`` from a PML miner, 3 or 4 index vectors, only the mined pairs count for distances
     (each as often as it was mined) and only the mined triplets for angles (vertex = anchor, arms to positive and
@@ -140,13 +159,16 @@ class RKDDistanceLoss(_RelationalLoss):
     Args:
         huber_delta: as in `rkd_plugin.rkd_distance_loss`.
         impl: as in `rkd_plugin.rkd_distance_loss`.
+        gather: as in `rkd_plugin.rkd_distance_loss`; a reducer then sees the anchors of all processes, and statistics
+            remain those of this process's rows.
         kwargs: of every PML loss: ``distance``, an ``LpDistance(p=2, power=1)``, whose ``normalize_embeddings=True``
             scales both sides to length 1 (default: False); ``reducer``; ``embedding_regularizer``; ``collect_stats``
             to record ``student_mean_distance``, ``student_zero_share`` (of pairs at distance 0), the same of the
             teacher, and the weighted means ``distance_loss_mean`` and ``angle_loss_mean``.
 
     Raises:
-        ValueError: if ``distance`` is not Euclidean; when called, if ``ref_emb`` is missing or the row counts differ.
+        ValueError: if ``distance`` is not Euclidean, or ``gather`` meets a ``ClassWeightedReducer``, which would need
+            all labels; when called, if ``ref_emb`` is missing or the row counts differ.
 
     Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019.
 
@@ -158,15 +180,15 @@ class RKDDistanceLoss(_RelationalLoss):
         tensor(0.0972)
     """
 
-    def __init__(self, huber_delta: float = 1.0, impl: Impl = "auto", **kwargs: Any) -> None:
-        super().__init__(1.0, 0.0, huber_delta, impl, **kwargs)
+    def __init__(self, huber_delta: float = 1.0, impl: Impl = "auto", gather: Gather = False, **kwargs: Any) -> None:
+        super().__init__(1.0, 0.0, huber_delta, impl, gather, None, **kwargs)
 
     def _sub_loss_names(self) -> list[str]:
         return ["distance_loss"]
 
 
 class RKDAngleLoss(_RelationalLoss):
-    """`rkd_plugin.rkd_angle_loss` as a PML loss; arguments and calls as `RKDDistanceLoss`.
+    """`rkd_plugin.rkd_angle_loss` as a PML loss; arguments, but for ``anchors``, and calls as `RKDDistanceLoss`.
 
     Example:
         >>> import torch
@@ -176,8 +198,15 @@ class RKDAngleLoss(_RelationalLoss):
         tensor(0.1393)
     """
 
-    def __init__(self, huber_delta: float = 1.0, impl: Impl = "auto", **kwargs: Any) -> None:
-        super().__init__(0.0, 1.0, huber_delta, impl, **kwargs)
+    def __init__(
+        self,
+        huber_delta: float = 1.0,
+        impl: Impl = "auto",
+        gather: Gather = False,
+        anchors: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(0.0, 1.0, huber_delta, impl, gather, anchors, **kwargs)
 
     def _sub_loss_names(self) -> list[str]:
         return ["angle_loss"]
@@ -191,6 +220,8 @@ class RKDDALoss(_RelationalLoss):
         angle_weight: of the angle term; 0 skips it, and its cubic cost.
         huber_delta: as in `rkd_plugin.rkd_da_loss`.
         impl: as in `rkd_plugin.rkd_da_loss`.
+        gather: as in `RKDDistanceLoss`.
+        anchors: as in `rkd_plugin.rkd_da_loss`.
         kwargs: as in `RKDDistanceLoss`.
 
     Example:
@@ -210,9 +241,11 @@ class RKDDALoss(_RelationalLoss):
         angle_weight: float = 2.0,
         huber_delta: float = 1.0,
         impl: Impl = "auto",
+        gather: Gather = False,
+        anchors: float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(distance_weight, angle_weight, huber_delta, impl, **kwargs)
+        super().__init__(distance_weight, angle_weight, huber_delta, impl, gather, anchors, **kwargs)
 
     def _sub_loss_names(self) -> list[str]:
         return ["distance_loss", "angle_loss"]
@@ -246,7 +279,7 @@ def _explain_loss_support(cls: type, loss_name: str) -> None:
     if loss_name in ("RKDDistanceLoss", "RKDAngleLoss", "RKDDALoss"):
         raise ValueError(
             f"CrossBatchMemory: expected a loss that needs no teacher, got {loss_name}, and the memory keeps no "
-            "teacher rows; use a larger batch, or DistributedLossWrapper(loss, efficient=False) over several processes"
+            "teacher rows; use a larger batch, or gather=True over several processes"
         )
     _check_loss_support(cls, loss_name)
 

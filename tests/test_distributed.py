@@ -1,0 +1,427 @@
+"""The losses of the global batch, on three real processes (gloo), beside one process that holds all rows."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import traceback
+from datetime import timedelta
+
+import pytest
+import torch
+from pytorch_metric_learning.reducers import ClassWeightedReducer, MeanReducer, MultipleReducers
+from torch import distributed, multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rkd_plugin import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
+from rkd_plugin.adapters import pml, torchdistill
+from rkd_plugin.kernels import chunked, compiled
+
+PROCESSES = 3
+LOSSES = [rkd_distance_loss, rkd_angle_loss, rkd_da_loss]
+SIZES = {"one": [7], "even": [5, 5], "uneven": [3, 7], "empty": [0, 4], "three": [4, 4, 4], "ragged": [6, 0, 3]}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of the gradient
+
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
+
+
+def serve(rank, folder, tasks, results):
+    """What each process does: the calls that come, and back what they give or how it failed."""
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=30)  # where one fails, the others must not wait for it
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES, timeout=limit
+    )
+    groups = {n: distributed.new_group(list(range(n))) for n in range(1, PROCESSES)}
+    groups[PROCESSES] = True
+    for call, arguments in iter(tasks.get, None):
+        try:
+            results.put((rank, call(rank, groups, *arguments)))
+        except Exception:
+            results.put((rank, traceback.format_exc()))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def everywhere(tmp_path_factory):
+    """``call(rank, groups, *arguments)`` on all processes -> what each gave."""
+    context = multiprocessing.get_context("spawn")
+    tasks, results = [context.Queue() for _ in range(PROCESSES)], context.Queue()
+    folder = tmp_path_factory.mktemp("store")
+    crew = [
+        context.Process(target=serve, args=(rank, folder, tasks[rank], results), daemon=True)
+        for rank in range(PROCESSES)
+    ]
+    for process in crew:
+        process.start()
+
+    def call(function, *arguments):
+        for inbox in tasks:
+            inbox.put((function, arguments))
+        found = {}
+        while len(found) < PROCESSES:
+            try:
+                rank, result = results.get(timeout=60)
+            except queue.Empty:
+                raise AssertionError(f"only {sorted(found)} answered: {found}") from None
+            assert not isinstance(result, str), result
+            found[rank] = result
+        return [found[rank] for rank in range(PROCESSES)]
+
+    yield call
+    for inbox in tasks:
+        inbox.put(None)
+    for process in crew:
+        process.join(30)
+    assert [process.exitcode for process in crew] == [0] * PROCESSES
+
+
+def embeddings(rows, dtype=torch.float64):
+    """Inputs ``(N, 7)``, a layer's weights ``(7, 4)``, and a teacher wider than the student it gives."""
+    generator = torch.Generator().manual_seed(rows)
+    x, weights, teacher = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((rows, 7), (7, 4), (rows, 9))
+    )
+    return x, weights, teacher.to(dtype)
+
+
+def own_rows(rank, sizes):
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+
+def value_and_gradient(loss, x, weights, teacher, rows=slice(None), **options):
+    """Value, and gradient by the weights of a layer, which is summed in float64 whatever the dtype of the rows."""
+    weights = weights.clone().requires_grad_()
+    value = loss((x[rows] @ weights).to(teacher.dtype), teacher[rows], **options)
+    value.double().sum().backward()
+    return value.detach(), weights.grad
+
+
+def share(rank, groups, loss, sizes, dtype, options):
+    """Of one process, with its rows alone: the value, and the mean of the gradients as DDP takes it."""
+    processes = len(sizes)
+    if rank >= processes:
+        return None
+    group = groups[processes]
+    value, gradient = value_and_gradient(
+        loss, *embeddings(sum(sizes), dtype), own_rows(rank, sizes), gather=group, **options
+    )
+    distributed.all_reduce(gradient, group=None if group is True else group)
+    return value, gradient / processes
+
+
+def assert_as_one_process(found, loss, sizes, dtype=torch.float64, **options):
+    value, gradient = value_and_gradient(loss, *embeddings(sum(sizes), dtype), **options)
+    for ours in found[: len(sizes)]:
+        torch.testing.assert_close(ours[0], value, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=1e-7)
+        limit = TOLERANCE[dtype] * gradient.abs().max()
+        assert (ours[1] - gradient).abs().max() <= limit
+
+
+@every_loss
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("reduction", ["mean", "tuple_mean", "sum", "anchor"])
+def test_as_one_process_with_all_rows(everywhere, loss, sizes, reduction):
+    options = {"reduction": reduction, "huber_delta": 0.3}
+    found = everywhere(share, loss, sizes, torch.float64, options)
+    assert_as_one_process(found, loss, sizes, **options)
+
+
+@pytest.mark.parametrize("narrow", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [SIZES["uneven"], SIZES["ragged"]], ids=["uneven", "ragged"])
+def test_narrow_embeddings(everywhere, sizes, narrow):
+    assert_as_one_process(everywhere(share, rkd_da_loss, sizes, narrow, {}), rkd_da_loss, sizes, narrow)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3])
+def test_hardly_any_rows(everywhere, rows):
+    sizes = [rows, 0, 0]
+    assert_as_one_process(everywhere(share, rkd_da_loss, sizes, torch.float64, {}), rkd_da_loss, sizes)
+
+
+def share_of_kernel(rank, groups, kernel):
+    compiled.ROWS = 4 if kernel == "compiled" else 10**6
+    try:
+        impl = "reference" if kernel == "reference" else "chunked"
+        return share(rank, groups, rkd_da_loss, SIZES["ragged"], torch.float64, {"impl": impl})
+    finally:
+        del compiled.ROWS
+        compiled.ROWS = 384
+        assert compiled.FAILURES == []
+
+
+@pytest.mark.parametrize("kernel", ["reference", "chunked", "compiled"])
+def test_every_kernel(everywhere, kernel):
+    assert_as_one_process(everywhere(share_of_kernel, kernel), rkd_da_loss, SIZES["ragged"])
+
+
+def through_ddp(rank, groups):
+    sizes = SIZES["three"]
+    x, weights, teacher = embeddings(sum(sizes))
+    layer = nn.Linear(7, 4, bias=False).double()
+    layer.weight.data = weights.T.clone()
+    rows = own_rows(rank, sizes)
+    model = DistributedDataParallel(layer)
+    rkd_da_loss(model(x[rows]), teacher[rows], gather=True).backward()
+    return layer.weight.grad.T.contiguous()
+
+
+def test_distributed_data_parallel(everywhere):
+    _, gradient = value_and_gradient(rkd_da_loss, *embeddings(sum(SIZES["three"])))
+    for ours in everywhere(through_ddp):
+        torch.testing.assert_close(ours, gradient, rtol=1e-12, atol=1e-12)
+
+
+def vertices_of(rank, groups, sizes, options):
+    seen, original = [], chunked.angle
+
+    def angle(student, teacher, huber_delta, triplets, vertices):
+        seen.append(vertices)
+        return original(student, teacher, huber_delta, triplets, vertices)
+
+    chunked.angle = angle
+    try:
+        share(rank, groups, rkd_angle_loss, sizes, torch.float64, options)
+    finally:
+        chunked.angle = original
+    return seen
+
+
+@pytest.mark.parametrize(("options", "vertices"), [({}, [4, 3, 3]), ({"anchors": 4}, [2, 1, 1])])
+def test_the_cubic_work_is_shared_out(everywhere, options, vertices):
+    """Even where the rows are not."""
+    assert everywhere(vertices_of, [9, 0, 1], options) == [[n] for n in vertices]
+
+
+def collectives_of(rank, groups):
+    count = {}
+    originals = {}
+    for name in ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor", "all_gather", "broadcast", "barrier"):
+        originals[name] = getattr(distributed, name)
+
+        def counted(*args, name=name, **options):
+            count[name] = count.get(name, 0) + 1
+            return originals[name](*args, **options)
+
+        setattr(distributed, name, counted)
+    try:
+        x, weights, teacher = embeddings(12)
+        student = (x[own_rows(rank, [4, 4, 4])] @ weights).requires_grad_()
+        value = rkd_da_loss(student, teacher[own_rows(rank, [4, 4, 4])], gather=True)
+        forward = dict(count)
+        value.backward()
+        return forward, count
+    finally:
+        for name, original in originals.items():
+            setattr(distributed, name, original)
+
+
+def test_communication(everywhere):
+    """The shapes and one all-gather a side, the sum of the losses, and one reduce-scatter of the gradient."""
+    forward = {"all_gather_into_tensor": 3, "all_reduce": 1}
+    assert everywhere(collectives_of) == [(forward, forward | {"reduce_scatter_tensor": 1})] * PROCESSES
+
+
+def gathered_bytes(rank, groups, dtype):
+    seen, original = [], distributed.all_gather_into_tensor
+
+    def counted(whole, own, **options):
+        seen.append(whole.numel() * whole.element_size())
+        return original(whole, own, **options)
+
+    distributed.all_gather_into_tensor = counted
+    try:
+        share(rank, groups, rkd_da_loss, [4, 4, 4], dtype, {})
+    finally:
+        distributed.all_gather_into_tensor = original
+    return seen[1:]
+
+
+@pytest.mark.parametrize(("sent", "size"), [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 2)])
+def test_bytes_on_the_wire(everywhere, sent, size):
+    """Each side goes in its own dtype."""
+    assert everywhere(gathered_bytes, sent) == [[12 * 4 * size, 12 * 9 * size]] * PROCESSES
+
+
+def drawn(rank, groups, sizes, options, seed):
+    torch.manual_seed(seed + (1000 * rank if rank else 0))  # the first process's generator decides
+    return share(rank, groups, rkd_angle_loss, sizes, torch.float64, options)
+
+
+@pytest.mark.parametrize("anchors", [1, 4, 0.3, 0.99999, 100])
+def test_anchors_are_the_same_on_every_process(everywhere, anchors):
+    sizes, options = SIZES["ragged"], {"anchors": anchors}
+    found = everywhere(drawn, sizes, options, 3)
+    for value, gradient in found[1:]:
+        assert torch.equal(value, found[0][0])
+        assert torch.equal(gradient, found[0][1])
+    assert torch.equal(everywhere(drawn, sizes, options, 3)[0][0], found[0][0])
+    if anchors in (0.99999, 100):  # all of them
+        assert_as_one_process(found, rkd_angle_loss, sizes)
+    else:
+        assert any(everywhere(drawn, sizes, options, seed)[0][0] != found[0][0] for seed in (4, 5, 6))
+
+
+@pytest.mark.parametrize("loss", [rkd_angle_loss, rkd_da_loss])
+@pytest.mark.parametrize("reduction", ["mean", "tuple_mean", "sum", "anchor"])
+@pytest.mark.parametrize(("anchors", "number"), [(1, 1), (2, 2), (0.5, 3)])
+def test_anchors_are_unbiased(loss, reduction, anchors, number, monkeypatch):
+    """The mean over all draws, each as likely as any other, is the loss of all anchors, and so is its gradient."""
+    case = embeddings(6)
+    found = []
+    for chosen in itertools.combinations(range(6), number):
+        monkeypatch.setattr(torch, "randperm", lambda n, chosen=chosen, **_: torch.tensor([*chosen, *range(number, n)]))
+        found.append(value_and_gradient(loss, *case, reduction=reduction, anchors=anchors))
+    monkeypatch.undo()
+    for ours, whole in zip(zip(*found, strict=True), value_and_gradient(loss, *case, reduction=reduction), strict=True):
+        torch.testing.assert_close(torch.stack(ours).mean(0), whole, rtol=1e-12, atol=1e-13)
+
+
+def test_every_row_is_an_anchor_as_often():
+    """As `torch.randperm` draws them: within five standard deviations."""
+    x, weights, teacher = embeddings(6)
+    draws, counts = 600, torch.zeros(6)
+    torch.manual_seed(0)
+    for _ in range(draws):
+        counts += rkd_angle_loss(x @ weights, teacher, anchors=2, reduction="anchor") != 0
+    assert counts.sum() == 2 * draws
+    assert (counts - draws / 3).abs().max() < 5 * (draws * 2 / 9) ** 0.5
+
+
+@pytest.mark.parametrize("anchors", [0, -1, 0.0, 1.5, True, "half", float("nan")])
+def test_anchors_that_cannot_be(anchors):
+    x, weights, teacher = embeddings(6)
+    with pytest.raises(ValueError, match=r"rkd_angle_loss: anchors must be a number of rows.* got"):
+        rkd_angle_loss(x @ weights, teacher, anchors=anchors)
+
+
+def test_tuples_beside_anchors_or_gather():
+    x, weights, teacher = embeddings(6)
+    pair, triplet = (torch.zeros(1, dtype=torch.long),) * 2, (torch.zeros(1, dtype=torch.long),) * 3
+    with pytest.raises(ValueError, match="triplets name their vertices, so anchors must not be given"):
+        rkd_angle_loss(x @ weights, teacher, triplets=triplet, anchors=2)
+    for loss, tuples in ((rkd_angle_loss, {"triplets": triplet}), (rkd_distance_loss, {"pairs": pair})):
+        with pytest.raises(ValueError, match="pairs and triplets name rows of this process, so gather must be False"):
+            loss(x @ weights, teacher, gather=True, **tuples)
+
+
+def test_no_processes():
+    x, weights, teacher = embeddings(6)
+    with pytest.raises(RuntimeError, match=r"gather needs torch.distributed, which is not initialised; call"):
+        rkd_da_loss(x @ weights, teacher, gather=True)
+
+
+def errors_of(rank, groups, what):
+    student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 9)
+    group = True
+    if what == "width" and rank == 1:
+        teacher = torch.randn(3, 8)
+    elif what == "dtype" and rank == 1:
+        student = student.detach().double().requires_grad_()
+    elif what == "gradient" and rank == 2:
+        student = student.detach()
+    elif what == "group":
+        group = "all"
+    elif what == "stranger":
+        group = groups[1]
+    try:
+        return [f"{rkd_da_loss(student, teacher, gather=group).item() > 0}"]
+    except (TypeError, ValueError, RuntimeError) as error:
+        return [f"{type(error).__name__}: {error}"]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("width", "ValueError: rkd_da_loss: all processes must agree on the teacher's width, got [9, 8, 9] by rank"),
+        (
+            "dtype",
+            "ValueError: rkd_da_loss: all processes must agree on the student's dtype, got ['torch.float32', "
+            "'torch.float64', 'torch.float32'] by rank",
+        ),
+        (
+            "gradient",
+            "ValueError: rkd_da_loss: all processes must agree on the need of a gradient, got [1, 1, 0] by rank",
+        ),
+        ("group", "TypeError: rkd_da_loss: gather must be True, False or a process group, got 'all'"),
+    ],
+    ids=lambda x: x.split(":")[0],
+)
+def test_disagreement_is_said_on_every_process(everywhere, what, message):
+    assert everywhere(errors_of, what) == [[message]] * PROCESSES
+
+
+def test_a_group_that_a_process_does_not_belong_to(everywhere):
+    refused = "RuntimeError: rkd_da_loss: gather needs a group that this process belongs to, got one that it does not"
+    assert everywhere(errors_of, "stranger") == [["True"], [refused], [refused]]
+
+
+def adapter_share(rank, groups, adapter, options):
+    sizes = SIZES["uneven"]
+    if rank >= len(sizes):
+        return None
+    loss = ADAPTERS[adapter](gather=groups[len(sizes)], **options)
+    value, gradient = value_and_gradient(loss, *embeddings(sum(sizes)), own_rows(rank, sizes))
+    distributed.all_reduce(gradient, group=groups[len(sizes)])
+    return value, gradient / len(sizes)
+
+
+def torchdistill_loss(**options):
+    loss = torchdistill.RKDDALoss(student_module_path="fc", teacher_module_path=".", **options)
+    return lambda student, teacher: loss({"fc": {"output": student}}, {".": {"output": teacher}})
+
+
+def pml_loss(**options):
+    reducer = MultipleReducers({"distance_loss": MeanReducer(), "angle_loss": MeanReducer()})
+    loss = pml.RKDDALoss(reducer=reducer, **options)
+    return lambda student, teacher: loss(student, ref_emb=teacher)
+
+
+ADAPTERS = {"torchdistill": torchdistill_loss, "pml": pml_loss}
+
+
+@pytest.mark.parametrize("options", [{}, {"anchors": 1.0}], ids=["all", "anchors"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters(everywhere, adapter, options):
+    assert_as_one_process(everywhere(adapter_share, adapter, options), rkd_da_loss, SIZES["uneven"])
+
+
+def pml_empty(rank, groups):
+    return share(
+        rank, groups, lambda s, t, gather: pml.RKDDALoss(gather=gather)(s, ref_emb=t), [0, 4], torch.float64, {}
+    )
+
+
+def test_pml_on_a_process_without_rows(everywhere):
+    assert_as_one_process(everywhere(pml_empty), rkd_da_loss, [0, 4])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_reducer_that_needs_all_labels_is_refused(nested):
+    reducer = ClassWeightedReducer(torch.ones(2))
+    if nested:
+        reducer = MultipleReducers({"distance_loss": reducer, "angle_loss": MeanReducer()})
+    pml.RKDDALoss(reducer=reducer)
+    with pytest.raises(ValueError, match=r"RKDDALoss: ClassWeightedReducer needs the label of every row.*Distributed"):
+        pml.RKDDALoss(reducer=reducer, gather=True)
+
+
+def compiled_step(rank, groups):
+    x, weights, teacher = embeddings(12)
+    rows = own_rows(rank, SIZES["three"])
+
+    @torch.compile(backend="aot_eager")
+    def step(weights):
+        return rkd_da_loss(x[rows] @ weights, teacher[rows], gather=True)
+
+    weights = weights.requires_grad_()
+    value = step(weights)
+    value.backward()
+    distributed.all_reduce(weights.grad)
+    return value.detach(), weights.grad / PROCESSES
+
+
+def test_inside_a_compiled_step(everywhere):
+    """With a break in the graph where processes speak."""
+    assert_as_one_process(everywhere(compiled_step), rkd_da_loss, SIZES["three"])
