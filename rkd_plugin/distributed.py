@@ -13,6 +13,7 @@ mean is the sum. Whoever adds gradients up by hand divides the loss by W.
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -46,15 +47,19 @@ class GlobalBatch(NamedTuple):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def gather(name: str, student: Tensor, teacher: Tensor, group: Any, draws: bool) -> GlobalBatch:
+def gather(name: str, student: Tensor, teacher: Tensor, group: Any, draws: bool) -> GlobalBatch | None:
     """The batch of ``group``, or of all processes for True; with a new seed if the caller ``draws``.
+
+    None for True in a process that nobody else was started with: it holds the whole batch.
 
     Raises:
         TypeError: if ``group`` is something else.
-        RuntimeError: if ``torch.distributed`` has not been initialised, or this process does not belong to the group.
+        RuntimeError: if processes were started together and have not joined, or this one does not belong to the group.
         ValueError: on all processes alike, if they disagree on widths, dtypes or whether the student needs a gradient.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
+        if group is True and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return None
         raise RuntimeError(
             f"{name}: gather needs torch.distributed, which is not initialised; call init_process_group, or start "
             "with torchrun"

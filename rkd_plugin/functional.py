@@ -218,6 +218,7 @@ def _losses(
         from rkd_plugin import distributed
 
         batch = distributed.gather(name, student, teacher, gather, draws=anchors is not None)
+    if batch is not None:
         student, teacher = batch.student, batch.teacher
     rows = len(student)
     # Autocast would take the Gram products and norms down to half precision, where close rows become equal.

@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
 from pytorch_metric_learning.losses import ProxyNCALoss
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torchdistill.models.registry import register_model
 
 from rkd_plugin import rkd_da_loss
-from rkd_plugin.adapters.torchdistill import find_hooked, mid_level_loss
 from rkd_plugin.experiments import experiment, processes, runner
 from rkd_plugin.experiments.recipe import read
 
@@ -62,20 +61,6 @@ class Proxies(ProxyNCALoss):
     def __init__(self):
         super().__init__(num_classes=10, embedding_size=10)
         self.double()
-
-
-@mid_level_loss
-class GlobalRKD(nn.Module):
-    """RKD-DA of all processes' rows, on the layer before the last."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.path = path
-
-    def forward(self, student_io_dict, teacher_io_dict, *_):
-        student = find_hooked(student_io_dict, "student", self.path, "output")
-        teacher = find_hooked(teacher_io_dict, "teacher", "1", "output")
-        return rkd_da_loss(student, teacher, gather=distributed.is_initialized())
 
 
 def train(path, folder, *overrides):

@@ -61,7 +61,10 @@ optimizer: {key: Adam, kwargs: {lr: 0.01, weight_decay: 0.01}, max_grad_norm: 0.
 criterion: {key: WeightedSumLoss, kwargs: {sub_terms: {TERMS}}}
 """
 HOOKED = "forward_hook: {output: ['1']}"
-RKD = "rkd: {criterion: {key: GlobalRKD, kwargs: {path: '1'}}, weight: 2.0}"
+RKD = (
+    "rkd: {criterion: {key: RKDDALoss, kwargs: "
+    "{student_module_path: '1', teacher_module_path: '1', gather: true}}, weight: 2.0}"
+)
 LABELLED = (
     "ce: {criterion: {key: CrossEntropyLoss, kwargs: {}}, weight: 1.0, criterion_wrapper: {key: SimpleLossWrapper, "
     "kwargs: {input: {is_from_teacher: false, module_path: '.', io: output}, target: {uses_label: true}}}}"
