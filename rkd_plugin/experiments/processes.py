@@ -76,6 +76,9 @@ def joined() -> Iterator[None]:
     """Within the block, the processes that were launched together know each other: NCCL on GPUs, gloo on CPUs.
 
     So does one that was launched alone by ``torchrun``, but not one that nobody launched.
+
+    Raises:
+        ConnectionError: if another process ended before its time (gloo; NCCL waits until its own limit).
     """
     launched()
     if "RANK" not in os.environ or _is_joined():
@@ -85,7 +88,15 @@ def joined() -> Iterator[None]:
         # Where each process is shown its own GPU alone, that one has number 0.
         torch.cuda.set_device(_local_rank() % torch.cuda.device_count())
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo has no class of its own for it, and a long message.
+        if re.search("closed by peer|reset by peer", str(error)):
+            raise ConnectionError(
+                "expected the other processes to go on, one has ended; see what that one said, then start all again"
+            ) from error
+        raise
     # Not after an error: the others may wait for what never comes, until the launcher ends them.
     distributed.destroy_process_group()
 
