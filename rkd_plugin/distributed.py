@@ -20,6 +20,9 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
+# The later name where PyTorch has it, since the earlier one then warns.
+_all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+_reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -77,7 +80,7 @@ def gather(name: str, student: Tensor, teacher: Tensor, group: Any, draws: bool)
     own += [_DTYPES.index(student.dtype), _DTYPES.index(teacher.dtype), int(needs_gradient)]
     told = torch.tensor([own], device=student.device)
     table = told.new_empty(processes, len(own))
-    distributed.all_gather_into_tensor(table, told, group=members)
+    _all_gather(table, told, group=members)
     rows, seeds, *rest = table.T.tolist()
     for what, values in zip(
         ("student's width", "teacher's width", "student's dtype", "teacher's dtype", "need of a gradient"),
@@ -98,7 +101,7 @@ def _gather(x: Tensor, rows: list[int], group: Any) -> Tensor:
     # As bytes, since not every backend knows every dtype.
     whole = x.new_empty(len(rows) * len(padded), x.shape[1])
     if whole.numel():
-        distributed.all_gather_into_tensor(whole.view(torch.uint8), padded.view(torch.uint8), group=group)
+        _all_gather(whole.view(torch.uint8), padded.view(torch.uint8), group=group)
     if min(rows) == max(rows):
         return whole
     parts = whole.view(len(rows), -1, x.shape[1])
@@ -122,7 +125,7 @@ class _Gather(torch.autograd.Function):
             part[: len(own)] = own
         total = grad.new_empty(max(rows), grad.shape[1])
         if total.numel():
-            distributed.reduce_scatter_tensor(total, padded.flatten(0, 1), group=ctx.group)
+            _reduce_scatter(total, padded.flatten(0, 1), group=ctx.group)
         limit = torch.finfo(ctx.dtype).max
         own = total[: rows[distributed.get_rank(ctx.group)]] * processes  # see the head of this file
         return own.clamp(-limit, limit).to(ctx.dtype), None, None

@@ -13,6 +13,7 @@ from pytorch_metric_learning.reducers import ClassWeightedReducer, MeanReducer, 
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rkd_plugin import distributed as ours
 from rkd_plugin import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
 from rkd_plugin.adapters import pml, torchdistill
 from rkd_plugin.kernels import chunked, compiled
@@ -196,15 +197,19 @@ def test_the_cubic_work_is_shared_out(everywhere, options, vertices):
 
 def collectives_of(rank, groups):
     count = {}
-    originals = {}
-    for name in ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor", "all_gather", "broadcast", "barrier"):
-        originals[name] = getattr(distributed, name)
+    spied = [(ours, "_all_gather"), (ours, "_reduce_scatter")]
+    spied += [(distributed, name) for name in ("all_reduce", "all_gather", "broadcast", "barrier")]
+    originals = [getattr(module, name) for module, name in spied]
 
-        def counted(*args, name=name, **options):
+    def counted(name, original):
+        def call(*args, **options):
             count[name] = count.get(name, 0) + 1
-            return originals[name](*args, **options)
+            return original(*args, **options)
 
-        setattr(distributed, name, counted)
+        return call
+
+    for (module, name), original in zip(spied, originals, strict=True):
+        setattr(module, name, counted(name, original))
     try:
         x, weights, teacher = embeddings(12)
         student = (x[own_rows(rank, [4, 4, 4])] @ weights).requires_grad_()
@@ -213,28 +218,28 @@ def collectives_of(rank, groups):
         value.backward()
         return forward, count
     finally:
-        for name, original in originals.items():
-            setattr(distributed, name, original)
+        for (module, name), original in zip(spied, originals, strict=True):
+            setattr(module, name, original)
 
 
 def test_communication(everywhere):
     """The shapes and one all-gather a side, the sum of the losses, and one reduce-scatter of the gradient."""
-    forward = {"all_gather_into_tensor": 3, "all_reduce": 1}
-    assert everywhere(collectives_of) == [(forward, forward | {"reduce_scatter_tensor": 1})] * PROCESSES
+    forward = {"_all_gather": 3, "all_reduce": 1}
+    assert everywhere(collectives_of) == [(forward, forward | {"_reduce_scatter": 1})] * PROCESSES
 
 
 def gathered_bytes(rank, groups, dtype):
-    seen, original = [], distributed.all_gather_into_tensor
+    seen, original = [], ours._all_gather
 
     def counted(whole, own, **options):
         seen.append(whole.numel() * whole.element_size())
         return original(whole, own, **options)
 
-    distributed.all_gather_into_tensor = counted
+    ours._all_gather = counted
     try:
         share(rank, groups, rkd_da_loss, [4, 4, 4], dtype, {})
     finally:
-        distributed.all_gather_into_tensor = original
+        ours._all_gather = original
     return seen[1:]
 
 

@@ -200,7 +200,8 @@ def _gradient(weights: Tensor, arms: Tensor, opposite: Tensor, lengths: Tensor) 
     through_arms, turns = arms
     through_arms.sub_(turns.mul_(lengths[: len(weights)].square()))
     gradient = opposite.to(weights.dtype).neg_()
-    gradient[: len(weights)].add_(through_arms.mul_(weights.unsqueeze(1)))
+    # Of one dtype: PyTorch makes wide copies of both operands else.
+    gradient[: len(weights)].add_(through_arms.mul_(weights.unsqueeze(1).to(through_arms.dtype)))
     return gradient
 
 
