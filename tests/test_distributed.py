@@ -13,7 +13,7 @@ from pytorch_metric_learning.reducers import ClassWeightedReducer, MeanReducer, 
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rkd_plugin import distributed as ours
+from rkd_plugin import distributed as global_batch
 from rkd_plugin import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
 from rkd_plugin.adapters import pml, torchdistill
 from rkd_plugin.kernels import chunked, compiled
@@ -197,7 +197,7 @@ def test_the_cubic_work_is_shared_out(everywhere, options, vertices):
 
 def collectives_of(rank, groups):
     count = {}
-    spied = [(ours, "_all_gather"), (ours, "_reduce_scatter")]
+    spied = [(global_batch, "_all_gather"), (global_batch, "_reduce_scatter")]
     spied += [(distributed, name) for name in ("all_reduce", "all_gather", "broadcast", "barrier")]
     originals = [getattr(module, name) for module, name in spied]
 
@@ -229,17 +229,17 @@ def test_communication(everywhere):
 
 
 def gathered_bytes(rank, groups, dtype):
-    seen, original = [], ours._all_gather
+    seen, original = [], global_batch._all_gather
 
     def counted(whole, own, **options):
         seen.append(whole.numel() * whole.element_size())
         return original(whole, own, **options)
 
-    ours._all_gather = counted
+    global_batch._all_gather = counted
     try:
         share(rank, groups, rkd_da_loss, [4, 4, 4], dtype, {})
     finally:
-        ours._all_gather = original
+        global_batch._all_gather = original
     return seen[1:]
 
 
