@@ -219,16 +219,17 @@ def _bench(options: argparse.Namespace) -> int:
 
         print(throughput(read(options.recipe, options.overrides), options.steps))
         return 0
-    import json
-
     from rkd_plugin import bench
 
     if options.show:
-        measured = json.loads(options.show.read_text(encoding="utf-8"))
+        measured = bench.read(options.show)
     else:
         dims = options.student_dim, options.teacher_dim
-        measured = bench.main(
-            options.n, options.impl, *dims, options.dtype, options.device, options.repeats, options.peer_limit_gb
-        )
+        try:
+            measured = bench.main(
+                options.n, options.impl, *dims, options.dtype, options.device, options.repeats, options.peer_limit_gb
+            )
+        except RuntimeError as error:  # a kernel that cannot run here, or is wrong
+            raise ValueError(error) from error
     print(bench.show(measured, options.json, options.picture))
     return 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -127,11 +129,27 @@ def test_nothing_to_measure(rows, repeats):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--dtype", "int8"], "floating-point ones, got 'int8'"), (["--impl", "quick"], "impl must be .*'quick'")],
+    [
+        (["--dtype", "int8"], "floating-point ones, got 'int8'"),
+        (["--impl", "quick"], "impl must be .*'quick'"),
+        (["--impl", "fused", "--device", "cpu"], "impl 'fused' needs .*; take impl 'chunked'"),
+    ],
 )
-def test_what_cannot_be_measured(options, message, capsys):
+def test_what_cannot_be_measured(options, message, capsys, monkeypatch):
+    if find_spec("triton") is not None:  # nor is it interpreted here, as in the tests of that kernel
+        monkeypatch.setattr("rkd_plugin.kernels.fused.INTERPRETED", False)
     assert main(["bench", "--n", "4", *options]) == 1
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert re.search(message, error)
+
+
+@pytest.mark.parametrize("text", ["# Notes", "{}", "[1, 2]", '{"environment": {}, "results": [{"rows": 4}]}', "3"])
+def test_what_cannot_be_shown(text, capsys, tmp_path):
+    (tmp_path / "kept.json").write_text(text)
+    assert main(["bench", "--show", str(tmp_path / "kept.json")]) == 1
+    expected = "expected what `rkd bench --json` printed, got something else; measure it again"
+    assert capsys.readouterr().err == f"rkd bench: {tmp_path / 'kept.json'}: {expected}\n"
 
 
 def test_peak_growth_sees_what_is_allocated():

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from rkd_plugin.bench.environment import environment
-from rkd_plugin.bench.measuring import PEER, Case, batch, check, measure, peak_growth, peer_bytes
+from rkd_plugin.bench.measuring import PEER, Case, Row, batch, check, measure, peak_growth, peer_bytes
 from rkd_plugin.bench.showing import picture, table
 
-__all__ = ["PEER", "Case", "batch", "check", "environment", "main", "measure", "peak_growth", "peer_bytes", "show"]
+__all__ = [
+    "PEER", "Case", "batch", "check", "environment", "main", "measure", "peak_growth", "peer_bytes", "read", "show",
+]  # fmt: skip
 
 
 def main(
@@ -58,6 +60,23 @@ def main(
         check(impl, device)
     results = [row for case in cases for row in measure(case, chosen, bool(impls), repeats, peer_limit_gb)]
     return {"environment": environment(device), "results": [row._asdict() for row in results]}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `main` measured, from a file of what ``--json`` printed.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it holds something else.
+    """
+    try:
+        measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        whole = "environment" in measured and all({*row} >= {*Row._fields} for row in measured["results"])
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: expected what `rkd bench --json` printed, got something else; measure it again")
+    return measured
 
 
 def show(measured: dict[str, Any], as_json: bool = False, path: Path | None = None) -> str:
