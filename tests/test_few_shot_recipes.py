@@ -47,6 +47,14 @@ def recipe(root, monkeypatch):
     return small
 
 
+def test_a_module_path_inside_an_episodes_loss_is_checked():
+    inner = "train.criterion.kwargs.sub_terms.rkd_da.criterion.kwargs.criterion.kwargs.teacher_module_path"
+    with pytest.raises(RecipeError) as raised:
+        read("few_shot/omniglot/rkd_da", [f"{inner}=encoder"]).validate()
+    problem = "the output of 'encoder' is not kept: list it in train.teacher.forward_hook.output"
+    assert raised.value.problems == [(inner, problem)]
+
+
 @pytest.mark.parametrize(("data", "row"), [(data, row) for data, rows in ROWS.items() for row in rows])
 def test_the_losses_are_those_of_torchdistills_loop(recipe, root, tmp_path, data, row):
     small = recipe(data, row, "recipe.channels_last=False")  # which rounds in another order

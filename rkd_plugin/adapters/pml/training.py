@@ -9,6 +9,7 @@ import torch
 from pytorch_metric_learning.trainers import MetricLossOnly
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from rkd_plugin.adapters.pml.losses import widen
 
@@ -135,6 +136,17 @@ class FromPacked(nn.Module):
         return loss
 
 
+class _CollateTaught:
+    """Collates pairs of an item and its vectors; a class, so that processes that load data can be sent it."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, batch: list[tuple[Any, list[Tensor]]]) -> tuple[Any, list[Tensor]]:
+        items, vectors = zip(*batch, strict=True)
+        return self.collate(list(items)), [torch.stack(rows) for rows in zip(*vectors, strict=True)]
+
+
 class RKDTrainer(MetricLossOnly):
     """PML's ``MetricLossOnly`` with a frozen ``teacher`` among the models and an ``rkd_loss`` among the losses.
 
@@ -145,9 +157,18 @@ class RKDTrainer(MetricLossOnly):
     The teacher is put into eval mode, needs no gradient and no optimiser, and is kept as ``trainer.teacher``, outside
     ``trainer.models``, whose members the host sets to train mode, optimises and writes to disk.
 
+    With ``teacher_bank``, such as ``rkd_plugin.experiments.bank.Bank("dino.npy")``, there is no teacher among the
+    models: its vectors are read, of the images that the host's sampler draws by their index in ``dataset``.
+
+    Args:
+        args: the host's.
+        teacher_bank: whose ``over(dataset)`` is a data set of pairs of the item and a list of one vector.
+        kwargs: the host's.
+
     Raises:
         AssertionError: from the host, if a model or loss is missing or unknown.
-        ValueError: if the teacher is given an optimiser.
+        ValueError: if the teacher is given an optimiser; if there are a bank and a teacher, or a miner of batches,
+            which would leave the vectors behind; if the bank is of another data set, or of several modules.
 
     Example:
         >>> import torch
@@ -169,13 +190,52 @@ class RKDTrainer(MetricLossOnly):
     """
 
     models: dict[str, nn.Module]
+    dataset: Any
+    collate_fn: Any
+    data_and_label_getter: Any
+
+    def __init__(self, *args: Any, teacher_bank: Any = None, **kwargs: Any) -> None:
+        self.teacher_bank = teacher_bank
+        super().__init__(*args, **kwargs)
+
+    def custom_setup(self) -> None:
+        """Have the batches bring the bank's vectors."""
+        super().custom_setup()
+        if self.teacher_bank is None:
+            return
+        for name, given in (("teacher", self.models), ("subset_batch_miner", self.mining_funcs)):
+            if name in given:
+                raise ValueError(
+                    f"RKDTrainer: expected no {name} beside a teacher_bank, got one; leave one of them out"
+                )
+        self.dataset = self.teacher_bank.over(self.dataset)
+        self.collate_fn = _CollateTaught(self.collate_fn or default_collate)
+
+    def initialize_data_and_label_getter(self) -> None:
+        """Keep a batch's vectors aside, of which the host's getter knows nothing."""
+        super().initialize_data_and_label_getter()
+        if self.teacher_bank is None:
+            return
+        of_batch = self.data_and_label_getter
+
+        def getter(batch: tuple[Any, list[Tensor]]) -> Any:
+            items, vectors = batch
+            if len(vectors) != 1:
+                raise ValueError(
+                    f"RKDTrainer: expected a teacher_bank of one module, got {len(vectors)}; write one of that alone"
+                )
+            self.taught = vectors[0]
+            return of_batch(items)
+
+        self.data_and_label_getter = getter
 
     def modify_schema(self) -> None:
         """Add the teacher and its loss to what the host accepts and requires."""
         if "teacher_optimizer" in self.optimizers:
             raise ValueError("RKDTrainer: the teacher is frozen, got a teacher_optimizer; remove it from optimizers")
-        self.schema["models"].keys += ["teacher"]
-        self.schema["models"].essential += ["teacher"]
+        if self.teacher_bank is None:
+            self.schema["models"].keys += ["teacher"]
+            self.schema["models"].essential += ["teacher"]
         self.schema["loss_funcs"].keys += ["rkd_loss"]
         self.schema["loss_funcs"].essential += ["rkd_loss"]
         self.schema["loss_funcs"].important = []  # metric_loss is a choice here, and missing without a warning
@@ -183,7 +243,9 @@ class RKDTrainer(MetricLossOnly):
 
     def initialize_models(self) -> None:
         """Freeze the teacher and take it out of the host's hands."""
-        self.teacher = self.models["teacher"].eval().requires_grad_(False)
+        # A bank's vectors come with the batch.
+        teacher = self.models["teacher"] if self.teacher_bank is None else nn.Identity()
+        self.teacher = teacher.eval().requires_grad_(False)
         self.models = {name: model for name, model in self.models.items() if name != "teacher"}
         super().initialize_models()
 
@@ -195,5 +257,6 @@ class RKDTrainer(MetricLossOnly):
             indices_tuple = self.maybe_mine_embeddings(embeddings, labels)
             self.losses["metric_loss"] = self.maybe_get_metric_loss(embeddings, labels, indices_tuple)
         if self.loss_weights["rkd_loss"] > 0:
-            teacher = self.teacher(c_f.to_device(data, device=self.data_device, dtype=self.dtype))
+            known = data if self.teacher_bank is None else self.taught
+            teacher = self.teacher(c_f.to_device(known, device=self.data_device, dtype=self.dtype))
             self.losses["rkd_loss"] = self.loss_funcs["rkd_loss"](embeddings, labels, ref_emb=teacher)

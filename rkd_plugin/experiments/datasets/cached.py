@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from rkd_plugin.experiments.datasets.folders import files_of
+
 VERSION = 1  # of cached images: to be raised when what is decoded changes
 LARGE = 2000  # images, from which on decoding them is worth starting processes
 
@@ -110,7 +112,7 @@ class Cached(Dataset[tuple[Any, int]]):
 
 def _identify(dataset: Any) -> tuple[str, str]:
     """What tells the data set from others that may be in use beside it, and from what its files were before."""
-    files = getattr(dataset, "paths", None) or [path for path, _ in getattr(dataset, "samples", ())]
+    files = files_of(dataset)
     if not files:
         raise TypeError(
             f"Cached: expected a data set whose `paths` or `samples` name its files, got {type(dataset).__name__}; set "

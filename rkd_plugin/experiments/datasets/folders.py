@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 
 def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
@@ -17,6 +18,11 @@ def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
             return image.convert(mode)
     except Exception as error:  # PIL raises half a dozen kinds for a file that is broken
         raise ValueError(f"expected an image in {path}, could not read it: {error}") from error
+
+
+def files_of(dataset: Any) -> list[Any]:
+    """The files of a data set's images, which are in ``paths`` or ``samples``; none if it does not tell."""
+    return list(getattr(dataset, "paths", None) or [path for path, _ in getattr(dataset, "samples", ())])
 
 
 class ClassFolders(ImageFolder):
@@ -57,7 +63,14 @@ class ClassFolders(ImageFolder):
     ) -> None:
         self.split = split
         self.train_classes = train_classes
-        super().__init__(str(root), transform, target_transform, loader=open_image)
+        super().__init__(str(root), transform, target_transform, loader=open_image, allow_empty=True)
+        filled = set(self.targets)
+        empty = [name for name in self.classes if self.class_to_idx[name] not in filled]
+        if empty:
+            raise FileNotFoundError(
+                f"ClassFolders: expected an image or more in {Path(root, empty[0])}, found none of the kinds "
+                f"{', '.join(IMG_EXTENSIONS)}; add some, or remove that folder"
+            )
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         """The host's hook: the names and labels of the split's classes."""

@@ -169,7 +169,7 @@ def headless(name: str, weights: str | None, options: dict[str, Any]) -> tuple[n
     """A network up to its last pooling, and the width of what it then returns.
 
     Args:
-        name: as ``torchvision.models.list_models()`` shows it, or one of `SMALL_NETWORKS`.
+        name: as ``torchvision.models.list_models(torchvision.models)`` shows it, or one of `SMALL_NETWORKS`.
         weights: name of torchvision's pretrained weights, or None.
         options: further arguments of the network.
 
@@ -186,7 +186,8 @@ def _of_torchvision(name: str, weights: str | None, options: dict[str, Any]) -> 
     # embedding, and warn unless they are told how to be initialised.
     has_auxiliary = name in ("googlenet", "inception_v3")
     auxiliary = {"aux_logits": weights is not None, "init_weights": weights is None} if has_auxiliary else {}
-    if name not in torchvision.models.list_models():
+    # The others are no classifiers of images, and some bring a backbone with weights where none were asked for.
+    if name not in torchvision.models.list_models(torchvision.models):
         raise ValueError(f"expected a network of torchvision or one of {', '.join(SMALL_NETWORKS)}, got {name!r}")
     try:
         network: nn.Module = torchvision.models.get_model(name, weights=weights, **{**auxiliary, **options})

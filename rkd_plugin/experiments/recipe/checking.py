@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rkd_plugin.experiments.bank.recipes import problems as bank_problems
 from rkd_plugin.experiments.recipe.errors import Problem
 from rkd_plugin.experiments.recipe.module_paths import check_module_paths
 from rkd_plugin.experiments.recipe.reading import Recipe, number_strings
@@ -20,4 +21,6 @@ def problems(recipe: Recipe) -> list[Problem]:
     for problem in number_strings(recipe.root):
         walk.report(*problem)
     check_module_paths(walk)
+    for problem in bank_problems(recipe.data):
+        walk.report(*problem)
     return list(walk.found)

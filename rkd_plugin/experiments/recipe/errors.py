@@ -26,10 +26,15 @@ class RecipeError(ValueError):
         self.problems = list(problems)
         lines = [f"  {path}: {message}" if path else f"  {message}" for path, message in self.problems]
         count = f"{len(lines)} problem{'s' if len(lines) != 1 else ''}"
-        super().__init__("\n".join([f"{source}: {count}", *lines]))
+        super().__init__("\n".join(map(_printable, [f"{source}: {count}", *lines])))
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def _printable(line: str) -> str:
+    """What a recipe spells must neither end the line nor move the cursor of a terminal."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+
+
+def suggest(name: str, known: Iterable[object]) -> str:
     """The end of a sentence about an unknown name: the closest known ones, or all of them if they are few.
 
     Example:
@@ -38,7 +43,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
         >>> suggest("x", ["yes", "no"])
         '; known: no, yes'
     """
-    names = sorted(set(known))
+    names = sorted({str(key) for key in known})  # YAML has keys of other types as well
     close = difflib.get_close_matches(name, names, n=3)
     if close:
         return f"; did you mean {', '.join(close)}?"

@@ -7,7 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ _SIDED = re.compile(r"(student|teacher)_.*path")
 def check_module_paths(walk: Walk) -> None:
     """Report module paths that no model has, and losses that read what no hook keeps."""
     teacher, student = (_model(walk, name) for name in ("teacher_model", "student_model"))
-    if student is None and "student_model" not in _mapping(walk.data.get("models")):
+    if student is None and "student_model" not in mapping(walk.data.get("models")):
         student = _model(walk, "model")
     for path, stage in stages(walk.data).items():
         if has_teacher(walk.data):
@@ -33,19 +33,20 @@ def check_module_paths(walk: Walk) -> None:
         else:
             sides = {"student": ("model", student)}
         for name, model in sides.values():
-            _check_side(walk, _mapping(stage.get(name)), f"{path}.{name}", model)
-        for place, side, module_path, io in _loss_paths(stage, path):
+            _check_side(walk, mapping(stage.get(name)), f"{path}.{name}", model)
+        for place, side, module_path, io, _ in loss_paths(stage, path):
             if side not in sides:
                 walk.report(place, "there is no teacher: `models.teacher_model` is missing")
                 continue
             name = sides[side][0]
-            _check_hooked(walk, place, module_path, io, _mapping(stage.get(name)), f"{path}.{name}")
-        for place, group in _mappings(_mapping(stage.get("optimizer")), f"{path}.optimizer"):
+            _check_hooked(walk, place, module_path, io, mapping(stage.get(name)), f"{path}.{name}")
+        for place, group in _mappings(mapping(stage.get("optimizer")), f"{path}.optimizer"):
             if "module" in group:
                 _check_path(walk, f"{place}.module", group["module"], teacher if group.get("is_teacher") else student)
 
 
-def _mapping(value: Any) -> Mapping[Any, Any]:
+def mapping(value: Any) -> Mapping[Any, Any]:
+    """The value, or an empty mapping in place of what is none."""
     return value if isinstance(value, dict) else {}
 
 
@@ -65,12 +66,13 @@ def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _model(walk: Walk, name: str) -> nn.Module | None:
-    config = _mapping(_mapping(walk.data.get("models")).get(name))
+    config = mapping(mapping(walk.data.get("models")).get(name))
     builder = model_builders(config.get("quantized") is True).get(str(config.get("key")))
     path = f"models.{name}"
     if builder is None or config.get("repo_or_dir") or any(place.startswith(path) for place, _ in walk.found):
         return None
-    kwargs = {key: value for key, value in _mapping(config.get("kwargs")).items() if key not in _WEIGHTS}
+    kwargs = {key: value for key, value in mapping(config.get("kwargs")).items() if key not in _WEIGHTS}
+    kwargs |= dict.fromkeys(_WEIGHTS & arguments(builder).named.keys())  # some have weights by default
     try:
         text = json.dumps(kwargs, sort_keys=True)
     except TypeError:  # what torchdistill computes while it loads the file
@@ -94,11 +96,11 @@ def _build(builder: Any, kwargs: str) -> Any:
 
 
 def _check_side(walk: Walk, config: Mapping[Any, Any], path: str, model: nn.Module | None) -> None:
-    wrapper = _mapping(config.get("auxiliary_model_wrapper"))
+    wrapper = mapping(config.get("auxiliary_model_wrapper"))
     added = {name.removeprefix("+") for _, name in _texts(config.get("sequential"), "")}
     # A wrapper adds modules that only it knows.
     tree = None if wrapper else model
-    hooks = _mapping(config.get("forward_hook"))
+    hooks = mapping(config.get("forward_hook"))
     for io in ("input", "output"):
         for place, name in _texts(hooks.get(io), f"{path}.forward_hook.{io}"):
             if name.startswith("+"):
@@ -110,7 +112,7 @@ def _check_side(walk: Walk, config: Mapping[Any, Any], path: str, model: nn.Modu
         for inner, name in _texts(owner.get("sequential"), f"{place}.sequential"):
             if not name.startswith("+"):
                 _check_path(walk, inner, name, model if owner is wrapper else tree)
-            elif name[1:] not in _mapping(owner.get("adaptations")):
+            elif name[1:] not in mapping(owner.get("adaptations")):
                 walk.report(inner, f"{name[1:]!r} is not in {place}.adaptations")
         for inner, name in _texts(owner.get("frozen_modules"), f"{place}.frozen_modules"):
             kind = re.fullmatch(r"instance\((.*)\)", name)
@@ -132,7 +134,7 @@ def _reaches(module: Any, path: str) -> bool:
     for name in path.split("."):
         if hasattr(module, name):
             module = getattr(module, name)
-        elif isinstance(module, nn.Sequential | nn.ModuleList) and re.fullmatch(r"-?\d+", name):
+        elif isinstance(module, nn.Sequential | nn.ModuleList) and re.fullmatch(r"-?\d{1,9}", name):
             if not -len(module) <= int(name) < len(module):
                 return False
             module = module[int(name)]
@@ -141,44 +143,60 @@ def _reaches(module: Any, path: str) -> bool:
     return True
 
 
-def _loss_paths(stage: Mapping[Any, Any], path: str) -> Iterator[tuple[str, str, Any, Any]]:
-    """What the losses of a stage read: where the recipe says so, of which side, which module, its input or output."""
-    terms = _mapping(_mapping(_mapping(stage.get("criterion")).get("kwargs")).get("sub_terms"))
+class Read(NamedTuple):
+    """What a loss reads: where the recipe says so, whose module, its input or output, and how the loss pools maps."""
+
+    place: str
+    side: str
+    path: Any
+    io: Any
+    pool: str | None = None
+
+
+def loss_paths(stage: Mapping[Any, Any], path: str) -> Iterator[Read]:
+    """Everything that the losses of a stage read of its models."""
+    terms = mapping(mapping(mapping(stage.get("criterion")).get("kwargs")).get("sub_terms"))
     for name, term in terms.items():
-        place, term = f"{path}.criterion.kwargs.sub_terms.{name}", _mapping(term)
-        criterion, wrapper = _mapping(term.get("criterion")), _mapping(term.get("criterion_wrapper"))
-        if wrapper:
-            yield from _wrapper_paths(_mapping(wrapper.get("kwargs")), f"{place}.criterion_wrapper.kwargs")
+        yield from _term_paths(mapping(term), f"{path}.criterion.kwargs.sub_terms.{name}")
+
+
+def _term_paths(term: Mapping[Any, Any], place: str) -> Iterator[Read]:
+    criterion, wrapper = mapping(term.get("criterion")), mapping(term.get("criterion_wrapper"))
+    if wrapper:
+        yield from _wrapper_paths(mapping(wrapper.get("kwargs")), f"{place}.criterion_wrapper.kwargs")
+        return
+    kwargs, place = mapping(criterion.get("kwargs")), f"{place}.criterion.kwargs"
+    loss = mid_level_losses().get(str(criterion.get("key")))
+    known = arguments(loss).named if loss else {}
+    pool = kwargs.get("pool", known["pool"].default) if "pool" in known else None
+    for key in sorted({*kwargs, *known}, key=str):
+        if not (match := _SIDED.fullmatch(str(key))):
             continue
-        kwargs = _mapping(criterion.get("kwargs"))
-        loss = mid_level_losses().get(str(criterion.get("key")))
-        known = arguments(loss).named if loss else {}
-        for key in sorted({*kwargs, *known}, key=str):
-            if not (match := _SIDED.fullmatch(str(key))):
-                continue
-            io = str(key).removesuffix("path") + "io"
-            default_io = known[io].default if io in known and not known[io].required else "output"
-            if key in kwargs:
-                yield f"{place}.criterion.kwargs.{key}", match[1], kwargs[key], kwargs.get(io, default_io)
-            elif not known[key].required and known[key].default is None:
-                yield f"{place}.criterion.kwargs.{key}", match[1], None, "output"
-        yield from _pair_paths(kwargs, f"{place}.criterion.kwargs")
+        io = str(key).removesuffix("path") + "io"
+        default_io = known[io].default if io in known and not known[io].required else "output"
+        if key in kwargs:
+            yield Read(f"{place}.{key}", match[1], kwargs[key], kwargs.get(io, default_io), pool)
+        elif not known[key].required and known[key].default is None:
+            yield Read(f"{place}.{key}", match[1], None, "output", pool)
+    yield from _pair_paths(kwargs, place)
+    if "criterion" in kwargs:  # a loss around another one
+        yield from _term_paths(kwargs, place)
 
 
-def _wrapper_paths(kwargs: Mapping[Any, Any], path: str) -> Iterator[tuple[str, str, Any, Any]]:
+def _wrapper_paths(kwargs: Mapping[Any, Any], path: str) -> Iterator[Read]:
     for name in ("input", "target"):
-        config = _mapping(kwargs.get(name))
+        config = mapping(kwargs.get(name))
         if "module_path" in config or name == "input":
             side = "teacher" if config.get("is_from_teacher") else "student"
-            yield f"{path}.{name}.module_path", side, config.get("module_path"), config.get("io")
+            yield Read(f"{path}.{name}.module_path", side, config.get("module_path"), config.get("io"))
 
 
-def _pair_paths(kwargs: Mapping[Any, Any], path: str) -> Iterator[tuple[str, str, Any, Any]]:
+def _pair_paths(kwargs: Mapping[Any, Any], path: str) -> Iterator[Read]:
     """Pairs such as ``{student: {path: layer1, io: output}, teacher: {...}}`` in any depth."""
     for place, config in _mappings(kwargs, path):
         side = re.match(r"student|teacher", place.rpartition(".")[2])
         if side and "path" in config and "io" in config:
-            yield f"{place}.path", side[0], config["path"], config["io"]
+            yield Read(f"{place}.path", side[0], config["path"], config["io"])
 
 
 def _check_hooked(walk: Walk, place: str, module_path: Any, io: Any, side: Mapping[Any, Any], path: str) -> None:
@@ -186,6 +204,6 @@ def _check_hooked(walk: Walk, place: str, module_path: Any, io: Any, side: Mappi
         walk.report(place, "required: '.' for the output of the whole model, or the path of a hooked module")
     if not isinstance(module_path, str) or io not in ("input", "output") or "auxiliary_model_wrapper" in side:
         return
-    hooked = [name for _, name in _texts(_mapping(side.get("forward_hook")).get(io), "")]
+    hooked = [name for _, name in _texts(mapping(side.get("forward_hook")).get(io), "")]
     if module_path not in hooked and (module_path, io) != (".", "output"):
         walk.report(place, f"the {io} of {module_path!r} is not kept: list it in {path}.forward_hook.{io}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from rkd_plugin.experiments.recipe.errors import Problem, RecipeError, suggest
 
 _STR, _FLOAT = "tag:yaml.org,2002:str", "tag:yaml.org,2002:float"
 _EXPONENT = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))[eE]([-+]?)(\d+)")
+_ADDED = ("recipe", "teacher_bank")  # a key that every recipe can do without, and that an override may add
+_DEEPEST, _MOST = 64, 100_000  # a recipe has 20 levels and a few hundred values; a few aliases of aliases make billions
 _USAGE = "an override is written key.path=value, for example train.num_epochs=2"
 
 
@@ -111,6 +114,12 @@ def parse(text: str | bytes, path: Path, overrides: Sequence[str] = ()) -> Recip
             raise RecipeError(path, problems)
         if problems := [problem for override in overrides for problem in _override(root, override)]:
             raise RecipeError("overrides", problems)
+        depth, count = _extent(root)
+        if depth > _DEEPEST:
+            raise RecipeError(path, [("", f"nested too deeply: {depth} levels, where {_DEEPEST} are read")])
+        if count > _MOST:
+            problem = f"too large: {count:,} values with all aliases written out, where {_MOST:,} are read"
+            raise RecipeError(path, [("", problem)])
         # Constructing merges `<<` into the nodes, which must stay as they were written.
         data = _PlainConstructor().construct_document(copy.deepcopy(root))
     except yaml.MarkedYAMLError as error:
@@ -166,8 +175,11 @@ class _PlainConstructor(yaml.constructor.SafeConstructor):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep=deep)
-        except (ValueError, KeyError, OverflowError) as error:  # a date of month 13
+            value = super().construct_object(node, deep=deep)
+            if isinstance(value, int):
+                str(value)  # Python reads a hexadecimal number of any length, and refuses to write it
+            return value
+        except (ValueError, LookupError, AttributeError, OverflowError) as error:  # a date of month 13, an empty !!int
             problem = f"{node.value!r} is not a value of type {node.tag.rpartition(':')[2]}"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
@@ -190,10 +202,22 @@ def _place(error: yaml.MarkedYAMLError) -> str:
 
 def _children(node: yaml.Node) -> list[tuple[str, yaml.Node]]:
     if isinstance(node, yaml.MappingNode):
-        return [(str(key.value), value) for key, value in node.value]
+        # A key that is no scalar is ill-formed, and its text may have no end.
+        return [(key.value if isinstance(key, yaml.ScalarNode) else "", value) for key, value in node.value]
     if isinstance(node, yaml.SequenceNode):
         return [(str(index), value) for index, value in enumerate(node.value)]
     return []
+
+
+def _extent(root: yaml.Node) -> tuple[int, int]:
+    """How deep a tree is, and how many values it has once every alias is written out."""
+
+    @functools.cache
+    def extent(node: yaml.Node) -> tuple[int, int]:
+        inside = [extent(child) for _, child in _children(node)]
+        return 1 + max((depth for depth, _ in inside), default=0), 1 + sum(count for _, count in inside)
+
+    return extent(root)
 
 
 def _ill_formed(root: yaml.Node) -> Iterator[Problem]:
@@ -255,6 +279,9 @@ def _override(root: yaml.MappingNode, text: str) -> Iterator[Problem]:
         children = dict(_children(node))
         # A key may itself contain dots: the longest one that fits.
         count = next((n for n in range(len(rest), 0, -1) if ".".join(rest[:n]) in children), 0)
+        if not count and (*done, *rest) == _ADDED and isinstance(node, yaml.MappingNode):
+            node.value.append((yaml.ScalarNode(_STR, rest[0]), new))
+            return
         if not count:
             where = f"{'.'.join(done)} has" if done else "the recipe has"
             yield key, f"{where} no key {rest[0]!r}{suggest(rest[0], children)}"

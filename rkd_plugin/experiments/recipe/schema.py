@@ -41,7 +41,12 @@ _TEXTS = of(list[str])
 def model_builders(is_quantized: bool = False) -> Mapping[str, Any]:
     """The models that a key can name: torchvision's first, as torchdistill looks them up, then registered ones."""
     official = vars(torchvision.models.quantization if is_quantized else torchvision.models)
-    public = {name: value for name, value in official.items() if callable(value) and not name.startswith("_")}
+    # Of its functions that look up a model by a name, torchdistill would call one; it downloads what it finds.
+    public = {
+        name: value
+        for name, value in official.items()
+        if callable(value) and not name.startswith("_") and value.__module__ != "torchvision.models._api"
+    }
     # A module of torchvision hides a registered model of the same name, and cannot be called.
     return public | {name: model for name, model in models.MODEL_DICT.items() if name not in official}
 
@@ -203,6 +208,10 @@ def _adaptations() -> Mapping[str, Any]:
     return {**models.MODULE_DICT, **models.ADAPTATION_MODULE_DICT}
 
 
+def _no_checkpoint(walk: Walk, value: Any, path: str) -> None:
+    walk.report(path, "torchdistill would execute what this file holds: give it to the model under `models:` instead")
+
+
 _REDESIGN: dict[str, Spec] = {
     "sequential": optional(_TEXTS),
     "frozen_modules": _TEXTS,
@@ -218,7 +227,7 @@ _SIDE: dict[str, Spec] = _REDESIGN | {
         {"kwargs": optional(of(dict))} | _REDESIGN,
     ),
     "wrapper": optional(of(str | dict)),
-    "src_ckpt": optional(_TEXT),
+    "src_ckpt": optional(_no_checkpoint),
     "dst_ckpt": optional(_TEXT),
 }
 _STUDENT = section({"forward_proc": _FORWARD_PROC}, _SIDE)
@@ -299,6 +308,7 @@ _SETTINGS = section(
         "test_queries": positive,
         "test_episodes": positive,
         "patience": optional(positive),
+        "teacher_bank": optional(_TEXT),
     },
     is_open=True,
 )
