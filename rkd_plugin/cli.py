@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rkd_plugin.experiments.processes import launched
 
 RECIPE = "a YAML file, or the name of a packaged recipe as `rkd ls` shows it"
 OVERRIDES = "key.path=value, changing the recipe before anything is built"
-TOGETHER = ("run", "eval")  # what many processes do together
+TOGETHER = ("run", "eval", "embed")  # what many processes do together
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,16 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if count > 1:
             name += f", rank {rank} of {count} processes"
             if options.verb not in TOGETHER:
+                verbs = " and ".join(f"`rkd {verb}`" for verb in TOGETHER)
                 raise ValueError(
-                    f"expected one process, got {count}, which share the work of `rkd {'` and `rkd '.join(TOGETHER)}` "
-                    "alone; start this without torchrun or srun"
+                    f"expected one process, got {count}, which share the work of {verbs} alone; start this without "
+                    "torchrun or srun"
                 )
-        return command(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"{name}: {message}", file=sys.stderr)
+            return command(options)
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{name}: stopped; the same command goes on after the last full epoch", file=sys.stderr)
+        print(f"{name}: stopped; the same command goes on from there", file=sys.stderr)
         return 130
 
 
@@ -65,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     verb("ls", _ls, "list the packaged recipes and suites", "ls")
 
     check = verb(
-        "check", _check, "report every problem of a recipe; executes nothing that it names",
+        "check", _check, "report every problem of a recipe, without running it",
         "check quickstart/rkd_da", "check my_recipe.yaml train.num_epochs=2",
     )  # fmt: skip
     run = verb(
@@ -108,6 +112,20 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--seeds", type=int, nargs="+", help="instead of the suite's own")
     reproduce.add_argument("--rows", nargs="+", metavar="ROW", help="only these, and the teachers that they need")
     reproduce.add_argument("--fast", action="store_true", help="the fraction of the schedule that the suite states")
+
+    embed = verb(
+        "embed", _embed, "write what a recipe's losses read of its teacher into a bank, or go on with it",
+        "embed quickstart/rkd_da --out runs/quickstart/bank",
+        "embed classification/cifar100/rkd_da --views 8 --dtype bfloat16 --out banks/cifar100",
+        "embed --verify runs/quickstart/bank",
+    )  # fmt: skip
+    embed.add_argument("recipe", nargs="?", help=RECIPE)
+    embed.add_argument("overrides", nargs="*", help=OVERRIDES)
+    embed.add_argument("--out", type=Path, help="folder of the bank, for recipe.teacher_bank")
+    embed.add_argument("--data", metavar="ID", help="a data set of the recipe (default: the one that it trains on)")
+    embed.add_argument("--dtype", default="float32", help="of the files: float32 (default), float16 or bfloat16")
+    embed.add_argument("--views", type=int, default=0, metavar="K", help="of each image, where transforms are random")
+    embed.add_argument("--verify", type=Path, metavar="BANK", help="hold every row of this bank against its checksum")
 
     bench = verb(
         "bench", _bench, "time and memory of the losses beside torchdistill's own, or a recipe's training step",
@@ -209,6 +227,27 @@ def _reproduce(options: argparse.Namespace) -> int:
     folder, table = reproduce(options.suite, options.out, options.seeds, options.rows, options.overrides, options.fast)
     print(table)
     print(f"in {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())))
+    return 0
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from rkd_plugin.experiments.bank import writing
+    from rkd_plugin.experiments.processes import joined, rank
+    from rkd_plugin.experiments.recipe import read
+
+    if options.verify:
+        print(f"{options.verify}: {sum(writing.verified(options.verify))} rows are as they were written")
+        return 0
+    if not options.recipe or not options.out:
+        raise ValueError("expected a recipe and --out BANK, or --verify BANK; see `rkd embed --help`")
+    recipe = read(options.recipe, options.overrides)
+    with joined():
+        bank = writing.embed(recipe, options.out, options.data, options.dtype, options.views)
+        if rank() > 0:
+            return 0
+    for array in bank.arrays or ():
+        print(f"the {array.io} of {array.path!r}: {bank.count} images, {bank.views or 1} views, {array.width} wide")
+    print(f"in {options.out}; learn from it with recipe.teacher_bank={options.out}")
     return 0
 
 

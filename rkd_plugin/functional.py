@@ -54,7 +54,8 @@ def rkd_distance_loss(
 
     with :math:`\mu` the mean distance over all pairs of distinct rows of one side and :math:`\ell_\delta` the Huber
     function. The authors' code takes the mean over all :math:`N^2` pairs, the zero diagonal included, and so does the
-    default; their published weights belong to it. No gradient flows to ``teacher``.
+    default; their published weights belong to it. No gradient flows to ``teacher``, and none to a student that has
+    collapsed, whose rows are all equal: no direction parts them, so watch their spread.
 
     Args:
         student: embeddings that learn, shape ``(N, D_s)``, floating point.

@@ -8,6 +8,7 @@ torchdistill's own ``RKDLoss`` stays as it is.
 
 from __future__ import annotations
 
+import copyreg
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, get_args
@@ -27,11 +28,20 @@ from torchdistill.core.interfaces.registry import (
     register_forward_proc_func,
     register_pre_epoch_proc_func,
 )
+from torchdistill.datasets.wrapper import BaseDatasetWrapper
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, register_mid_level_loss
 from torchdistill.models.registry import AUXILIARY_MODEL_WRAPPER_DICT, register_auxiliary_model_wrapper
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
 from rkd_plugin import losses
+
+
+def _wrapped(dataset: Any) -> BaseDatasetWrapper:
+    return BaseDatasetWrapper(dataset)
+
+
+# A loader's process that is not forked meets this first, and the host's own module needs torchvision before it.
+copyreg.pickle(BaseDatasetWrapper, lambda wrapper: (_wrapped, (wrapper.org_dataset,)))
 
 IO = Literal["input", "output"]
 Pool = Literal["avg", "flatten"]
@@ -214,6 +224,7 @@ class PMLLoss(nn.Module):
     Raises:
         TypeError: if ``loss`` is no module.
         ValueError: if ``loss`` has parameters and no `TrainedWith` trains them, or the module is not hooked.
+        FloatingPointError: if the loss or the miner fails on embeddings that are NaN or Inf.
 
     Example:
         >>> from pytorch_metric_learning.losses import ContrastiveLoss
@@ -248,8 +259,13 @@ class PMLLoss(nn.Module):
         # In half precision the host's distances are coarse, and some of its miners fail.
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-            mined = None if self.miner is None else self.miner(embeddings, targets)
-            loss: Tensor = self.loss(embeddings, targets, mined)
+            try:
+                mined = None if self.miner is None else self.miner(embeddings, targets)
+                loss: Tensor = self.loss(embeddings, targets, mined)
+            except (RuntimeError, ValueError, IndexError) as error:
+                if embeddings.isfinite().all():
+                    raise
+                raise FloatingPointError("PMLLoss: expected finite embeddings, got NaN or Inf") from error
         return loss
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,8 @@ from torchdistill.models.registry import get_model
 
 from rkd_plugin.adapters.torchdistill import seed_epoch
 from rkd_plugin.experiments import processes
+from rkd_plugin.experiments.bank.recipes import learn_from_bank
+from rkd_plugin.experiments.datasets.folders import files_of
 from rkd_plugin.experiments.features import compared
 from rkd_plugin.experiments.few_shot import episode_accuracies
 from rkd_plugin.experiments.files import load_weights, read_checkpoint
@@ -42,6 +46,7 @@ class Experiment:
 
     def __init__(self, recipe: Recipe) -> None:
         self.settings = recipe.settings
+        self.data = recipe.data
         self.path = recipe.path
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.layout = torch.channels_last if self.settings.get("channels_last") else torch.preserve_format
@@ -122,9 +127,12 @@ class Experiment:
 
     def box(self) -> Any:
         """Torchdistill's training or distillation box: models, criterion, optimizer and data loaders of ``train``."""
+        if self.settings.get("teacher_bank"):
+            learn_from_bank(self.config, self.data)
         teacher = self.teacher()  # first, as in torchdistill's scripts: both draw their weights from one seed
         student = self.student
         common = (self.config["datasets"], self.config["train"], self.device, None, False, 1)
+        self._check_data()
         box = get_distillation_box(teacher, student, *common) if teacher else get_training_box(student, *common)
         if self.settings["task"] == "classification":
             self._check_labels()  # after the box, which draws weights as well
@@ -132,20 +140,46 @@ class Experiment:
             self._check_episodes(getattr(box.val_data_loader.dataset, "targets", None))
         return box
 
+    def _data(self, *loaders: str) -> Iterator[tuple[str, Any, list[Any] | None]]:
+        """Name, data set and labels, if it tells them, of what the stages' loaders load."""
+        used = [
+            stage[name]["dataset_id"] for stage in stages(self.config).values() for name in loaders if stage.get(name)
+        ]
+        for name in dict.fromkeys(used):
+            dataset = self.config["datasets"][name]
+            labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+            if labels is not None:
+                labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+                if getattr(dataset, "target_transform", None) is not None:
+                    labels = list(map(dataset.target_transform, labels))
+            yield f"datasets.{name}", dataset, labels
+
+    def _check_data(self) -> None:
+        """What a loss or a metric stumbles over after a while, and does not say what it was."""
+        for name, dataset, labels in self._data("train_data_loader", "val_data_loader"):
+            if len(dataset) < 2:
+                raise ValueError(f"{name}: expected two images or more, got {len(dataset)}; relations are between two")
+            for index, label in enumerate(labels or ()):
+                if not isinstance(label, Integral):
+                    raise ValueError(
+                        f"{name}: expected labels that are whole numbers, got {label!r}, a {type(label).__name__}, for "
+                        f"{_item(dataset, index)}; number the classes"
+                    )
+        for name, _, labels in self._data("val_data_loader"):
+            if self.settings["task"] == "metric_learning" and labels and len(set(labels)) == len(labels):
+                raise ValueError(
+                    f"{name}: expected a class with two images or more, as one is looked for by the other, got "
+                    f"{len(labels)} images of as many classes; test on other data"
+                )
+
     @torch.no_grad()
     def _check_labels(self) -> None:
         """Cross-entropy meets a label that is no class of the model in the middle of a run, and does not say so."""
-        names = ("train_data_loader", "val_data_loader")
-        loaders = [stage[name] for stage in stages(self.config).values() for name in names if stage.get(name)]
-        for name in dict.fromkeys(loader["dataset_id"] for loader in loaders):
-            dataset = self.config["datasets"][name]
-            labels = set(map(int, getattr(dataset, "targets", ())))
+        for name, dataset, labels in self._data("train_data_loader", "val_data_loader"):
             if labels and isinstance(image := dataset[0][0], Tensor):
-                if getattr(dataset, "target_transform", None) is not None:
-                    labels = set(map(dataset.target_transform, labels))
                 # What `compile` compiles is calling the model, which is not worth it for one image.
                 scores = self.student.eval().forward(self.place(image[None]))
-                check_classes(scores.shape[1], torch.tensor(sorted(labels)), f"datasets.{name}")
+                check_classes(scores.shape[1], torch.tensor(sorted(set(labels))), name)
         self.student.train()
 
     def _check_episodes(self, labels: Sequence[int] | None) -> None:
@@ -156,11 +190,38 @@ class Experiment:
             episode_accuracies(of[:, None], of, test_episodes=1, **known)
 
     def embed(self, model: nn.Module, loader: Any, layer: Layer | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """See `metrics.embed`, in the recipe's precision and memory layout; the whole of it in every process."""
-        batches = ((self.place(images), labels) for images, labels, *_ in loader)
+        """See `metrics.embed`, in the recipe's precision and memory layout; the whole of it in every process.
+
+        Raises:
+            FloatingPointError: if an output is NaN or Inf.
+        """
+        images = ((self.place(images), labels) for images, labels, *_ in batches(loader))
         with self.precision():
-            outputs, labels, features = embed(model, batches, self.device, layer)
+            outputs, labels, features = embed(model, images, self.device, layer)
+        broken = (~outputs.isfinite().all(1)).nonzero().flatten().tolist()
+        if broken:
+            raise FloatingPointError(
+                f"the outputs of {len(broken)} of {len(outputs)} test images became NaN or Inf"
+                + self.not_finite(loader.dataset, broken[:1])
+            )
         return outputs.float(), labels, features.float()
+
+    def not_finite(self, dataset: Any, indices: Iterable[int]) -> str:
+        """The end of a sentence about numbers that are NaN or Inf: the first image that has some, or what else to do.
+
+        Args:
+            dataset: of the images, maybe wrapped by torchdistill.
+            indices: of the images that may be to blame.
+        """
+        dataset = getattr(dataset, "org_dataset", dataset)
+        for index in indices:
+            if isinstance(image := dataset[index][0], Tensor) and not image.isfinite().all():
+                named = (f"datasets.{name}" for name, known in self.config["datasets"].items() if known is dataset)
+                return (
+                    f", as {_item(dataset, index)} of {next(named, type(dataset).__name__)} has pixels that are; mend "
+                    "that image, or what transforms it"
+                )
+        return ", though the images behind it are finite; lower the learning rate, or look at the loss and its weight"
 
     def measure(self, outputs: Tensor, labels: Tensor, evaluator: Callable[..., Any] | None = None) -> dict[str, Any]:
         """The task's metrics, or those of another evaluator, with what the recipe says of them; the first process's."""
@@ -191,6 +252,22 @@ def _shared(loader: dict[str, Any], whole: bool) -> dict[str, Any]:
         "kwargs": options,
         "batch_sampler": {"key": "SharedBatches", "kwargs": {"of": sampler, "whole": whole}},
     }
+
+
+def batches(loader: Any) -> Iterator[Any]:
+    """What a loader yields; an error of one of its processes as it was raised there, without the traceback of there."""
+    try:
+        yield from loader
+    except Exception as error:
+        told = re.match(r"Caught \w+ in DataLoader worker process.*\n[\w.]+: (.*)", str(error), re.DOTALL)
+        if told is None:
+            raise
+        raise type(error)(told[1].strip()) from error
+
+
+def _item(dataset: Any, index: int) -> str:
+    files = files_of(getattr(dataset, "dataset", dataset))
+    return f"image {index}" + (f", {files[index]}," if index < len(files) else "")
 
 
 class Evaluation(NamedTuple):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and weights that fit or are refused."""
+"""Files that are whole or absent, folders that one run has to itself, and weights that fit or are refused."""
 
 from __future__ import annotations
 
@@ -6,29 +6,106 @@ import json
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 SHOWN = 3  # names of tensors in a message
+ARCHIVE = b"PK\3\4"  # what PyTorch's files begin with
+_LOCKS: set[int] = set()  # descriptors of folders
+
+
+def _let_go() -> None:
+    while _LOCKS:
+        os.close(_LOCKS.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    # A loader's process may outlive the run that was killed, and must not hold its lock on.
+    os.register_at_fork(after_in_child=_let_go)
+
+
+class DamagedError(ValueError):
+    """A checkpoint that was one, and is cut or changed."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for the block, and make it if need be; it goes again if nothing came of the block.
+
+    The lock is on the folder itself, so that it leaves no file, and ends with the process, however that ends. Where the
+    system or the file system knows no such lock, nobody is refused.
+
+    Raises:
+        BlockingIOError: if another run holds it.
+    """
+    made = not folder.exists()
+    with _in_words(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if held is not None:
+            _LOCKS.add(held)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BlockingIOError(
+                    f"{folder} is in use by another run; wait for that one to end, or give this one another folder"
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+        yield
+    finally:
+        if made:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+        if held is not None:
+            _LOCKS.discard(held)
+            os.close(held)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of ``path`` once the block ends well; a kill leaves the old file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary path that takes the place of ``path`` once the block ends well; a kill leaves the old file whole.
+
+    Raises:
+        OSError: of the kind that writing raised, in one sentence.
+    """
     temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+    with _in_words(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _in_words(path: Path) -> Iterator[None]:
     try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, RuntimeError) as error:
+        # PyTorch has its own error for a file that cannot be written, raised while it handles the system's.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise type(cause)(
+            f"expected to write {path}, got: {cause.strerror or cause}; what was there before is as it was: make room, "
+            "or give another folder"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,8 +121,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write ``path`` in one piece; torchdistill's scripts read the model in it, under the key they expect."""
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def read_checkpoint(path: Path, *parts: str) -> dict[str, Any]:
@@ -57,19 +134,26 @@ def read_checkpoint(path: Path, *parts: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if the file is no checkpoint that can be read without executing what it holds, or lacks a part.
+        DamagedError: if the file is cut or changed.
+        ValueError: if it is none that can be read without executing what it holds, or lacks a part.
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint at {path}, found none; train that model first")
     try:
+        _check_sums(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles of other kinds, which the error tells as well
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds for a file that is not its own
         # Its own words fill a page and advise to execute the file.
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        found = f"it names {refused[1]}, which would be executed" if refused else "it is cut, or of another kind"
-        raise ValueError(
+        is_damaged = not refused and _begin(path) in (ARCHIVE, b"")
+        found = (
+            f"it names {refused[1]}, which would be executed" if refused
+            else "it is cut or changed" if is_damaged
+            else "it is of another kind"
+        )  # fmt: skip
+        raise (DamagedError if is_damaged else ValueError)(
             f"expected a checkpoint of tensors and plain values at {path}, could not read it, as {found}; give a file "
             "that `rkd run` wrote"
         ) from error
@@ -81,6 +165,20 @@ def read_checkpoint(path: Path, *parts: str) -> dict[str, Any]:
             "`rkd run` wrote, or save the weights as {'model': state_dict}"
         )
     return content
+
+
+def _begin(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4)
+
+
+def _check_sums(path: Path) -> None:
+    """PyTorch writes a checksum beside each tensor, and looks at none when it reads."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()
+        if changed is not None:
+            raise zipfile.BadZipFile(changed)
 
 
 def load_weights(module: nn.Module, weights: Any, path: Path, source: str) -> None:

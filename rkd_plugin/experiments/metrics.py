@@ -141,6 +141,17 @@ def _check(outputs: Tensor, labels: Tensor, recall_at: Sequence[int]) -> None:
         raise ValueError(f"retrieval: outputs must be finite, got NaN or Inf in {bad} of {len(outputs)} rows")
 
 
+def collapsed(outputs: Tensor) -> bool:
+    """Whether all rows of ``(M, D)`` are equal within rounding.
+
+    Example:
+        >>> collapsed(torch.ones(3, 2) / 3), collapsed(torch.tensor([[1.0], [1.001]]))
+        (True, False)
+    """
+    spread, largest = (outputs - outputs[:1]).abs().max(), outputs.abs().max()
+    return len(outputs) > 1 and bool(spread <= 16 * torch.finfo(outputs.dtype).eps * largest)
+
+
 @torch.no_grad()
 def classification(outputs: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent: how often the label is the class of the highest score, or among the five.

@@ -122,6 +122,24 @@ def of_first(compute: Callable[[], T]) -> T:
     return result
 
 
+def of_each(value: T) -> list[T]:
+    """What every process passes, by rank."""
+    values = [value] * count()
+    if count() > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def share(asked: list[int]) -> list[int]:
+    """Extend a process's list of signals by those that others got; so all stop after the same step."""
+    if count() > 1:
+        number = torch.tensor(asked[0] if asked else 0)
+        distributed.all_reduce(number, distributed.ReduceOp.MAX)
+        if number and not asked:
+            asked.append(int(number))
+    return asked
+
+
 @contextmanager
 def one_after_the_other() -> Iterator[None]:
     """The first process goes first, then the first of every node, then all others.

@@ -2,8 +2,9 @@
 
 A run is a folder: ``recipe.yaml`` (as it was resolved), ``last.pt`` and ``best.pt`` (checkpoints), ``result.json`` and
 TensorBoard events. The same call on the same folder goes on where a run was stopped, and ends with the same numbers as
-one that never was: every epoch starts from random numbers of its own, and its end is the only state that is kept.
-Of processes that train together (see `processes`) the first reads and writes the folder; any number may go on with it.
+one that never was: every epoch starts from random numbers of its own, and its end is kept, as is the middle of one that
+SIGINT or SIGTERM stops, which they do after a step (see `stopping`). Of processes that train together (see `processes`)
+the first reads and writes the folder; any number may go on after an epoch, and as many as before within one.
 """
 
 from __future__ import annotations
@@ -11,19 +12,36 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from rkd_plugin.bench import environment
 from rkd_plugin.experiments import processes
-from rkd_plugin.experiments.experiment import Experiment
-from rkd_plugin.experiments.files import load_weights, read_checkpoint, write_checkpoint, write_json, write_text
+from rkd_plugin.experiments.experiment import Experiment, batches
+from rkd_plugin.experiments.files import (
+    DamagedError,
+    alone_in,
+    load_weights,
+    read_checkpoint,
+    write_checkpoint,
+    write_json,
+    write_text,
+)
+from rkd_plugin.experiments.metrics import collapsed
 from rkd_plugin.experiments.recipe import Recipe
+from rkd_plugin.experiments.stopping import random_state, set_random_state, stopping
+
+PARTS = "model", "trained", "optimizer", "lr_scheduler", "steps", "history"  # of every checkpoint
+START: dict[str, Any] = {"steps": 0, "total": 0.0, "seconds": 0.0, "random": None}  # of an epoch
 
 
 def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
@@ -38,26 +56,21 @@ def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
         RecipeError: if the recipe has problems.
         ValueError: if a checkpoint is none, or of another model, or a label is no class of the model.
         FileExistsError: if the folder holds a run of another recipe.
+        BlockingIOError: if another run is at work in the folder.
+        OSError: if something cannot be written; what was written before stays.
         FloatingPointError: if the loss is no longer finite; the last checkpoint stays.
     """
     resolved = recipe.resolved()
     result = processes.of_first(lambda: _done(folder, resolved))
-    if result is not None:
-        return result
-    recipe.validate()
-    experiment = Experiment(recipe)
-    box = experiment.box()
-    processes.of_first(lambda: write_text(folder / "recipe.yaml", resolved))
-    history = _resume(folder / "last.pt", experiment.student, box)
-    with events_in(folder, len(history)) if processes.rank() == 0 else nullcontext() as events:
-        _train(experiment, box, history, folder, events, label or recipe.path.stem)
-
-    def finish() -> dict[str, Any]:
-        result = _result(recipe, experiment, history)
-        write_json(folder / "result.json", result)
-        return result
-
-    return processes.of_first(finish)
+    if result is None:
+        recipe.validate()
+        with ExitStack() as held:
+            processes.of_first(lambda: held.enter_context(alone_in(folder)))
+            # Another run may have come to its end here meanwhile.
+            result = processes.of_first(lambda: _done(folder, resolved))
+            if result is None:
+                result = _run(recipe, resolved, folder, label or recipe.path.stem)
+    return result
 
 
 def _done(folder: Path, resolved: str) -> dict[str, Any] | None:
@@ -71,36 +84,70 @@ def _done(folder: Path, resolved: str) -> dict[str, Any] | None:
     return json.loads(ended.read_text(encoding="utf-8")) if ended.is_file() else None
 
 
+def _run(recipe: Recipe, resolved: str, folder: Path, label: str) -> dict[str, Any]:
+    experiment = Experiment(recipe)
+    box = experiment.box()
+    processes.of_first(lambda: write_text(folder / "recipe.yaml", resolved))
+    history, part = _resume(folder / "last.pt", experiment, box)
+    events = events_in(folder, len(history)) if processes.rank() == 0 else nullcontext()
+    with stopping() as asked, events as writer:
+        _train(experiment, box, history, part, folder, writer, label, asked)
+
+    def finish() -> dict[str, Any]:
+        result = _result(recipe, experiment, history)
+        write_json(folder / "result.json", result)
+        return result
+
+    return processes.of_first(finish)
+
+
 def _train(
-    experiment: Experiment, box: Any, history: list[dict[str, Any]], folder: Path, events: Any, label: str
-) -> None:
+    experiment: Experiment, box: Any, history: list[dict[str, Any]], part: dict[str, Any], folder: Path, events: Any,
+    label: str, asked: list[int],
+) -> None:  # fmt: skip
     steps = len(box.train_data_loader)
+    done = len(history) * steps + part["steps"]
+    has_collapsed = False
     with tqdm(
-        total=box.num_epochs * steps, initial=len(history) * steps, desc=label, unit="step", leave=False,
-        disable=processes.rank() > 0,
-    ) as bar:  # fmt: skip
+        total=box.num_epochs * steps, initial=done, desc=label, unit="step", leave=False, disable=processes.rank() > 0
+    ) as bar:
         for epoch in range(len(history), box.num_epochs):
             if _is_settled(history, experiment.settings.get("patience")):
                 break
-            started = time.monotonic()
+            started = time.monotonic() - part["seconds"]
             box.pre_epoch_process(epoch=epoch)
             experiment.seed(epoch + 1)
             processes.as_first(_trained(box))  # a new stage's layers were drawn by each
-            losses = []
-            for loss in steps_of(experiment, box):
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss became {loss} in epoch {epoch + 1}; nothing was overwritten")
-                losses.append(loss)
-                bar.update()
-            rate = box.optimizer.param_groups[0]["lr"]
-            processes.as_first(_trained(box))  # statistics of BatchNorm are of each process's part
-            outputs, labels, _ = experiment.embed(experiment.student, box.val_data_loader)
+            try:
+                for loss in steps_of(experiment, box, part):
+                    part = {**part, "steps": part["steps"] + 1, "total": part["total"] + loss}
+                    bar.update()
+                    if processes.share(asked):
+                        random = processes.of_each(random_state(experiment.device))
+                        part |= {"seconds": time.monotonic() - started, "random": random}
+                        state = _state(experiment.student, box, history, part)
+                        processes.of_first(partial(write_checkpoint, folder / "last.pt", state))
+                        return
+                rate = box.optimizer.param_groups[0]["lr"]
+                processes.as_first(_trained(box))  # statistics of BatchNorm are of each process's part
+                outputs, labels, _ = experiment.embed(experiment.student, box.val_data_loader)
+            except FloatingPointError as error:
+                kept = f"the checkpoint of epoch {epoch} stays" if epoch else "there is no checkpoint yet"
+                raise FloatingPointError(f"epoch {epoch + 1}: {error}; {kept}") from error
+            if processes.rank() == 0 and not has_collapsed and collapsed(outputs):
+                has_collapsed = True
+                warnings.warn(
+                    f"epoch {epoch + 1}: the student makes the same output of all {len(outputs)} test images, where "
+                    "RKD gives it a gradient of exactly 0; start again from other weights, with a smaller learning "
+                    "rate, or with a further loss that parts them",
+                    stacklevel=2,
+                )
             metrics = experiment.measure(outputs, labels)
             box.post_epoch_process()
             history.append(
                 {
                     "epoch": epoch + 1,
-                    "loss": sum(losses) / len(losses),
+                    "loss": part["total"] / part["steps"],
                     "lr": rate,
                     **metrics,
                     "seconds": time.monotonic() - started,
@@ -110,8 +157,10 @@ def _train(
             if events is not None:
                 for name, value in history[-1].items():
                     events.add_scalar(name, value, epoch + 1)
-            if processes.rank() == 0:
-                _save(folder, experiment.student, box, history, next(iter(metrics)))
+            processes.of_first(partial(_save, folder, experiment.student, box, history, next(iter(metrics))))
+            part = START
+            if processes.share(asked):
+                return
 
 
 def _metrics(history: list[dict[str, Any]]) -> list[str]:
@@ -128,32 +177,93 @@ def _is_settled(history: list[dict[str, Any]], patience: int | None) -> bool:
     return max(values[:-patience]) >= max(values[-patience:])
 
 
-def steps_of(experiment: Experiment, box: Any) -> Iterator[float]:
-    """One epoch; the loss of each step, of all processes together, whose update is done unless it is not finite."""
-    for batch, targets, supplement in box.train_data_loader:
-        box.pre_forward_process()
-        with experiment.precision():
-            loss = box.forward_process(experiment.place(batch), targets.to(experiment.device), supplement)
-        value = processes.mean(loss)
-        if math.isfinite(value):
+def steps_of(experiment: Experiment, box: Any, part: Mapping[str, Any] = START) -> Iterator[float]:
+    """One epoch, or the rest of it; the loss of each step, of all processes together, whose update is done.
+
+    Args:
+        experiment: of the box.
+        box: after ``pre_epoch_process``, seeded for the epoch.
+        part: of the epoch, that is done: its ``steps``, and where the ``random`` numbers were after them.
+
+    Raises:
+        FloatingPointError: if a loss is not finite, before the update; it names the term, and an image if one is why.
+        ValueError: if the epoch has no step.
+    """
+    loader = box.train_data_loader
+    if not len(loader):
+        raise ValueError(
+            f"train.train_data_loader: expected a batch or more in an epoch, got none of {len(loader.dataset)} images; "
+            "use a smaller batch"
+        )
+    loaded = batches(loader)
+    if part["steps"]:
+        # Loaded in vain: what samplers, transforms and the loader's processes have drawn then is known to them alone.
+        next(islice(loaded, part["steps"] - 1, None))
+        set_random_state(part["random"][processes.rank()], experiment.device)
+    with _terms(box.criterion) as terms:
+        for step, (batch, targets, supplement) in enumerate(loaded, part["steps"] + 1):
+            terms.update(dict.fromkeys(terms))
+            box.pre_forward_process()
+            try:
+                with experiment.precision():
+                    loss = box.forward_process(experiment.place(batch), targets.to(experiment.device), supplement)
+            except FloatingPointError:  # of a miner, which embeddings that are not finite leave without tuples
+                loss = torch.tensor(math.nan, device=experiment.device)
+            value = processes.mean(loss)
+            if not math.isfinite(value):
+                suspects = range(0 if batch.isfinite().all() else len(loader.dataset))
+                missing = [name for name, term in terms.items() if term is None][:1]  # the one that raised
+                through = [name for name, term in terms.items() if term is not None and not term.isfinite().all()]
+                raise FloatingPointError(
+                    f"the loss became {value} in step {step}"
+                    + (f" through its term {', '.join(through or missing)}" if through or missing else "")
+                    + experiment.not_finite(loader.dataset, suspects)
+                )
             processes.average_gradients(loss, (p for group in box.optimizer.param_groups for p in group["params"]))
             box.post_forward_process(loss)
-        yield value
+            yield value
+
+
+@contextmanager
+def _terms(criterion: Any) -> Iterator[dict[str, Tensor | None]]:
+    """The last value of each term of torchdistill's sum, by name."""
+    values: dict[str, Tensor | None] = {}
+
+    def keep(name: str, *called: Any) -> None:
+        values[name] = called[-1].detach()
+
+    hooks = []
+    for name, (term, _) in getattr(criterion, "term_dict", {}).items():
+        values[name] = None
+        hooks.append(term.register_forward_hook(partial(keep, name)))
+    try:
+        yield values
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _save(folder: Path, student: nn.Module, box: Any, history: list[dict[str, Any]], metric: str) -> None:
-    checkpoint = {
-        "model": student.state_dict(),
-        "trained": _trained(box).state_dict(),
-        "optimizer": box.optimizer.state_dict(),
-        "lr_scheduler": box.lr_scheduler and box.lr_scheduler.state_dict(),
-        "steps": box.stage_grad_count,
-        "history": history,
-    }
+    checkpoint = _state(student, box, history, START)
     # `best` first: were it the other way round, a kill between the two would lose the best epoch for good.
     if all(epoch[metric] < history[-1][metric] for epoch in history[:-1]):
         write_checkpoint(folder / "best.pt", checkpoint)
     write_checkpoint(folder / "last.pt", checkpoint)
+
+
+def _state(student: nn.Module, box: Any, history: list[dict[str, Any]], part: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds after the epochs of ``history`` and a part of the next one."""
+    trained = _trained(box)
+    return {
+        "model": student.state_dict(),
+        "trained": trained.state_dict(),
+        "optimizer": box.optimizer.state_dict(),
+        "lr_scheduler": box.lr_scheduler and box.lr_scheduler.state_dict(),
+        "steps": box.stage_grad_count,
+        "gradients": {name: p.grad for name, p in trained.named_parameters() if p.grad is not None},  # accumulated
+        "history": history,
+        "part": part,
+    }
 
 
 def _trained(box: Any) -> nn.Module:
@@ -162,31 +272,57 @@ def _trained(box: Any) -> nn.Module:
     return model
 
 
-def _resume(path: Path, student: nn.Module, box: Any) -> list[dict[str, Any]]:
-    """Bring a new box to the state of a checkpoint, if there is one; the epochs that are done."""
+def _resume(path: Path, experiment: Experiment, box: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Bring a new box to the state of a checkpoint, if there is one; the epochs that are done, and the part of one."""
     checkpoint = processes.of_first(lambda: _last(path))
     if checkpoint is None:
-        return []
+        return [], START
     history: list[dict[str, Any]] = checkpoint["history"]
     # A box of several stages has to reach the stage of the checkpoint before it can take its state.
     while getattr(box, "current_epoch", len(history)) < len(history):
         box.current_epoch += 1
         if box.current_epoch == box.stage_end_epoch and box.current_epoch < box.num_epochs:
             box.advance_to_next_stage()
-    for module, part in ((student, "model"), (_trained(box), "trained")):
+    for module, part in ((experiment.student, "model"), (_trained(box), "trained")):
         load_weights(module, checkpoint[part], path, str(path.with_name("recipe.yaml")))
-    box.optimizer.load_state_dict(checkpoint["optimizer"])
+    for name, gradient in checkpoint.get("gradients", {}).items():
+        _trained(box).get_parameter(name).grad = gradient.to(experiment.device)
+    try:
+        box.optimizer.load_state_dict(checkpoint["optimizer"])
+    except ValueError as error:
+        raise ValueError(
+            f"{path} holds the state of another optimizer than {path.with_name('recipe.yaml')} describes; delete the "
+            "folder, or give the run another one"
+        ) from error
     if box.lr_scheduler is not None:
         box.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
     box.stage_grad_count = checkpoint["steps"]
-    return history
+    begun: dict[str, Any] = checkpoint.get("part", START)
+    if begun["steps"] and len(begun["random"]) != processes.count():
+        raise ValueError(
+            f"{path}: expected the number of processes that were stopped within epoch {len(history) + 1}, "
+            f"{len(begun['random'])}, got {processes.count()}; start as many until that epoch has ended"
+        )
+    return history, begun
 
 
 def _last(path: Path) -> dict[str, Any] | None:
+    """The last checkpoint that can be read, None if there is none at all."""
     for stray in path.parent.glob(".*.tmp*"):
         stray.unlink()
-    parts = "model", "trained", "optimizer", "lr_scheduler", "steps", "history"
-    return read_checkpoint(path, *parts) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return read_checkpoint(path, *PARTS)
+    except DamagedError as error:
+        best = path.with_name("best.pt")
+        try:
+            checkpoint = read_checkpoint(best, *PARTS)
+        except (FileNotFoundError, ValueError):
+            raise error from None
+        # The epochs since come out the same again.
+        warnings.warn(f"{error}; going on from {best}, epoch {len(checkpoint['history'])}", stacklevel=2)
+        return checkpoint
 
 
 def events_in(folder: Path, done: int = 0) -> AbstractContextManager[Any]:

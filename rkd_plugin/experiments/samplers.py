@@ -63,11 +63,8 @@ class SharedBatches(SharedBatchSampler):
             return
         for number, batch in enumerate(batches, 1):
             is_rest = number == len(batches) and count <= len(batch) < len(batches[0])
-            if len(batch) % count and not is_rest:
-                raise ValueError(
-                    f"expected batches that {count} processes share evenly, got one of {len(batch)} images; change "
-                    "recipe.batch_size, which counts the images of all processes together, or set drop_last"
-                )
+            if not is_rest:
+                _check_even(len(batch))
         for batch in batches:
             size = len(batch) // count
             yield batch[rank * size : (rank + 1) * size]
@@ -90,7 +87,8 @@ class ClassBalancedBatchSampler(SharedBatchSampler):
 
     Raises:
         TypeError: if the data set tells no labels.
-        ValueError: if a number is not positive, or the classes do not fill a batch.
+        ValueError: if a number is not positive, or the classes do not fill a batch; when iterated, if the processes
+            cannot share it evenly.
 
     Source: the authors' ``metric/batchsampler.py`` (``NPairs``). The random numbers follow PyTorch's global seed.
 
@@ -124,7 +122,8 @@ class ClassBalancedBatchSampler(SharedBatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         """Lists of indices into the data set."""
         rank, generator = processes.rank(), _generator()
-        start, stop = (self.batch_size * part // processes.count() for part in (rank, rank + 1))
+        _check_even(self.batch_size)
+        size = self.batch_size // processes.count()
         for _ in range(self.iterations):
             batch: list[int] = []
             # Every class brings at least one image, so that no more classes than this are needed.
@@ -132,7 +131,7 @@ class ClassBalancedBatchSampler(SharedBatchSampler):
                 batch += generator.sample(images, min(self.images_per_class, len(images)))
                 if len(batch) >= self.batch_size:
                     break
-            yield batch[start:stop]
+            yield batch[rank * size : (rank + 1) * size]
 
 
 @register_batch_sampler
@@ -213,6 +212,14 @@ class WholeBatches(BaseDatasetWrapper):
         whole = getattr(self.org_dataset, "__getitems__", None)
         items = whole(indices) if whole else [self.org_dataset[index] for index in indices]
         return [(image, label, {}) for image, label in items]
+
+
+def _check_even(images: int) -> None:
+    if images % processes.count():
+        raise ValueError(
+            f"expected batches that {processes.count()} processes share evenly, got one of {images} images; change "
+            "recipe.batch_size, which counts the images of all processes together, or set drop_last"
+        )
 
 
 def _check_positive(sampler: object, **numbers: int) -> None:
