@@ -18,7 +18,7 @@ from test_kernels import HARD, assert_within_budget, clusters, distinct, duplica
 from torch.utils.checkpoint import checkpoint
 
 from rkd_plugin import functional, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
-from rkd_plugin.kernels import chunked
+from rkd_plugin.kernels import chunked, reference
 
 triton = pytest.importorskip("triton")
 from rkd_plugin.kernels import fused  # noqa: E402
@@ -69,9 +69,9 @@ def test_under_the_interpreter():
     assert "skipped" not in done.stdout
 
 
-def angle_losses(student, teacher):
+def angle_losses(student, teacher, vertices=None):
     """Without the public function, which refuses a CPU."""
-    return fused.angle(fused.relations(student), fused.relations(teacher), 1.0)
+    return fused.angle(fused.relations(student), fused.relations(teacher), 1.0, vertices=vertices)
 
 
 class UnseenGPU:
@@ -110,8 +110,9 @@ def test_compiles_for_a_gpu(monkeypatch, capability, rows, wide):
     with torch.no_grad():
         angle_losses(student, teacher)
     angle_losses(student.requires_grad_(), teacher).sum().backward()
-    # Squares of both sides, twice, and the angles: alone, with their gradient, and with weights.
-    assert len(compiled) == 7
+    angle_losses(student, teacher, vertices=5).sum().backward()
+    # Squares of both sides, three times, and the angles: alone; all and some, with their gradient, and with weights.
+    assert len(compiled) == 11
     for kernel in compiled:
         assert not re.search(r"\b(atom|red)\.", kernel.asm["ptx"])  # nothing is added up in whatever order
 
@@ -190,6 +191,22 @@ def test_upstream_weights(rows, wide):
         (theirs,) = torch.autograd.grad(expected @ weights.double(), truth, retain_graph=True)
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-6 * float(theirs.abs().max()))
         assert ours.any() == weights.any()
+
+
+@runs_kernel
+@pytest.mark.parametrize("vertices", [0, 1, 5, 32, 33, 40])
+def test_some_vertices(vertices):
+    """The first rows, whose angles are between all rows; as many tiles lie before and behind the last of them."""
+    student, teacher = batch(40)
+    leaf, truth = (student.clone().requires_grad_() for _ in range(2))
+    losses = angle_losses(leaf, teacher, vertices)
+    expected = reference.angle(reference.relations(truth), reference.relations(teacher), 1.0, vertices=vertices)
+    torch.testing.assert_close(losses, expected)
+    for weights in (torch.rand(vertices) - 0.3, torch.ones(vertices)):
+        weights = weights.to(DEVICE, torch.float64)
+        (ours,) = torch.autograd.grad(losses @ weights, leaf, retain_graph=True)
+        (theirs,) = torch.autograd.grad(expected @ weights, truth, retain_graph=True)
+        torch.testing.assert_close(ours, theirs)
 
 
 @runs_kernel

@@ -103,16 +103,19 @@ def _angle_kernel(
     losses,
     gradient,
     rows,
+    vertices,
     width,
     split: tl.constexpr,
     weighted: tl.constexpr,
+    needs_losses: tl.constexpr,
     needs_gradient: tl.constexpr,
     tile: tl.constexpr,
     span: tl.constexpr,
 ):
-    """One tile: losses per vertex and the gradient of the squares, or only the latter, for ``weights`` of the vertices.
+    """One tile: losses per vertex, and the gradient of the squares, for ``weights`` of the vertices if there are any.
 
-    ``student`` and ``teacher`` are results of `_packed`. ``losses`` is ``(2, width / tile, width)``.
+    ``student`` and ``teacher`` are results of `_packed`. ``losses`` is ``(2, width / tile, width)``; of rows behind the
+    first ``vertices``, whose weights are 0, it is only a part.
     """
     tile_i, tile_j = tl.program_id(0), tl.program_id(1)
     if tile_i > tile_j:
@@ -130,7 +133,10 @@ def _angle_kernel(
     last = rows
     if weighted:
         weight_i, weight_j = tl.load(weights + i)[:, None], tl.load(weights + j)[None, :]
+    if end is not None:
         last = tl.load(end)
+    if tile_i * tile >= vertices:  # where neither i nor j is a vertex, only k can be one
+        last = tl.minimum(last, vertices)
     total_across = tl.zeros((tile, tile), tl.float64)
     total_along = tl.zeros((tile, tile), tl.float64)
     losses_i = tl.zeros((tile,), tl.float64)
@@ -150,25 +156,25 @@ def _angle_kernel(
             diff_i = tl.where((j != k)[None, :], cos_i - want_i, 0.0)
             diff_j = tl.where((i != k)[:, None], cos_j - want_j, 0.0)
             slope_i, slope_j = _slope(diff_i, limit, split), _slope(diff_j, limit, split)
+            if needs_losses:
+                loss_i = tl.fma(slope_i, tl.fma(slope_i, -0.5, diff_i), loss_i)
+                loss_j = tl.fma(slope_j, tl.fma(slope_j, -0.5, diff_j), loss_j)
             if weighted:
                 slope_i *= weight_i
                 slope_j *= weight_j
-            else:
-                loss_i = tl.fma(slope_i, tl.fma(slope_i, -0.5, diff_i), loss_i)
-                loss_j = tl.fma(slope_j, tl.fma(slope_j, -0.5, diff_j), loss_j)
             if needs_gradient:
                 slope_k = _slope(want_k - cos_k, limit, split)
                 if weighted:
                     slope_k *= tl.load(weights + k)
                 across = tl.fma(slope_k, scale_k, tl.fma(slope_j, scale_j, tl.fma(slope_i, scale_i, across)))
                 along = tl.fma(slope_j, cos_j, tl.fma(slope_i, cos_i, along))
-        if not weighted:
+        if needs_losses:
             losses_i += tl.sum(tl.where(upper, loss_i, 0.0).to(tl.float64), 1)
             losses_j += tl.sum(tl.where(upper, loss_j, 0.0).to(tl.float64), 0)
         if needs_gradient:
             total_across += across.to(tl.float64)
             total_along += along.to(tl.float64)
-    if not weighted:
+    if needs_losses:
         tl.store(losses + tile_j * width + i, losses_i)
         tl.store(losses + (tl.num_programs(0) + tile_i) * width + j, losses_j)
     if needs_gradient:
@@ -198,12 +204,14 @@ def angle(
 ) -> Tensor:
     """See ``reference.angle``; the same from squared distances, all triplets in one kernel.
 
-    A choice of triplets or vertices goes to ``chunked``: the kernel saves little where its tiles still meet all rows.
+    V of N vertices cost about 3 V / N of all, and never more than all: a tile with one of them meets all rows. A choice
+    of triplets goes to ``chunked``.
     """
-    if triplets is not None or vertices not in (None, len(student.squares)):
-        return chunked.angle(student, teacher, huber_delta, triplets, vertices)
+    if triplets is not None:
+        return chunked.angle(student, teacher, huber_delta, triplets)
     needs_gradient = torch.is_grad_enabled() and student.squares.requires_grad
-    sums: Tensor = _angle(student.squares, teacher.squares, huber_delta, student.dtype, needs_gradient)[0]
+    vertices = len(student.squares) if vertices is None else vertices
+    sums: Tensor = _angle(student.squares, teacher.squares, huber_delta, student.dtype, vertices, needs_gradient)[0]
     return sums
 
 
@@ -253,24 +261,27 @@ def _launch(
     teacher: Tensor,
     huber_delta: float,
     dtype: torch.dtype,
+    vertices: int,
     needs_gradient: bool,
     weights: Tensor | None = None,
     end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Angle losses ``(N,)`` per vertex and their gradient ``(N, N)``; given ``weights``, only the gradient.
+    """Angle losses ``(vertices,)`` and their gradient ``(N, N)``; given ``weights`` and ``end``, only the gradient.
 
     ``end`` is how many rows k are walked along, a tensor of one integer: where it is 0, the weights cost nothing.
     """
     rows = len(student)
     gradient = student.new_zeros((rows, rows) if needs_gradient else 0)
-    if rows < 3:
-        return student.new_zeros(rows), gradient
+    if rows < 3 or vertices == 0:
+        return student.new_zeros(vertices), gradient
+    if weights is None and vertices < rows:
+        weights = student.new_ones(vertices)
     sides = [_packed(squares, dtype) for squares in (student, teacher)]
     width = sides[0].shape[1]
     losses = student.new_zeros(2, width // TILE, width)
     limit = torch.full((1,), huber_delta, dtype=dtype, device=student.device)
     if weights is not None:
-        weights = torch.nn.functional.pad(weights.to(dtype), (0, width - rows))
+        weights = torch.nn.functional.pad(weights.to(dtype), (0, width - vertices))
     with torch.cuda.device_of(student):
         _angle_kernel[(width // TILE, width // TILE)](
             *sides,
@@ -280,30 +291,32 @@ def _launch(
             losses,
             gradient,
             rows,
+            vertices,
             width,
             split=dtype != torch.float64,
             weighted=weights is not None,
+            needs_losses=end is None,
             needs_gradient=needs_gradient,
             tile=TILE,
             span=SPAN,
             **LAUNCH,
         )
-    return losses[..., :rows].sum((0, 1)), gradient
+    return losses[..., :vertices].sum((0, 1)), gradient
 
 
 @torch.library.custom_op("rkd_plugin::fused_angle", mutates_args=())
 def _angle(
-    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, needs_gradient: bool
+    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, vertices: int, needs_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     # As in chunked, the gradient is taken in the forward pass for weights of 1, which most reductions ask for.
-    return _launch(student, teacher, huber_delta, dtype, needs_gradient)
+    return _launch(student, teacher, huber_delta, dtype, vertices, needs_gradient)
 
 
 @_angle.register_fake
 def _(
-    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, needs_gradient: bool
+    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, vertices: int, needs_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    return student.new_empty(len(student)), torch.empty_like(student) if needs_gradient else student.new_empty(0)
+    return student.new_empty(vertices), torch.empty_like(student) if needs_gradient else student.new_empty(0)
 
 
 @torch.library.custom_op("rkd_plugin::fused_angle_backward", mutates_args=())
@@ -312,9 +325,9 @@ def _angle_backward(
 ) -> Tensor:
     # Whether the gradient at hand will do is only known on the device, where it ends the walk before it begins.
     equal = (weights == weights[:1]).all()
-    end = len(weights) * (~equal).int()
-    weighted = _launch(student, teacher, huber_delta, dtype, True, weights, end)[1]
-    return torch.where(equal, gradient * weights[:1], weighted)
+    end = len(student) * (~equal).int()
+    weighted = _launch(student, teacher, huber_delta, dtype, len(weights), True, weights, end)[1]
+    return torch.where(equal, gradient * weights[:1].sum(), weighted)  # of none, where there is no vertex
 
 
 @_angle_backward.register_fake
@@ -325,12 +338,12 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teacher, ctx.huber_delta, ctx.dtype, _ = inputs
+    student, teacher, ctx.huber_delta, ctx.dtype, _, _ = inputs
     ctx.save_for_backward(student, teacher, output[1])
 
 
 def _differentiate(ctx: Any, weights: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _angle_backward(weights, *ctx.saved_tensors, ctx.huber_delta, ctx.dtype), None, None, None, None
+    return _angle_backward(weights, *ctx.saved_tensors, ctx.huber_delta, ctx.dtype), None, None, None, None, None
 
 
 _angle.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,94 @@
+"""Time and memory of the angle loss of a batch that processes share, beside each computing all of it (gloo, CPU).
+
+Run from the checkout, ``PYTHONPATH=. python tests/bench/processes.py [N ...]``; prints the README's table. What is
+compared takes turns, in all processes at once. ``predicted`` is the cost model of ``rkd_plugin/distributed.py``, whose
+constants are measured in the same rounds.
+"""
+
+import os
+import sys
+import time
+from statistics import median
+
+import torch
+from torch import distributed, multiprocessing
+
+from rkd_plugin import rkd_angle_loss
+from rkd_plugin.bench import Case, batch, environment
+from rkd_plugin.bench.measuring import _forget_peak, _peak
+from rkd_plugin.distributed import gather
+
+ROUNDS, WARM_UPS = 7, 2
+HEAD = "N", "W", "each computes all, ms", "shared, ms", "times faster", "predicted, ms", "c2 N^2, ms", "sent, ms", "MB"
+
+
+def steps(rank, processes, rows):
+    """Forward and backward of all of it, of what one vertex costs, of a share, and of what a share communicates."""
+    student, teacher = batch(Case(rows))
+    own = slice(rank * rows // processes, (rank + 1) * rows // processes)
+
+    def sent(student, teacher):
+        return gather("bench", student, teacher, True, False).student.sum()
+
+    def step(chosen, loss, **options):
+        distributed.barrier()
+        learning = student[chosen].clone().requires_grad_()
+        started = time.perf_counter()
+        loss(learning, teacher[chosen], **options).backward()
+        distributed.barrier()
+        return (time.perf_counter() - started) * 1e3
+
+    return (
+        lambda: step(slice(None), rkd_angle_loss),
+        lambda: step(slice(None), rkd_angle_loss, anchors=1),
+        lambda: step(own, rkd_angle_loss, gather=True),
+        lambda: step(own, sent),
+    )
+
+
+def times(rank, processes, rows, address, results):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
+    kinds = steps(rank, processes, rows)
+    rounds = [[kind() for kind in kinds] for _ in range(WARM_UPS + ROUNDS)][WARM_UPS:]
+    results[rank] = list(zip(*rounds, strict=True))
+    distributed.destroy_process_group()
+
+
+def growth(rank, processes, rows, address, results):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
+    shared = steps(rank, processes, rows)[2]
+    steps(rank, processes, 512)[2]()  # what compiling takes is not the batch's
+    _forget_peak()
+    before = _peak()
+    shared()
+    results[rank] = (_peak() - before) / 1e6
+    distributed.destroy_process_group()
+
+
+def measure(kind, processes, rows):
+    with multiprocessing.Manager() as manager:
+        results = manager.dict()
+        address = f"tcp://127.0.0.1:{29500 + rows % 977 + processes}"
+        multiprocessing.spawn(kind, (processes, rows, address, results), processes)
+        return dict(results)
+
+
+if __name__ == "__main__":
+    sizes = [int(argument) for argument in sys.argv[1:]] or [512, 1024, 2048]
+    print("| " + " | ".join(HEAD) + " |\n|" + " --- |" * len(HEAD), flush=True)
+    for rows in sizes:
+        for processes in (1, 2, 3):
+            every, one, shared, sent = found = measure(times, processes, rows)[0]
+            every, one, _, sent = map(median, found)
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # as in `rkd bench`: live memory, not its gaps
+            memory = max(measure(growth, processes, rows).values())
+            del os.environ["MALLOC_MMAP_THRESHOLD_"]
+            print(
+                f"| {rows} | {processes} | {every:.0f} | {median(shared):.0f} ({min(shared):.0f} to {max(shared):.0f}) "
+                f"| {every / median(shared):.2f}x | {(every - one) / processes + one + sent:.0f} | {one:.0f} "
+                f"| {sent:.1f} | {memory:.0f} |",
+                flush=True,
+            )
+    print({name: value for name, value in environment("cpu").items() if name != "threads"})
