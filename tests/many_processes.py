@@ -22,7 +22,7 @@ from rkd_plugin.experiments.recipe import read
 
 
 class Points(torch.utils.data.Dataset):
-    """Points around the centres of ten classes; BREAK=rank,after,how ends a process at a point that it asks for."""
+    """Points around the centres of ten classes; BREAK=rank,after,how breaks a process at a point that it asks for."""
 
     def __init__(self, count, seed):
         drawn = torch.Generator().manual_seed(seed)
@@ -38,9 +38,10 @@ class Points(torch.utils.data.Dataset):
         rank, after, how = os.environ.get("BREAK", "-1,0,").split(",")
         self.asked += 1
         if int(rank) == processes.rank() and self.asked > int(after):
-            if how == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise OSError(f"cannot read point {index}")
+            if how == "raise":
+                raise OSError(f"cannot read point {index}")
+            if how == "kill" or self.asked == int(after) + 1:
+                os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGTERM)
         return self.points[index], self.targets[index]
 
 

@@ -216,9 +216,10 @@ def test_a_file_that_is_no_checkpoint_of_ours(runs, capsys, tmp_path):
     torch.save(weights, paths["bare"])
     torch.save(weights["linear.bias"], paths["tensor"])
     write_checkpoint(paths["empty"], {})
-    unreadable = "could not read it, as it is cut, or of another kind; give a file that `rkd run` wrote"
     messages = {
-        "text": unreadable, "cut": unreadable, "executed": "could not read it, as it names pathlib.PosixPath",
+        "text": "could not read it, as it is of another kind; give a file that `rkd run` wrote",
+        "cut": "could not read it, as it is cut or changed; give a file that `rkd run` wrote",
+        "executed": "could not read it, as it names pathlib.PosixPath",
         "bare": "expected a checkpoint with model at .*, got backbone.conv1.weight, .* and .* more; give a file that",
         "tensor": "expected a checkpoint with model at .*, got Tensor; give",
         "empty": "expected a checkpoint with model at .*, got nothing; give",

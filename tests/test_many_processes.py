@@ -283,6 +283,21 @@ def test_data_that_one_process_cannot_load_keeps_no_other_waiting(alone, tmp_pat
     assert re.search(r"rkd run, rank 0 of 2 processes: expected the other processes to go on, .*\n$", waiting.stderr)
 
 
+def test_asked_to_stop_one_stops_all_after_the_same_step(alone, tmp_path):
+    path, folder = alone[1]["two_stages"], tmp_path / "run"
+    command = ["-m", "rkd_plugin", "run", path, "--out", str(folder)]
+    stopped = python(*TORCHRUN, *command, BREAK="1,100,term")
+    assert stopped.returncode != 0
+    kept = read_checkpoint(folder / "last.pt")
+    assert (len(kept["history"]), len(kept["part"]["random"])) == (2, 2), stopped.stderr
+    assert 0 < kept["part"]["steps"] < 4
+    with pytest.raises(ValueError, match="stopped within epoch 3, 2, got 1; start as many until that epoch has ended"):
+        many_processes.train(path, folder)
+    went_on = python(*TORCHRUN, *command)
+    assert went_on.returncode == 0, went_on.stderr
+    same([result(where)["history"] for where in (alone[0] / "two_stages", folder)])
+
+
 @pytest.mark.parametrize("variables", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
 def test_what_processes_do_not_share_is_refused(monkeypatch, capsys, variables):
     for name, value in zip((*variables, "MASTER_ADDR", "MASTER_PORT"), "1234", strict=True):
@@ -291,7 +306,7 @@ def test_what_processes_do_not_share_is_refused(monkeypatch, capsys, variables):
     assert cli.main(["reproduce", "quickstart"]) == 1
     assert capsys.readouterr().err == (
         "rkd reproduce, rank 1 of 2 processes: expected one process, got 2, which share the work of `rkd run` and "
-        "`rkd eval` alone; start this without torchrun or srun\n"
+        "`rkd eval` and `rkd embed` alone; start this without torchrun or srun\n"
     )
 
 

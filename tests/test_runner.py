@@ -4,10 +4,6 @@ import json
 import math
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -125,40 +121,6 @@ def test_interrupted_in_any_stage_ends_as_undisturbed(tmp_path, monkeypatch, epo
     assert without_times(runner.run(recipe, tmp_path / "stopped")["history"]) == without_times(expected)
 
 
-def test_killed_at_any_moment_ends_as_undisturbed(tmp_path):
-    """SIGKILL before the first step, after the first checkpoint, and while another one is being written."""
-    # Long enough that a slow machine still sees the checkpoints come.
-    overrides = [*TINY, "recipe.num_epochs=30"]
-    expected = run(tmp_path / "undisturbed", overrides=overrides)
-    folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "rkd_plugin", "run", "quickstart/student", *overrides, "--out", str(folder)]
-
-    def killed_when(ready, patience=60.0):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + patience
-        while not ready() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for path in folder.glob("[!.]*.pt"):
-            assert read_checkpoint(path)["history"]
-        for path in folder.glob("[!.]*.json"):
-            json.loads(path.read_text())
-
-    killed_when((folder / "recipe.yaml").is_file)
-    assert not (folder / "result.json").exists()
-    killed_when((folder / "last.pt").is_file)
-    assert not (folder / "result.json").exists()
-    assert len(read_checkpoint(folder / "last.pt")["history"]) < 30
-    # While the next checkpoint is being written.
-    killed_when(lambda: any(folder.glob(".*.tmp*")))
-    subprocess.run(command, check=True, capture_output=True)
-    result = json.loads((folder / "result.json").read_text())
-    assert result["final"] == expected["final"]
-    assert without_times(result["history"]) == without_times(expected["history"])
-    assert list(folder.glob(".*")) == []
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_before_epoch(patch, 3)
@@ -167,7 +129,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     kept = (tmp_path / "last.pt").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(PMLLoss, "forward", lambda *_, **__: torch.tensor(math.nan))
-        with pytest.raises(FloatingPointError, match=r"the loss became nan in epoch 3"):
+        with pytest.raises(
+            FloatingPointError, match=r"^epoch 3: the loss became nan in step 1 through its term triplet"
+        ):
             run(tmp_path)
     assert (tmp_path / "last.pt").read_bytes() == kept
 

@@ -126,7 +126,7 @@ def _process(rank, processes, address, results):
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
     sampler = DistributedSampler(Data())
     kinds = {
-        "balanced": ClassBalancedBatchSampler(sampler, 32, 5, 3),
+        "balanced": ClassBalancedBatchSampler(sampler, 30, 5, 3),
         "episodic": EpisodicBatchSampler(sampler, 7, 2, 1, 6),
         "parts": shared(whole=False, batch_size=12),
         "whole": shared(whole=True),
@@ -135,9 +135,14 @@ def _process(rank, processes, address, results):
         torch.manual_seed(rank)  # processes that were seeded differently still share their batches
         results[name, rank] = through_a_loader(kind)
         assert len(results[name, rank]) == len(kind)
-    for name, batch_size in (("odd", 19), ("short", 18)):
+    refused = {
+        "odd": shared(whole=False, batch_size=19),
+        "short": shared(whole=False, batch_size=18),
+        "unbalanced": ClassBalancedBatchSampler(sampler, 31, 5, 3),
+    }
+    for name, kind in refused.items():
         with pytest.raises(ValueError, match=f"expected batches that {processes} processes share evenly") as error:
-            list(shared(whole=False, batch_size=batch_size))
+            list(kind)
         results[name, rank] = str(error.value)
     distributed.destroy_process_group()
 
@@ -150,8 +155,8 @@ def test_processes_share_the_batches_of_one(processes, tmp_path):
         found = {kind: [results[kind, rank] for rank in range(processes)] for kind, _ in sorted(results.keys())}
     parts, turns = found["balanced"], found["episodic"]
     torch.manual_seed(0)
-    assert [list(chain(*shares)) for shares in zip(*parts, strict=True)] == through_a_loader(batches(iterations=3))
-    assert all(abs(len(share) - 32 / processes) < 1 for part in parts for share in part)
+    assert [list(chain(*shares)) for shares in zip(*parts, strict=True)] == through_a_loader(batches(30, iterations=3))
+    assert {len(share) for part in parts for share in part} == {30 // processes}
     torch.manual_seed(0)  # an episode is never torn apart
     assert [episode for turn in zip(*turns, strict=True) for episode in turn] == through_a_loader(episodes())
     torch.manual_seed(0)
@@ -164,7 +169,7 @@ def test_processes_share_the_batches_of_one(processes, tmp_path):
     whole = [batch for turn in zip_longest(*found["whole"]) for batch in turn if batch]
     assert whole == through_a_loader(shared(whole=True))
     assert len(set(chain(*whole))) == 199
-    for name, size in (("odd", 19), ("short", 1)):
+    for name, size in (("odd", 19), ("short", 1), ("unbalanced", 31)):
         assert all(f"got one of {size} images; change recipe.batch_size" in text for text in found[name])
 
 

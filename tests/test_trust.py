@@ -1,0 +1,79 @@
+"""What the README promises about recipes and checkpoints of others."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import nn
+from torchdistill.models.registry import MODEL_DICT
+
+from rkd_plugin.cli import main
+from rkd_plugin.experiments.recipe import check, read
+
+
+class Folder:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A checkpoint that leaves ``made`` behind if it is executed."""
+    torch.save({"model": {}, "args": Folder(tmp_path / "made")}, tmp_path / "mine.pt")
+    yield tmp_path / "mine.pt"
+    assert not (tmp_path / "made").exists()
+    torch.load(tmp_path / "mine.pt", weights_only=False)
+    assert (tmp_path / "made").is_dir()  # the check can fail
+
+
+def side(name, process, path):
+    return f"train.{name}={{forward_proc: {process}, requires_grad: False, src_ckpt: '{path}'}}"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["run", "quickstart/rkd_da", "recipe.teacher_checkpoint={}"], "names posix.mkdir, which would be executed"),
+        (["eval", "quickstart/student", "--checkpoint", "{}"], "names posix.mkdir, which would be executed"),
+        (
+            ["run", "quickstart/rkd_da", side("student", "forward_batch_only", "{}")],
+            "give it to the model under `models:",
+        ),
+        (["run", "quickstart/rkd_da", side("teacher", "forward_in_eval_mode", "{}")], "give it to the model under"),
+    ],
+)
+def test_no_checkpoint_is_executed(command, message, mine, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([word.replace("{}", str(mine)) for word in command]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_of_what_a_recipe_names_only_its_models_are_called_by_check(monkeypatch):
+    built = []
+
+    class Mine(nn.Linear):
+        def __init__(self, weights="published", pretrained=True):
+            super().__init__(2, 2)
+            built.append((self.weight.device.type, weights, pretrained))
+
+    monkeypatch.setitem(MODEL_DICT, "Mine", Mine)
+    assert check(read("quickstart/student", ["models.model={key: Mine, kwargs: {}}"])) == []
+    assert built == [("meta", None, None)]
+    # torchvision's own look-ups would be called with a name, and download what they find.
+    for key in ("get_model", "get_weight", "list_models"):
+        ((path, _),) = check(
+            read("quickstart/student", [f"models.model={{key: {key}, kwargs: {{name: fcn_resnet50}}}}"])
+        )
+        assert path == "models.model.key"
+    # It has no weights, but its backbone would have.
+    model = "{key: BackboneEmbedding, kwargs: {backbone: fcn_resnet50, embedding_dim: 2, l2_normalize: False}}"
+    ((path, message),) = check(read("quickstart/student", [f"models.model={model}"]))
+    assert path == "models.model"
+    assert "expected a network of torchvision" in message
