@@ -52,7 +52,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),  # PyTorch cannot pickle uint32
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, np.int64)), *rest),  # PyTorch cannot pickle uint32
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
