@@ -210,7 +210,7 @@ OVERRIDE = st.builds("{}{}{}".format, KEY, EQUALS, HOSTILE_OR_KNOWN)
 OTHERS = st.sampled_from(["quickstart/student", "--out", "--seeds", "--help", "--", "-x", "-", "@x", "%s", "1"])
 WORD = st.one_of(OVERRIDE, OVERRIDE, OTHERS, st.text(max_size=6))
 COMMAND = st.tuples(
-    st.sampled_from(["check"] * 6 + ["run", "eval", "reproduce", "bench", "ls", "chek", ""]),
+    st.sampled_from(["check"] * 6 + ["run", "eval", "reproduce", "embed", "bench", "ls", "chek", ""]),
     st.sampled_from(
         ["quickstart/rkd_da"] * 6 + ["quickstart", ".", "/dev/null", "/", "a\0b", "x" * 5000, "\udcff", ""]
     ),
@@ -225,7 +225,7 @@ def test_any_command_line(calls, command):
     out = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="")
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", newline="")
     with pytest.MonkeyPatch.context() as patch, watched() as seen:
-        for other in ("_eval", "_reproduce", "_bench"):
+        for other in ("_eval", "_reproduce", "_embed", "_bench"):
             patch.setattr(cli, other, lambda options: 0)
         patch.setattr(cli, "_run", cli._check)  # what a run begins with
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
