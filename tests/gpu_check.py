@@ -169,7 +169,10 @@ def check_against_chunked(n, device):
 
 
 def check_auto():
-    check("auto takes the fused kernel", functional._kernel("check", "auto", torch.device("cuda")).__name__.endswith("fused"))
+    check(
+        "auto takes the fused kernel",
+        functional._kernel("check", "auto", torch.device("cuda")).__name__.endswith("fused"),
+    )
 
 
 def check_compile(n, device):

@@ -246,6 +246,11 @@ def test_any_command_line(calls, command):
     assert calls == []
 
 
+@pytest.mark.parametrize("line", range(len(LINES["quickstart"])))
+def test_a_tag_anywhere_in_a_suite(line):
+    answer(mutated(LINES["quickstart"], [("value", line, 0, "!import_call")]), is_suite=True)
+
+
 def test_only_what_stands_where_a_key_stands_is_imported():
     """Every scalar of a recipe but keys and dependencies names a module, and none of them is loaded."""
     named = re.compile(r"(.*\b(?:key|package|name|dependencies):.*|[^:]*:|[^:]*: [&*!].*)")

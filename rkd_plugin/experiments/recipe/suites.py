@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rkd_plugin.experiments.recipe.catalog import find
 from rkd_plugin.experiments.recipe.errors import RecipeError
-from rkd_plugin.experiments.recipe.reading import read
+from rkd_plugin.experiments.recipe.reading import Tagged, read
 from rkd_plugin.experiments.recipe.walking import Walk, each, of, positive, section
 
 _ROW = section(
@@ -46,12 +47,23 @@ def read_suite(name: str | Path) -> dict[str, Any]:
     recipe = read(name)
     walk = Walk(recipe.data)
     section({"suite": _SUITE})(walk, recipe.data, "")
+    for path, tag in _tags(recipe.data.get("suite"), "suite"):
+        walk.report(path, f"a plain value was expected, as torchdistill does not load suites, got {tag}")
     if not walk.found:
         _check_rows(walk, recipe.data["suite"])
     if walk.found:
         raise RecipeError(recipe.path, list(walk.found))
     suite: dict[str, Any] = recipe.data["suite"]
     return suite
+
+
+def _tags(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Where something would be computed, and its tag."""
+    if isinstance(value, Tagged):
+        yield path, value.tag
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tags(inner, f"{path}.{key}")
 
 
 def _check_rows(walk: Walk, suite: dict[str, Any]) -> None:
