@@ -219,7 +219,7 @@ def test_a_file_that_is_no_checkpoint_of_ours(runs, capsys, tmp_path):
     messages = {
         "text": "could not read it, as it is of another kind; give a file that `rkd run` wrote",
         "cut": "could not read it, as it is cut or changed; give a file that `rkd run` wrote",
-        "executed": "could not read it, as it names pathlib.PosixPath",
+        "executed": "could not read it, as it names pathlib(._local)?.PosixPath",
         "bare": "expected a checkpoint with model at .*, got backbone.conv1.weight, .* and .* more; give a file that",
         "tensor": "expected a checkpoint with model at .*, got Tensor; give",
         "empty": "expected a checkpoint with model at .*, got nothing; give",
