@@ -289,7 +289,8 @@ def _override(root: yaml.MappingNode, text: str) -> Iterator[Problem]:
         name = ".".join(rest[:count])
         node, done, rest = children[name], [*done, name], rest[count:]
     # All aliases of an anchor are this one object.
-    node.__class__, node.__dict__ = new.__class__, new.__dict__
+    node.__class__ = new.__class__
+    vars(node).update(vars(new))  # not the same dict, which Python 3.13.0 empties with its owner
 
 
 def _value(text: str) -> yaml.Node | None:
