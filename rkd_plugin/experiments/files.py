@@ -78,10 +78,12 @@ def alone_in(folder: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of ``path`` once the block ends well; a kill leaves the old file whole.
 
+    It has the process's number: of two that write the same at the same time, the last one's file stays.
+
     Raises:
         OSError: of the kind that writing raised, in one sentence.
     """
-    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}{path.suffix}")
     with _in_words(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from rkd_plugin.experiments.datasets.folders import files_of
+from rkd_plugin.experiments.files import replacing
 
 VERSION = 1  # of cached images: to be raised when what is decoded changes
 LARGE = 2000  # images, from which on decoding them is worth starting processes
@@ -142,22 +143,14 @@ def _is_whole(path: Path, count: int) -> bool:
 
 
 def _decode(dataset: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # With the process's number: of two that decode at the same time, the last one's file stays, and it is the same.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
     workers = torch.get_num_threads() if len(dataset) > LARGE else 1
-    loader = DataLoader(_Decoder(dataset, temporary), batch_size=None, num_workers=workers if workers > 1 else 0)
-    try:
+    with replacing(path) as temporary:
+        loader = DataLoader(_Decoder(dataset, temporary), batch_size=None, num_workers=workers if workers > 1 else 0)
         shape = (len(dataset), *_decoded(dataset, 0).shape)
         np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
         for error in tqdm(loader, desc=f"decoding into {path.parent}", unit="image", leave=False):
             if error is not None:
                 raise error
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _Decoder(Dataset[ValueError | None]):
