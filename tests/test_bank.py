@@ -16,11 +16,13 @@ import pytest
 import torch
 import torchvision
 from pytorch_metric_learning.samplers import MPerClassSampler
-from torch.utils.data import DataLoader, Dataset, Subset
+from pytorch_metric_learning.trainers import MetricLossOnly
+from pytorch_metric_learning.utils import common_functions as c_f
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.transforms import v2
 
 from rkd_plugin import cli
-from rkd_plugin.adapters.pml import RKDDALoss, RKDTrainer
+from rkd_plugin.adapters.pml import FromPacked, RKDDALoss, RKDTrainer, TeacherStudentTrunk, from_bank
 from rkd_plugin.experiments import runner
 from rkd_plugin.experiments.bank import Bank, files, views, writing
 from rkd_plugin.experiments.bank.recipes import WithTeacherBank, taught
@@ -764,18 +766,30 @@ class Items(Dataset):
         return self.x[index], self.labels[index]
 
 
-def trained(data, collate=None, **options):
+def trained(data, teacher=None, bank=None, trunk=False, **options):
+    """The student's weights after PML's trainer with a trunk that packs, or `RKDTrainer`; of a teacher or its bank."""
     torch.manual_seed(1)
     student = torch.nn.Linear(6, 3)
-    models = options.pop("models", {})
-    trainer = RKDTrainer(
-        models={"trunk": student, **models},
+    options = {"dataset": data, **options}
+    if trunk:
+        kind, models, loss = (
+            MetricLossOnly,
+            {"trunk": TeacherStudentTrunk(student, teacher)},
+            {"metric_loss": FromPacked(3, RKDDALoss())},
+        )
+        if bank:
+            own = {name: options.pop(name) for name in ("collate_fn", "data_and_label_getter") if name in options}
+            options |= from_bank(bank, data, **own)
+    else:
+        kind, models, loss = RKDTrainer, {"trunk": student}, {"rkd_loss": RKDDALoss()}
+        models |= {"teacher": teacher} if teacher else {}
+        options |= {"teacher_bank": bank} if bank else {}
+    trainer = kind(
+        models=models,
         optimizers={"trunk_optimizer": torch.optim.SGD(student.parameters(), lr=0.1)},
         batch_size=20,
-        loss_funcs={"rkd_loss": RKDDALoss()},
-        dataset=data,
+        loss_funcs=loss,
         sampler=MPerClassSampler(data.labels, 2, 20, 40),
-        collate_fn=collate,
         dataloader_num_workers=0,
         data_device=torch.device("cpu"),
         **options,
@@ -785,33 +799,62 @@ def trained(data, collate=None, **options):
     return student.weight.detach()
 
 
-@pytest.mark.parametrize("collate", [None, torch.utils.data.default_collate], ids=["default", "own"])
-def test_pmls_trainer_learns_the_same_from_a_bank(collate, tmp_path):
-    data = Items()
+def middle(embeddings, labels):
+    assert embeddings.shape == (20, 3)
+    return torch.arange(5, 15)
+
+
+OPTIONS = {
+    "nothing else": {},
+    "own collate": {
+        "collate_fn": lambda batch: default_collate(batch)[::-1],
+        "data_and_label_getter": lambda b: b[::-1],
+    },
+    "mined batches": {"mining_funcs": {"subset_batch_miner": middle}},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("trunk", [False, True], ids=["trainer", "trunk"])
+def test_pmls_trainers_learn_the_same_from_a_bank(trunk, name, tmp_path):
+    data, options = Items(), OPTIONS[name]
     torch.manual_seed(0)
     teacher = torch.nn.Linear(6, 5)
     np.save(tmp_path / "teacher.npy", teacher(data.x).detach().numpy())
-    live = trained(data, models={"teacher": teacher})
-    told = trained(data, collate, teacher_bank=Bank(tmp_path / "teacher.npy"))
+    live = trained(data, teacher, trunk=trunk, **options)
+    told = trained(data, bank=Bank(tmp_path / "teacher.npy"), trunk=trunk, **options)
     torch.testing.assert_close(told, live, rtol=CLOSE, atol=1e-6)
     np.save(tmp_path / "teacher.npy", teacher(data.x.flip(0)).detach().numpy())
-    assert not torch.allclose(trained(data, teacher_bank=Bank(tmp_path / "teacher.npy")), live, rtol=CLOSE)
+    other = trained(data, bank=Bank(tmp_path / "teacher.npy"), trunk=trunk, **options)
+    assert not torch.allclose(other, live, rtol=CLOSE)
 
 
-def test_what_pmls_trainer_refuses_beside_a_bank(tmp_path):
+def test_a_batch_with_vectors_is_moved_and_cast_as_one(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((40, 5), np.float32))
-    bank = Bank(tmp_path / "x.npy")
+    arguments = from_bank(Bank(tmp_path / "x.npy"), Items())
+    batch = arguments["collate_fn"]([arguments["dataset"][index] for index in range(4)])
+    data, labels = arguments["data_and_label_getter"](batch)
+    assert labels.tolist() == [0, 0, 0, 0]
+    moved = c_f.to_device(data, device=torch.device("meta"), dtype=torch.float64)
+    assert [(x.device.type, x.dtype) for x in moved] == [("meta", torch.float64)] * 2
+
+
+def test_what_pmls_trainers_refuse_beside_a_bank(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((40, 5), np.float32))
+    bank, teacher = Bank(tmp_path / "x.npy"), torch.nn.Linear(6, 5)
     with pytest.raises(ValueError, match="RKDTrainer: expected no teacher beside a teacher_bank"):
-        trained(Items(), models={"teacher": torch.nn.Linear(6, 5)}, teacher_bank=bank)
-    with pytest.raises(ValueError, match="expected no subset_batch_miner beside a teacher_bank"):
-        trained(Items(), mining_funcs={"subset_batch_miner": None}, teacher_bank=bank)
+        trained(Items(), teacher, bank)
+    with pytest.raises(ValueError, match=r"TeacherStudentTrunk: expected either .* got both"):
+        trained(Items(), teacher, bank, trunk=True)
+    with pytest.raises(ValueError, match=r"TeacherStudentTrunk: expected either .* got neither; .* \*\*from_bank"):
+        trained(Items(), trunk=True)
 
     class OfTwoModules:
         def over(self, data):
             return [(data[index], [torch.zeros(5)] * 2) for index in range(len(data))]
 
     with pytest.raises(ValueError, match="expected a teacher_bank of one module, got 2"):
-        trained(Items(), teacher_bank=OfTwoModules())
+        trained(Items(), bank=OfTwoModules())
 
 
 # The command.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pytorch_metric_learning.trainers import MetricLossOnly
@@ -25,10 +25,12 @@ class TeacherStudentTrunk(nn.Module):
 
     Args:
         student: maps a batch to embeddings ``(N, D_s)``.
-        teacher: maps the same batch to embeddings ``(N, D_t)``; put into eval mode here.
+        teacher: maps the same batch to embeddings ``(N, D_t)``; put into eval mode here. None: its vectors come with
+            the batch, `from_bank`.
 
     Raises:
-        ValueError: when called, if a model does not return ``(N, D)``.
+        ValueError: when called, if a model does not return ``(N, D)``; or in train mode, if there is neither a teacher
+            nor its vectors, or both.
 
     Example:
         >>> import torch
@@ -39,29 +41,37 @@ class TeacherStudentTrunk(nn.Module):
         ['student.weight', 'student.bias']
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
         super().__init__()
         self.student = student
         # Inside a tuple the teacher is no submodule: no optimiser, checkpoint or train() reaches it.
-        self._teacher = (teacher.eval(),)
+        self._teacher = (teacher.eval() if teacher is not None else None,)
 
     @property
-    def teacher(self) -> nn.Module:
+    def teacher(self) -> nn.Module | None:
         """The frozen teacher."""
         return self._teacher[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TeacherStudentTrunk:
-        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.teacher is not None:
+            self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def forward(self, data: Any) -> Tensor:
         """A batch -> ``(N, D_s + D_t)`` in train mode, ``(N, D_s)`` in eval mode."""
+        data, teacher = data if isinstance(data, _TaughtBatch) else (data, None)
         student: Tensor = self.student(data)
         if not self.training:
             return student
-        with torch.no_grad():
-            teacher: Tensor = self.teacher(data)
+        if self.teacher is not None and teacher is None:
+            with torch.no_grad():
+                teacher = self.teacher(data)
+        elif self.teacher is not None or teacher is None:
+            raise ValueError(
+                "TeacherStudentTrunk: expected either a teacher or batches with its vectors, got "
+                f"{'neither' if teacher is None else 'both'}; give it a teacher, or the trainer **from_bank(...)"
+            )
         for side, x in (("student", student), ("teacher", teacher)):
             if x.ndim != 2:
                 raise ValueError(
@@ -136,6 +146,32 @@ class FromPacked(nn.Module):
         return loss
 
 
+class _TaughtBatch(NamedTuple):
+    """A batch with the teacher's vectors, which PML's trainers move, cast and mine as they do the tensor ``data``."""
+
+    data: Any
+    teacher: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.data.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.data.dtype
+        return dtype
+
+    def to(self, device: torch.device) -> _TaughtBatch:
+        return _TaughtBatch(self.data.to(device), self.teacher.to(device))
+
+    def type(self, dtype: torch.dtype) -> _TaughtBatch:
+        return _TaughtBatch(self.data.type(dtype), self.teacher.type(dtype))
+
+    def __getitem__(self, rows: Any) -> _TaughtBatch:
+        return _TaughtBatch(self.data[rows], self.teacher[rows])
+
+
 class _CollateTaught:
     """Collates pairs of an item and its vectors; a class, so that processes that load data can be sent it."""
 
@@ -145,6 +181,66 @@ class _CollateTaught:
     def __call__(self, batch: list[tuple[Any, list[Tensor]]]) -> tuple[Any, list[Tensor]]:
         items, vectors = zip(*batch, strict=True)
         return self.collate(list(items)), [torch.stack(rows) for rows in zip(*vectors, strict=True)]
+
+
+def from_bank(
+    teacher_bank: Any,
+    dataset: Any,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    data_and_label_getter: Callable[[Any], tuple[Any, Any]] | None = None,
+) -> dict[str, Any]:
+    """Arguments of any of PML's trainers, with which its batches bring a `TeacherStudentTrunk` the teacher's vectors.
+
+    They are those of the images that the host's sampler draws, by their index in ``dataset``.
+
+    Args:
+        teacher_bank: such as ``rkd_plugin.experiments.bank.Bank("dino.npy")``, whose ``over(dataset)`` is a data set of
+            pairs of the item and a list of one vector.
+        dataset: as the trainer would be given it; testers and hooks still take it so.
+        collate_fn: as the trainer would be given it.
+        data_and_label_getter: as the trainer would be given it.
+
+    Returns:
+        ``dataset``, ``collate_fn`` and ``data_and_label_getter``.
+
+    Raises:
+        ValueError: if the bank is of another data set; of a batch, if it is of several modules.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from pytorch_metric_learning.utils.common_functions import EmbeddingDataset
+        >>> from rkd_plugin.adapters.pml import RKDDALoss
+        >>> from rkd_plugin.experiments.bank import Bank
+        >>> with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+        ...     np.save(file.name, np.random.randn(16, 4).astype(np.float32))
+        ...     student = torch.nn.Linear(5, 3)
+        ...     trainer = MetricLossOnly(
+        ...         models={"trunk": TeacherStudentTrunk(student)},
+        ...         optimizers={"trunk_optimizer": torch.optim.Adam(student.parameters())},
+        ...         batch_size=8,
+        ...         loss_funcs={"metric_loss": FromPacked(3, RKDDALoss())},
+        ...         **from_bank(Bank(file.name), EmbeddingDataset(torch.randn(16, 5), torch.arange(16))),
+        ...         dataloader_num_workers=0,
+        ...         data_device="cpu",
+        ...     )
+        ...     trainer.train(num_epochs=1)
+    """
+
+    def getter(batch: tuple[Any, list[Tensor]]) -> tuple[Any, Any]:
+        items, vectors = batch
+        if len(vectors) != 1:
+            raise ValueError(
+                f"from_bank: expected a teacher_bank of one module, got {len(vectors)}; write one of that alone"
+            )
+        data, labels = data_and_label_getter(items) if data_and_label_getter else items
+        return _TaughtBatch(data, vectors[0]), labels
+
+    return {
+        "dataset": teacher_bank.over(dataset),
+        "collate_fn": _CollateTaught(collate_fn or default_collate),
+        "data_and_label_getter": getter,
+    }
 
 
 class RKDTrainer(MetricLossOnly):
@@ -162,13 +258,13 @@ class RKDTrainer(MetricLossOnly):
 
     Args:
         args: the host's.
-        teacher_bank: whose ``over(dataset)`` is a data set of pairs of the item and a list of one vector.
+        teacher_bank: see `from_bank`.
         kwargs: the host's.
 
     Raises:
         AssertionError: from the host, if a model or loss is missing or unknown.
-        ValueError: if the teacher is given an optimiser; if there are a bank and a teacher, or a miner of batches,
-            which would leave the vectors behind; if the bank is of another data set, or of several modules.
+        ValueError: if the teacher is given an optimiser; if there are a bank and a teacher; if the bank is of another
+            data set, or of several modules.
 
     Example:
         >>> import torch
@@ -203,31 +299,12 @@ class RKDTrainer(MetricLossOnly):
         super().custom_setup()
         if self.teacher_bank is None:
             return
-        for name, given in (("teacher", self.models), ("subset_batch_miner", self.mining_funcs)):
-            if name in given:
-                raise ValueError(
-                    f"RKDTrainer: expected no {name} beside a teacher_bank, got one; leave one of them out"
-                )
-        self.dataset = self.teacher_bank.over(self.dataset)
-        self.collate_fn = _CollateTaught(self.collate_fn or default_collate)
-
-    def initialize_data_and_label_getter(self) -> None:
-        """Keep a batch's vectors aside, of which the host's getter knows nothing."""
-        super().initialize_data_and_label_getter()
-        if self.teacher_bank is None:
-            return
-        of_batch = self.data_and_label_getter
-
-        def getter(batch: tuple[Any, list[Tensor]]) -> Any:
-            items, vectors = batch
-            if len(vectors) != 1:
-                raise ValueError(
-                    f"RKDTrainer: expected a teacher_bank of one module, got {len(vectors)}; write one of that alone"
-                )
-            self.taught = vectors[0]
-            return of_batch(items)
-
-        self.data_and_label_getter = getter
+        if "teacher" in self.models:
+            raise ValueError("RKDTrainer: expected no teacher beside a teacher_bank, got one; leave one of them out")
+        for name, value in from_bank(
+            self.teacher_bank, self.dataset, self.collate_fn, self.data_and_label_getter
+        ).items():
+            setattr(self, name, value)
 
     def modify_schema(self) -> None:
         """Add the teacher and its loss to what the host accepts and requires."""
@@ -257,6 +334,11 @@ class RKDTrainer(MetricLossOnly):
             indices_tuple = self.maybe_mine_embeddings(embeddings, labels)
             self.losses["metric_loss"] = self.maybe_get_metric_loss(embeddings, labels, indices_tuple)
         if self.loss_weights["rkd_loss"] > 0:
-            known = data if self.teacher_bank is None else self.taught
+            known = data if self.teacher_bank is None else data.teacher
             teacher = self.teacher(c_f.to_device(known, device=self.data_device, dtype=self.dtype))
             self.losses["rkd_loss"] = self.loss_funcs["rkd_loss"](embeddings, labels, ref_emb=teacher)
+
+    def get_trunk_output(self, data: Any) -> Tensor:
+        """What the student's trunk says of a batch."""
+        output: Tensor = super().get_trunk_output(data if self.teacher_bank is None else data.data)
+        return output
