@@ -170,6 +170,17 @@ def test_cifar_is_downloaded_when_asked_and_only_if_it_is_the_published_archive(
         CIFAR100(root, download=True, published=False)
 
 
+def test_cifars_archive_cannot_write_outside_its_folder(tmp_path, monkeypatch, web):
+    folder, address = web
+    with tarfile.open(folder / "archive.tar.gz", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("../evil"))
+    monkeypatch.setattr(CIFAR100, "url", f"{address}/archive.tar.gz")
+    monkeypatch.setattr(CIFAR100, "tgz_md5", calculate_md5(folder / "archive.tar.gz"))
+    with pytest.raises(ValueError, match=r"expected an archive that stays in its folder in cifar-100-python.tar.gz"):
+        CIFAR100(tmp_path / "root", download=True, published=False)
+    assert not (tmp_path / "evil").exists()
+
+
 def test_tiny_imagenets_labels_are_lines_of_its_list(tiny):
     train, val = TinyImageNet(tiny), TinyImageNet(tiny, "val", v2.PILToTensor(), target_transform=lambda label: -label)
     assert train.targets == [0, 0, 1, 1, 2, 2]

@@ -242,8 +242,10 @@ def test_an_archive_cannot_write_outside_its_folder(name, link, tmp_path, monkey
 def test_a_zip_cannot_either(tmp_path):
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as zipped:
         zipped.writestr("../../evil", "evil")
+        zipped.writestr("inside/good", "good")
+    (tmp_path / "deep").mkdir()
     unpack(tmp_path / "evil.zip", tmp_path / "deep" / "inside")
-    assert [path.parent for path in tmp_path.rglob("evil")] == [tmp_path / "deep" / "inside"]
+    assert {path.name for path in tmp_path.rglob("*")} == {"evil.zip", "deep", "inside", "good"}
 
 
 # Folders of one's own

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torchvision
-from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.datasets.utils import check_integrity
 
 from rkd_plugin.experiments.datasets.downloads import download as fetch
+from rkd_plugin.experiments.datasets.downloads import unpack
 from rkd_plugin.experiments.datasets.pickles import read_arrays
 
 
@@ -57,7 +58,7 @@ class CIFAR100(torchvision.datasets.CIFAR100):
             return
         archive = Path(self.root, self.filename)
         fetch("CIFAR100", self.url, archive, self.tgz_md5, self._remedy)
-        extract_archive(archive, self.root)
+        unpack(archive, Path(self.root, self.base_folder))
 
     def _check_integrity(self) -> bool:
         """The host's hook, before it reads anything."""

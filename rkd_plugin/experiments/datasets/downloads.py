@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+import tempfile
 import zipfile
 from http.client import HTTPException
 from pathlib import Path
@@ -26,18 +27,20 @@ def download(owner: str, url: str, path: Path, md5: str, remedy: str) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a tar or zip archive, which cannot write anywhere else.
+    """Unpack ``folder``, whole or not at all, out of a tar or zip archive, which cannot write anywhere else.
 
     Raises:
         ValueError: if it tries, or is no such archive.
     """
     try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as zipped:
-                zipped.extractall(folder)
-        else:
-            with tarfile.open(archive) as tarred:
-                tarred.extractall(folder, filter="data")
+        with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder.parent) as unpacked:
+            if zipfile.is_zipfile(archive):
+                with zipfile.ZipFile(archive) as zipped:
+                    zipped.extractall(unpacked)
+            else:
+                with tarfile.open(archive) as tarred:
+                    tarred.extractall(unpacked, filter="data")
+            Path(unpacked, folder.name).rename(folder)
     except (tarfile.TarError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"expected an archive that stays in its folder in {archive.name}, refused it: {error}"

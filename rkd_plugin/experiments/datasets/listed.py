@@ -99,8 +99,7 @@ class Listed(pml.BaseDataset):
         with tempfile.TemporaryDirectory(prefix=".download-", dir=self.root) as folder:
             archive = Path(folder, f"{name} archive")
             fetch(name, self.DOWNLOAD_URL, archive, self.MD5, self.HOME)
-            unpack(archive, Path(folder, "unpacked"))
-            Path(folder, "unpacked", self.FOLDER).rename(Path(self.root, self.FOLDER))
+            unpack(archive, Path(self.root, self.FOLDER))
 
 
 class CUB(Listed, pml.CUB):

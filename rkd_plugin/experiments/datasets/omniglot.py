@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -98,10 +97,7 @@ class Omniglot(VisionDataset):
                 archive = folder / f"{part}.zip"
                 url = f"{torchvision.datasets.Omniglot.download_url_prefix}/{archive.name}"
                 fetch("Omniglot", url, archive, md5, self._remedy)
-                # A part that is there is whole: a kill leaves a folder of another name.
-                with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder) as unpacked:
-                    unpack(archive, Path(unpacked))
-                    Path(unpacked, part).rename(folder / part)
+                unpack(archive, folder / part)
         if not self.list.is_file():
             self.list.parent.mkdir(parents=True, exist_ok=True)
             fetch("Omniglot", f"{LISTS}/{self.list.name}", self.list, self.SPLITS[self.split], self._remedy)
