@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 
 from rkd_plugin.kernels import compiled
+from rkd_plugin.kernels.operators import angle_operator
 from rkd_plugin.kernels.pairwise import (
     EQUAL,
     inverse_lengths,
@@ -205,25 +206,14 @@ def _gradient(weights: Tensor, arms: Tensor, opposite: Tensor, lengths: Tensor) 
     return gradient
 
 
-@torch.library.custom_op("rkd_plugin::angle", mutates_args=())
-def _angle(
+def _forward(
     student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, vertices: int, needs_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    # An operator of its own keeps torch.compile from unrolling the loops. The gradient is taken in the forward pass for
-    # weights of 1, since every reduction but a weighted one asks for the same weight at each vertex.
     weights = student.new_ones(vertices) if needs_gradient else None
     return _sweep(student, teacher, huber_delta, dtype, vertices, weights)
 
 
-@_angle.register_fake
-def _(
-    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, vertices: int, needs_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    return student.new_empty(vertices), torch.empty_like(student) if needs_gradient else student.new_empty(0)
-
-
-@torch.library.custom_op("rkd_plugin::angle_backward", mutates_args=())
-def _angle_backward(
+def _backward(
     weights: Tensor, student: Tensor, teacher: Tensor, gradient: Tensor, huber_delta: float, dtype: torch.dtype
 ) -> Tensor:
     if bool((weights == weights[:1]).all()):
@@ -231,20 +221,5 @@ def _angle_backward(
     return _sweep(student, teacher, huber_delta, dtype, len(weights), weights)[1]
 
 
-@_angle_backward.register_fake
-def _(
-    weights: Tensor, student: Tensor, teacher: Tensor, gradient: Tensor, huber_delta: float, dtype: torch.dtype
-) -> Tensor:
-    return torch.empty_like(student)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teacher, ctx.huber_delta, ctx.dtype, _, _ = inputs
-    ctx.save_for_backward(student, teacher, output[1])
-
-
-def _differentiate(ctx: Any, weights: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _angle_backward(weights, *ctx.saved_tensors, ctx.huber_delta, ctx.dtype), None, None, None, None, None
-
-
-_angle.register_autograd(_differentiate, setup_context=_save)
+# An operator of its own keeps torch.compile from unrolling the loops.
+_angle = angle_operator("angle", _forward, _backward)

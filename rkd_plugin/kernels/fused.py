@@ -22,8 +22,6 @@ a call before. ``TRITON_INTERPRET=1``, set before the first use, runs it on a CP
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +29,7 @@ from torch import Tensor
 
 from rkd_plugin.kernels import chunked
 from rkd_plugin.kernels.chunked import Relations, distance
+from rkd_plugin.kernels.operators import angle_operator
 from rkd_plugin.kernels.pairwise import differentiate_squares, inverse_lengths, rescale
 
 __all__ = ["INTERPRETED", "Relations", "angle", "distance", "relations"]
@@ -304,23 +303,13 @@ def _launch(
     return losses[..., :vertices].sum((0, 1)), gradient
 
 
-@torch.library.custom_op("rkd_plugin::fused_angle", mutates_args=())
-def _angle(
+def _forward(
     student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, vertices: int, needs_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    # As in chunked, the gradient is taken in the forward pass for weights of 1, which most reductions ask for.
     return _launch(student, teacher, huber_delta, dtype, vertices, needs_gradient)
 
 
-@_angle.register_fake
-def _(
-    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, vertices: int, needs_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    return student.new_empty(vertices), torch.empty_like(student) if needs_gradient else student.new_empty(0)
-
-
-@torch.library.custom_op("rkd_plugin::fused_angle_backward", mutates_args=())
-def _angle_backward(
+def _backward(
     weights: Tensor, student: Tensor, teacher: Tensor, gradient: Tensor, huber_delta: float, dtype: torch.dtype
 ) -> Tensor:
     # Whether the gradient at hand will do is only known on the device, where it ends the walk before it begins.
@@ -330,20 +319,4 @@ def _angle_backward(
     return torch.where(equal, gradient * weights[:1].sum(), weighted)  # of none, where there is no vertex
 
 
-@_angle_backward.register_fake
-def _(
-    weights: Tensor, student: Tensor, teacher: Tensor, gradient: Tensor, huber_delta: float, dtype: torch.dtype
-) -> Tensor:
-    return torch.empty_like(student)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teacher, ctx.huber_delta, ctx.dtype, _, _ = inputs
-    ctx.save_for_backward(student, teacher, output[1])
-
-
-def _differentiate(ctx: Any, weights: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _angle_backward(weights, *ctx.saved_tensors, ctx.huber_delta, ctx.dtype), None, None, None, None, None
-
-
-_angle.register_autograd(_differentiate, setup_context=_save)
+_angle = angle_operator("fused_angle", _forward, _backward)
