@@ -94,7 +94,7 @@ def test_the_second_run_in_a_folder_is_refused_until_the_first_is_killed(tmp_pat
     assert {name for name in files(folder) if not name.startswith(".")} >= before
     first.kill()
     first.join()
-    # At once: a loader's process lives on for seconds, and must not hold the lock on.
+    # A loader's process lives on for seconds, and must not hold the lock on.
     with alone_in(folder):
         pass
     shutil.rmtree(folder)

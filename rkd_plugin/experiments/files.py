@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ except ImportError:  # not on Windows
 
 SHOWN = 3  # names of tensors in a message
 ARCHIVE = b"PK\3\4"  # what PyTorch's files begin with
+PATIENCE = 1.0  # seconds until a process that a run forked just when it was killed has surely let go of its lock
 _LOCKS: set[int] = set()  # descriptors of folders
 
 
@@ -56,14 +58,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         if held is not None:
             _LOCKS.add(held)
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BlockingIOError(
-                    f"{folder} is in use by another run; wait for that one to end, or give this one another folder"
-                ) from error
-            except OSError:  # a file system without locks
-                pass
+            _lock(held, folder)
         yield
     finally:
         if made:
@@ -72,6 +67,22 @@ def alone_in(folder: Path) -> Iterator[None]:
         if held is not None:
             _LOCKS.discard(held)
             os.close(held)
+
+
+def _lock(held: int, folder: Path) -> None:
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > until:
+                raise BlockingIOError(
+                    f"{folder} is in use by another run; wait for that one to end, or give this one another folder"
+                ) from error
+        except OSError:  # a file system without locks
+            return
+        time.sleep(PATIENCE / 20)
 
 
 @contextmanager
