@@ -216,7 +216,7 @@ def confusion(scores: Tensor, labels: Tensor, names: Mapping[int, str], limit: i
     mistaken = ~right
     mistaken[:, -1] = False
     for colours, cells in (("Greens", right), ("Reds", mistaken)):
-        shown = np.ma.masked_array(shares.numpy(), ~(cells & (shares > 0)).numpy())
+        shown: Any = np.ma.masked_array(shares.numpy(), ~(cells & (shares > 0)).numpy())
         # Never the darkest colours, on which no number could be read.
         axes.imshow(shown, cmap=colours, vmin=0, vmax=1.5 * max([1.0, *shares[cells].tolist()]), aspect="auto")
     for row, column in (shares > 0).nonzero().tolist():
