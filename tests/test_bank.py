@@ -849,6 +849,12 @@ def test_what_pmls_trainers_refuse_beside_a_bank(tmp_path):
     with pytest.raises(ValueError, match=r"TeacherStudentTrunk: expected either .* got neither; .* \*\*from_bank"):
         trained(Items(), trunk=True)
 
+    for trunk in (False, True):
+        with pytest.raises(
+            TypeError, match=r"expected a teacher_bank such as Bank\('dino.npy'\), got str; open it with"
+        ):
+            trained(Items(), bank=str(bank.path), trunk=trunk)
+
     class OfTwoModules:
         def over(self, data):
             return [(data[index], [torch.zeros(5)] * 2) for index in range(len(data))]

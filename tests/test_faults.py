@@ -693,7 +693,7 @@ def test_a_collapsed_student_is_told_once_and_rkd_does_not_move_it(undisturbed, 
     ]  # fmt: skip
     with pytest.warns(UserWarning, match="^epoch 1: the student makes the same output of all 896 test images") as told:
         run(tmp_path / "o", overrides, recipe)
-    assert sum("the same output" in str(warning.message) for warning in told) == 1
+    assert sum(warning.category is UserWarning for warning in told) == 1
     trained = read_checkpoint(tmp_path / "o" / "last.pt")["model"]
     assert all(torch.equal(trained[name], weights[name]) for name in ("0.0.weight", "6.weight", "6.bias"))
 

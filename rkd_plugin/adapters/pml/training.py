@@ -189,7 +189,7 @@ def from_bank(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     data_and_label_getter: Callable[[Any], tuple[Any, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Arguments of any of PML's trainers, with which its batches bring a `TeacherStudentTrunk` the teacher's vectors.
+    """Arguments of PML's ``MetricLossOnly`` with which its batches bring a `TeacherStudentTrunk` the teacher's vectors.
 
     They are those of the images that the host's sampler draws, by their index in ``dataset``.
 
@@ -204,6 +204,7 @@ def from_bank(
         ``dataset``, ``collate_fn`` and ``data_and_label_getter``.
 
     Raises:
+        TypeError: if that is no bank, such as the path of one.
         ValueError: if the bank is of another data set; of a batch, if it is of several modules.
 
     Example:
@@ -226,6 +227,11 @@ def from_bank(
         ...     )
         ...     trainer.train(num_epochs=1)
     """
+    if not hasattr(teacher_bank, "over"):
+        raise TypeError(
+            f"from_bank: expected a teacher_bank such as Bank('dino.npy'), got {type(teacher_bank).__name__}; open it "
+            "with rkd_plugin.experiments.bank.Bank"
+        )
 
     def getter(batch: tuple[Any, list[Tensor]]) -> tuple[Any, Any]:
         items, vectors = batch
@@ -263,6 +269,7 @@ class RKDTrainer(MetricLossOnly):
 
     Raises:
         AssertionError: from the host, if a model or loss is missing or unknown.
+        TypeError: if the bank is none, such as the path of one.
         ValueError: if the teacher is given an optimiser; if there are a bank and a teacher; if the bank is of another
             data set, or of several modules.
 
