@@ -14,7 +14,7 @@ from torchvision.datasets.utils import check_integrity
 
 from rkd_plugin.experiments.datasets.downloads import download as fetch
 from rkd_plugin.experiments.datasets.downloads import unpack
-from rkd_plugin.experiments.datasets.folders import open_image
+from rkd_plugin.experiments.datasets.folders import list_images, open_image
 
 LISTS = "https://raw.githubusercontent.com/jakesnell/prototypical-networks/master/data/omniglot/splits/vinyals"
 
@@ -126,13 +126,13 @@ class Omniglot(VisionDataset):
 
     def _images(self, character: str) -> list[str]:
         folders = [Path(self.root, self.FOLDER, part, character) for part in self.PARTS]
-        images = sorted(str(path) for folder in folders for path in folder.glob("*.png"))
-        if not images:
+        there = [folder for folder in folders if folder.is_dir()]
+        if not there:
             raise FileNotFoundError(
-                f"Omniglot: {self.list} names {character}, expected its images *.png in {folders[0]} or {folders[1]}, "
-                f"found none; {self._remedy}"
+                f"Omniglot: {self.list} names {character}, expected a folder {folders[0]} or {folders[1]} with its "
+                f"images, found none; {self._remedy}"
             )
-        return images
+        return [path for paths in list_images("Omniglot", there) for path in paths]
 
     def __len__(self) -> int:
         return len(self.targets)
