@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from torchvision.transforms import v2
 
 from rkd_plugin.experiments.datasets import (
@@ -30,6 +30,9 @@ from rkd_plugin.experiments.datasets import (
 )
 from rkd_plugin.experiments.datasets import cached as cache
 from rkd_plugin.experiments.datasets.downloads import unpack
+from rkd_plugin.experiments.experiment import Experiment, measured_on
+from rkd_plugin.experiments.recipe import read
+from rkd_plugin.experiments.samplers import WholeBatches
 from rkd_plugin.teacher_bank.storage import allocate
 
 
@@ -379,6 +382,22 @@ def test_all_classes_of_a_data_set(tmp_path):
         assert len({*whole.targets}) == (classes or 4)
         assert getattr(whole, "class_count", None) == count
         assert type(whole[0][0]) is type(data[0][0])
+
+
+def test_what_was_measured_on(tmp_path):
+    data = ClassFolders(write_folders(tmp_path), "test", transform=RESIZED)
+    for part in (data, Cached(data, None), WholeBatches(Subset(data, range(9)))):
+        assert measured_on(part, torch.tensor(data.targets)) == "9 images of 3 of 5 classes"
+    assert measured_on(TensorDataset(torch.zeros(2)), torch.tensor([4, 4])) == "2 images of 1 classes"
+
+
+def test_images_of_another_number_of_channels_are_named_before_training(monkeypatch):
+    built = Digits.__getitem__
+    monkeypatch.setattr(Digits, "__getitem__", lambda self, index: (built(self, index)[0].expand(3, 8, 8), 0))
+    with pytest.raises(
+        ValueError, match=r"^datasets.digits/train: expected images of 1 channels, .* got 3; .*Grayscale"
+    ):
+        Experiment(read("quickstart/student")).box()
 
 
 def test_errors_of_folders(tmp_path):

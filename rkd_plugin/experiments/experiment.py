@@ -275,7 +275,7 @@ def measured_on(dataset: Any, labels: Tensor) -> str:
     """How much of a data set was measured, such as "200 images of 2 of 4 classes"; see ``class_count`` of data sets."""
     counts = [part.class_count for part in unwrapped(dataset) if hasattr(part, "class_count")]
     known = counts[0] if len(counts) == 1 else len(class_names(dataset))
-    return f"{len(labels)} images of {len(labels.unique())} " + (f"of {known} classes" if known else "classes")
+    return f"{len(labels)} images of {len({*labels.tolist()})} " + (f"of {known} classes" if known else "classes")
 
 
 class Evaluation(NamedTuple):

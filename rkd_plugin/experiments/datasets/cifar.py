@@ -97,7 +97,7 @@ def _images(path: Path) -> tuple[np.ndarray[Any, Any], list[int]]:
     images, labels = (content.get(key) for key in ("data", "fine_labels"))
     shape = images.shape if isinstance(images, np.ndarray) and images.dtype == np.uint8 else None
     count = len(labels) if isinstance(labels, list) else None
-    if count is None or shape != (count, 3072):
+    if images is None or count is None or shape != (count, 3072):
         raise ValueError(
             f"CIFAR100: expected data (N, 3072) of uint8 and N fine_labels in {path}, got {shape} and {count} labels"
         )

@@ -154,10 +154,10 @@ class ClassFolders(ImageFolder):
             raise FileNotFoundError(f"ClassFolders: expected a folder per class in {directory}, which is not there")
         names = class_folders(directory)
         if names and SPLITS.issuperset(map(str.lower, names)):
-            chosen = next((name for name in names if name.lower() == "train"), names[0])
+            first = next((name for name in names if name.lower() == "train"), names[0])
             raise ValueError(
                 f"ClassFolders: expected a folder per class in {directory}, got {', '.join(names)}, which are splits; "
-                f"set root (recipe.data_root) to one of them, such as {Path(directory, chosen)}"
+                f"set root (recipe.data_root) to one of them, such as {Path(directory, first)}"
             )
         self.class_count = len(names)
         count = len(names) // 2 if self.train_classes is None else self.train_classes

@@ -13,6 +13,7 @@ import os
 import pickle
 import pickletools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from struct import unpack
 from typing import Any
@@ -65,6 +66,9 @@ class _Operations(dict[int, Any]):
 
 
 class _Arrays(pickle._Unpickler):  # the one in Python: its operations can be chosen, and its memory is that of the file
+    stack: list[Any]
+    read: Callable[[int], bytes]
+    append: Callable[[Any], None]
     dispatch = _Operations(
         {code: pickle._Unpickler.dispatch[code] for code, name in _NAMES.items() if name in OPERATIONS}
     )
@@ -117,7 +121,7 @@ class _Arrays(pickle._Unpickler):  # the one in Python: its operations can be ch
         is_shape = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
         if not isinstance(data, bytes) or not isinstance(dtype, _Dtype) or not is_shape or order not in ("C", "F"):
             raise pickle.UnpicklingError("it builds an array of other arguments than NumPy does")
-        plain = np.dtype(dtype.code).newbyteorder(dtype.order)
+        plain: np.dtype[Any] = np.dtype(dtype.code).newbyteorder(dtype.order)  # type: ignore[arg-type]
         if math.prod(shape) * plain.itemsize != len(data):
             raise pickle.UnpicklingError(f"it holds an array of {shape} {plain} in {len(data)} bytes")
         return _Array(np.frombuffer(data, plain).reshape(shape, order=order))
