@@ -1,4 +1,4 @@
-"""Batch samplers of the recipes, and how their data sets are read; torchdistill has them once this file is imported.
+"""Batch samplers of the recipes, and a wrapper of data sets; importing this file registers them in torchdistill.
 
 Under ``torch.distributed`` every one of them gives each process a share of its own, the same batches in all as in one
 process. torchdistill's own way, a ``DistributedSampler`` in place of the recipe's sampler, would lose what that does.
@@ -136,7 +136,7 @@ class ClassBalancedBatchSampler(SharedBatchSampler):
 
 @register_batch_sampler
 class EpisodicBatchSampler(SharedBatchSampler):
-    """Episodes of few-shot learning: some classes, and of each some images to learn it from and some to be asked for.
+    """Episodes of few-shot learning: some classes, each with a support set and queries.
 
     A batch is one episode, class by class, the ``shot`` images of its support first, then its ``query`` images; no
     class and no image occurs twice in it. Every episode is drawn anew. Under ``torch.distributed`` all processes draw
@@ -146,8 +146,8 @@ class EpisodicBatchSampler(SharedBatchSampler):
         sampler: any sampler over the data set, whose order is not used: torchdistill passes one. How the labels of the
             data set are found: see `rkd_plugin.teacher_bank.labels`; it may be a ``Subset`` or ``ConcatDataset``.
         way: classes in an episode.
-        shot: images of a class that it is learnt from.
-        query: further images of the class.
+        shot: images of a class in the support set.
+        query: further images of the class, the queries.
         episodes: in an epoch, of all processes together.
 
     Raises:
@@ -201,9 +201,9 @@ class EpisodicBatchSampler(SharedBatchSampler):
 
 @register_dataset_wrapper
 class WholeBatches(BaseDatasetWrapper):
-    """torchdistill's own wrapper, through which a data set is asked for a whole batch at once, if it can be.
+    """torchdistill's own wrapper, which reads a whole batch of a data set at once where that is possible.
 
-    The host wraps every data set that is trained on, and its wrapper asks for one image after the other.
+    The host wraps every training data set, and its own wrapper reads one image after the other.
     """
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Any, Any, dict[str, Any]]]:

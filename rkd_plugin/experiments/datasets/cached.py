@@ -39,7 +39,7 @@ class Cached(Dataset[tuple[Any, int]]):
 
     Raises:
         ValueError: if no files or labels of the data set are found, a label is not a whole number, the images are not
-            uint8 tensors of one size, or the data set's transform cannot be told from another one by its ``repr``.
+            uint8 tensors of one size, or the ``repr`` of the data set's transform changes from run to run.
         OSError: if the file cannot be written, such as to a full disk; if it is cut while it is read.
 
     Example:
@@ -127,7 +127,7 @@ class Cached(Dataset[tuple[Any, int]]):
 
 
 def _identify(dataset: Any) -> tuple[str, str]:
-    """What tells the data set from others that may be in use beside it, and from what its files were before."""
+    """Names of the cache of this data set, unlike those of others, and of the state of its files."""
     files = files_of(dataset)
     if not files:
         raise ValueError(
@@ -142,7 +142,7 @@ def _identify(dataset: Any) -> tuple[str, str]:
             "torchvision.transforms.v2, or set folder to None"
         )
     names = [name for part in parts for name in (type(part).__name__, getattr(part, "split", None)) if name]
-    # Of several images in one file, the files do not tell which a Subset chose.
+    # Several images may be in one file, such as a pickle, so that the files of two Subsets are the same.
     chosen = [[*map(int, part.indices)] for part in parts if hasattr(part, "indices")]
     stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
     return "-".join([*names, _hash((VERSION, [*map(str, files)], transform, *chosen))]), _hash(stats)

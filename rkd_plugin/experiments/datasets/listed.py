@@ -1,4 +1,4 @@
-"""Published data sets that list their images, looked through before anything is trained on them."""
+"""Published data sets that list their images, which are checked before training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rkd_plugin.experiments.datasets.folders import open_image
 
 
 class Listed(pml.BaseDataset):
-    """A data set of pytorch-metric-learning whose files are looked for before anything is trained on them.
+    """A data set of pytorch-metric-learning whose files are looked for before training.
 
     Items are ``(image, label)``; ``targets`` are the labels of all of them, ``paths`` their files.
 
@@ -99,7 +99,7 @@ class Listed(pml.BaseDataset):
         """Nothing is unpacked that is not the published archive, and nothing stays that was unpacked in part."""
         name = type(self).__name__
         if self.MD5 is None:
-            raise ValueError(f"{name}: no checksum is published that a download could be held against; {self.HOME}")
+            raise ValueError(f"{name}: no checksum is published to check a download against; {self.HOME}")
         Path(self.root).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=self.root) as folder:
             archive = Path(folder, f"{name} archive")

@@ -17,7 +17,7 @@ HOME = "get http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it in th
 class TinyImageNet(VisionDataset):
     """Tiny ImageNet, ``root/tiny-imagenet-200``: 200 classes, 100,000 + 10,000 images of 64 x 64 pixels.
 
-    To train, ``train/<class>/images/*.JPEG``; to test, ``val/images``, whose classes ``val/val_annotations.txt`` tells
+    To train, ``train/<class>/images/*.JPEG``; to test, ``val/images``, whose classes are in ``val/val_annotations.txt``
     (the labels of ``test`` are not published). A class's label is its line in ``wnids.txt``. Items are ``(image,
     label)``; ``samples`` are the files and labels of all of them, ``targets`` the labels.
 
