@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "eval runs/teacher --checkpoint best --pictures",
         "eval quickstart/student --checkpoint runs/student/last.pt",
         "eval runs/cars_rkd_da --data metric_learning/test_sets/cub200",
+        "eval runs/birds recipe.data_root=/data/other_birds --classes all",
     )  # fmt: skip
     evaluate.add_argument("recipe", help=f"folder of `rkd run`, or {RECIPE}")
     evaluate.add_argument("overrides", nargs="*", help=OVERRIDES)
@@ -95,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
         help="a file; of a run also `last` or `best` (default: last; of a recipe: its model as it is built)",
     )
     evaluate.add_argument("--data", help="a recipe whose test data is taken instead")
+    evaluate.add_argument(
+        "--classes", choices=("test", "all"), default="test",
+        help="classes that are measured: of the test split (default), or all of the data set",
+    )  # fmt: skip
     evaluate.add_argument(
         "--pictures", action="store_true", help="retrieval or confusion, map, distances, relations as PNG"
     )
@@ -206,9 +211,11 @@ def _eval(options: argparse.Namespace) -> int:
         checkpoint = options.checkpoint and Path(options.checkpoint)
         folder = Path("runs", "eval", recipe.path.stem)
     with joined():
-        evaluation = evaluate(recipe, checkpoint, read(options.data) if options.data else None)
+        data = read(options.data) if options.data else None
+        evaluation = evaluate(recipe, checkpoint, data, options.classes == "all")
         if rank() > 0:
             return 0
+    print(f"measured on {evaluation.measured_on}")
     for name, value in evaluation.metrics.items():
         print(f"{name} {value:.4g}")
     if options.pictures:

@@ -8,12 +8,9 @@ import torch
 import torchvision  # noqa: F401  before torchdistill
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import normalize
-from torch.utils.data import Subset
-from torchdistill.datasets.wrapper import BaseDatasetWrapper
 
 from rkd_plugin.cli import main
 from rkd_plugin.experiments import report
-from rkd_plugin.experiments.datasets import Cached, ClassFolders
 from rkd_plugin.experiments.experiment import Experiment, evaluate, of_folder
 from rkd_plugin.experiments.features import compared
 from rkd_plugin.experiments.files import load_weights, read_checkpoint, write_checkpoint
@@ -74,7 +71,9 @@ def error_of(capsys, *arguments):
 
 def test_eval_prints_what_the_run_ended_with(runs, capsys):
     assert main(["eval", str(runs / "student")]) == 0
-    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    measured, *metrics = capsys.readouterr().out.splitlines()
+    assert measured == "measured on 64 images of 64 of 100 classes"
+    printed = dict(line.split() for line in metrics)
     evaluation = evaluate(of_folder(runs / "student"), runs / "student" / "last.pt")
     assert {name: float(value) for name, value in printed.items()} == pytest.approx(evaluation.metrics, rel=1e-3)
     assert list(printed) == ["top1", "top5"]
@@ -151,17 +150,6 @@ def test_which_features_are_shown():
     assert (student.module, student.io) == (RESNET["fc"], "input")
     assert (teacher.module, teacher.io) == (RESNET["layer4"], "output")
     torch.testing.assert_close(teacher.rows(torch.ones(5, 4, 2, 2)), torch.full((5, 4), 0.5))
-
-
-def test_names_of_classes(tmp_path):
-    for name in ("auk", "jay", "owl"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "1.png").write_bytes(b"")
-    birds = ClassFolders(tmp_path, "test")
-    names = {1: "jay", 2: "owl"}
-    for dataset in (birds, Cached(birds, None), Subset(birds, [0]), BaseDatasetWrapper(Cached(birds, None))):
-        assert report.class_names(dataset) == names
-    assert report.class_names([]) == {}
 
 
 # Checkpoints
@@ -263,7 +251,6 @@ def test_a_run_whose_checkpoint_was_replaced(runs, capsys, tmp_path):
     ("train", "test", "where", "found"),
     [
         (range(37, 101), range(64), "cifar100/train", "37 to 100"),
-        (range(-1, 63), range(64), "cifar100/train", "-1 to 62"),
         (range(64), range(90, 120), "cifar100/test", "90 to 119"),
     ],
 )
@@ -286,11 +273,19 @@ def test_labels_that_are_no_classes_in_evaluation(runs, capsys, tmp_path):
     )
 
 
+def test_all_classes_of_data_that_are_not_split_by_class(runs, capsys):
+    error = error_of(capsys, "eval", runs / "student", "--classes", "all")
+    assert error == (
+        "datasets.cifar100/test: expected a data set that is split by class, got CIFAR100, which has no other classes "
+        "than those that are measured already; leave out --classes all"
+    )
+
+
 def test_the_check_of_labels_leaves_no_trace(runs, monkeypatch):
     recipe = read(TEACHER, overrides(runs / "data"))
     checked = Experiment(recipe)
     checked.box()
-    monkeypatch.setattr(Experiment, "_check_labels", lambda self: None)
+    monkeypatch.setattr(Experiment, "_check_images", lambda *_: None)
     unchecked = Experiment(recipe)
     unchecked.box()
     assert checked.student.training

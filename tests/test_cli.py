@@ -39,11 +39,19 @@ def test_check_of_a_bad_recipe(capsys):
 def test_run_and_eval_say_the_same(tmp_path, capsys):
     assert main(["run", "quickstart/student", *SMALL, "--out", str(tmp_path / "run")]) == 0
     final = capsys.readouterr().out.splitlines()[0].split()
-    assert main(["eval", str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out.split() == final[1:]
     checkpoint = str(tmp_path / "run" / "last.pt")
-    assert main(["eval", "quickstart/student", "--checkpoint", checkpoint, "--data", "quickstart/teacher"]) == 0
-    assert capsys.readouterr().out.split() == final[1:]
+    for options in (
+        [str(tmp_path / "run")],
+        ["quickstart/student", "--checkpoint", checkpoint, "--data", "quickstart/teacher"],
+    ):
+        assert main(["eval", *options]) == 0
+        measured, *metrics = capsys.readouterr().out.splitlines()
+        assert measured == "measured on 896 images of 5 of 10 classes"
+        assert " ".join(metrics).split() == final[1:]
+    assert main(["eval", str(tmp_path / "run"), "--classes", "all"]) == 0
+    measured, *metrics = capsys.readouterr().out.splitlines()
+    assert measured == "measured on 1797 images of 10 of 10 classes"
+    assert " ".join(metrics).split() != final[1:]
 
 
 def test_eval_draws_pictures(tmp_path, capsys, monkeypatch):

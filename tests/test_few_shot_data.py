@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from rkd_plugin.experiments.datasets import Cached, MiniImageNet, Omniglot, omniglot
 from rkd_plugin.experiments.samplers import WholeBatches
 from tests.test_classification_data import Malicious
+from tests.test_datasets import clutter
 
 ANGLES = (0, 90, 180, 270)
 PARTS = ("images_background", "images_evaluation")
@@ -100,9 +101,7 @@ def test_what_omniglot_lacks_is_said(drawn):
     with pytest.raises(ValueError, match=f"{path} is cut or changed, its MD5 is not 43534e6d.*set published to False$"):
         Omniglot(drawn, "test")
     shutil.rmtree(drawn / "omniglot-py" / "images_evaluation" / "Alphabet_1" / "character02")
-    missing = (
-        r"test.txt names Alphabet_1/character02, expected its images \*.png in .*images_background.*, found none; get"
-    )
+    missing = r"test.txt names Alphabet_1/character02, expected a folder .*images_background.* with its images"
     with pytest.raises(FileNotFoundError, match=missing):
         Omniglot(drawn, "test", published=False)
     path.unlink()
@@ -212,7 +211,6 @@ def write_mini(root, form, images=2, sizes=SIZES):
                 path = root / split / names[label] / f"{number}.JPEG"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image).save(path, format="JPEG", quality=95)
-            (root / split / names[0] / "readme.txt").write_text("no image")
         elif form == "by class":
             rows = {name: [i for i, (label, _) in enumerate(of) if label == at] for at, name in enumerate(names)}
             content = pickle.dumps({"image_data": pixels, "class_dict": rows}, protocol=2)
@@ -223,6 +221,16 @@ def write_mini(root, form, images=2, sizes=SIZES):
             content = {"data": pixels, "labels": [first + label for label, _ in of], "catname2label": {}}
             (root / f"miniImageNet_category_split_{phase}.pickle").write_bytes(pickle.dumps(content))
     return root
+
+
+def test_hidden_and_system_entries_are_no_drawings_or_classes(drawn, tmp_path):
+    clean = Omniglot(drawn, "test", published=False)
+    clutter(*(path for path in (drawn / "omniglot-py").rglob("character*")))
+    assert Omniglot(drawn, "test", published=False).paths == clean.paths
+    root = write_mini(tmp_path / "mini", "folders")
+    clean = MiniImageNet(root, "test", published=False)
+    clutter(root, root / "test", *(root / "test").iterdir())
+    assert MiniImageNet(root, "test", published=False).paths == clean.paths
 
 
 FORMS = ("lists", "by class", "labelled", "folders")
@@ -305,6 +313,13 @@ IMAGES = np.zeros((2, 4, 4, 3), np.uint8)
         ("mini-imagenet-cache-test.pkl", {"image_data": IMAGES, "class_dict": {"a": [0]}}, "class_dict .* each row"),
         ("mini-imagenet-cache-test.pkl", {"image_data": IMAGES, "class_dict": {"a": [0, 0]}}, "class_dict .* each row"),
         ("mini-imagenet-cache-test.pkl", {"image_data": IMAGES}, "class_dict .* each row"),
+        ("mini-imagenet-cache-test.pkl", {"image_data": IMAGES, "class_dict": {"a": "01"}}, "class_dict .* each row"),
+        ("mini-imagenet-cache-test.pkl", {"image_data": IMAGES, "class_dict": {"a": [0, 1.0]}}, "got 1.0, a float"),
+        (
+            "miniImageNet_category_split_test.pickle",
+            {"data": IMAGES, "labels": [[1], [2]]},
+            "names or numbers",
+        ),
         ("mini-imagenet-cache-test.pkl", {"image_data": IMAGES[..., 0], "class_dict": {}}, r"\(N, H, W, 3\) of uint8"),
         ("mini-imagenet-cache-test.pkl", {"image_data": IMAGES * 1.0, "class_dict": {}}, r"\(N, H, W, 3\) of uint8"),
         ("miniImageNet_category_split_test.pickle", {"data": IMAGES, "labels": [1]}, "labels in .* one for each row"),
@@ -325,6 +340,12 @@ def test_a_pickle_of_mini_imagenet_that_would_execute_code_is_refused_unexecuted
     with pytest.raises(ValueError, match="could not read it: it names "):
         MiniImageNet(tmp_path, "test", published=False)
     assert not target.exists()
+
+
+def test_rows_may_be_an_array(tmp_path):
+    content = {"image_data": IMAGES, "class_dict": {"a": np.array([1]), "b": np.array([0])}}
+    (tmp_path / "mini-imagenet-cache-test.pkl").write_bytes(pickle.dumps(content))
+    assert MiniImageNet(tmp_path, "test", published=False).classes == ["a", "b"]
 
 
 def test_decoding_takes_no_random_numbers(drawn, tmp_path):

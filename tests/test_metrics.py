@@ -104,7 +104,7 @@ def test_a_row_far_away_blurs_no_others():
 def test_classes_of_very_different_size():
     """All rows of one class; one class of nearly all; a pair among single rows."""
     outputs = torch.randn(40, 2)
-    assert set(retrieval(outputs, torch.zeros(40)).values()) == {100}
+    assert set(retrieval(outputs, torch.zeros(40).long()).values()) == {100}
     assert_equal(outputs, (torch.arange(40) > 37).long())
     assert_equal(outputs, torch.arange(40).clamp(min=1))
 
@@ -162,9 +162,10 @@ def test_memory_is_that_of_blocks():
         (torch.zeros(4, 2, dtype=torch.long), torch.zeros(4), [1], r"floating point, got \(4, 2\) torch.int64"),
         (torch.zeros(4, 2), torch.zeros(3), [1], r"labels must be \(M,\), .* got \(3,\) for 4 outputs"),
         (torch.zeros(1, 2), torch.zeros(1), [1], r"for M of at least 2, got \(1,\) for 1 outputs"),
-        (torch.zeros(4, 2), torch.zeros(4), [1, 0], r"every K of recall_at must be at least 1, got \[1, 0\]"),
+        (torch.zeros(4, 2), torch.zeros(4).long(), [1, 0], r"every K of recall_at must be at least 1, got \[1, 0\]"),
+        (torch.zeros(4, 2), torch.arange(4) / 2, [1], r"labels that are whole numbers, got 0.0, a float, for item 0"),
         (torch.zeros(4, 2), torch.arange(4), [1], r"a class with two rows or more, got 4 rows of as many classes"),
-        (torch.tensor([[0.0], [torch.nan]]), torch.zeros(2), [1], r"got NaN or Inf in 1 of 2 rows"),
+        (torch.tensor([[0.0], [torch.nan]]), torch.zeros(2).long(), [1], r"got NaN or Inf in 1 of 2 rows"),
     ],
 )
 def test_errors(outputs, labels, recall_at, message):
@@ -196,6 +197,11 @@ def test_a_tie_or_nan_is_no_hit_and_few_classes_are_all_among_five():
         (torch.zeros(0, 2), torch.zeros(0), r"got \(0, 2\) and \(0,\)"),
         (
             torch.zeros(4, 3),
+            torch.arange(4) / 2,
+            r"labels that are whole numbers, got 0.0, a float, for item 0; number",
+        ),
+        (
+            torch.zeros(4, 3),
             torch.arange(4),
             r"labels from 0 to 2, as the model has 3 outputs, got 0 to 3; set num_class",
         ),
@@ -205,6 +211,34 @@ def test_a_tie_or_nan_is_no_hit_and_few_classes_are_all_among_five():
 def test_errors_of_accuracies(outputs, labels, message):
     with pytest.raises(ValueError, match=f"^classification: expected .*{message.removeprefix('expected ')}"):
         classification(outputs, labels)
+
+
+def test_images_of_another_number_of_channels_are_named():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.Flatten(), torch.nn.LazyLinear(2))
+    model(torch.zeros(1, 3, 4, 4))
+    for channels, remedy in ((1, r"add torchvision.transforms.v2.RGB\(\) to the data set's transform"), (4, "RGB")):
+        batches = [(torch.zeros(2, channels, 4, 4), torch.arange(2))]
+        with pytest.raises(
+            ValueError, match=f"^test data: expected images of 3 channels, .* got {channels}; .*{remedy}"
+        ):
+            embed(model, batches, torch.device("cpu"))
+    assert all(module.training for module in model.modules())
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):  # another error is another one
+        embed(model, [(torch.zeros(2, 3, 5, 4), torch.arange(2))], torch.device("cpu"))
+
+
+def test_labels_that_a_loader_leaves_in_a_list():
+    batches = [(torch.zeros(2, 1), [4, 5])]
+    assert embed(torch.nn.Identity(), batches, torch.device("cpu"))[1].tolist() == [4, 5]
+    with pytest.raises(ValueError, match=r"^test data: expected labels that are whole numbers, got 'auk', a str"):
+        embed(torch.nn.Identity(), [(torch.zeros(2, 1), ("auk", "jay"))], torch.device("cpu"))
+
+
+def test_each_module_gets_its_own_mode_again():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Dropout())
+    model[0].eval()
+    embed(model, [(torch.zeros(2, 2), torch.arange(2))], torch.device("cpu"))
+    assert [module.training for module in model.modules()] == [True, False, True]
 
 
 def test_one_pass_gives_outputs_and_features():

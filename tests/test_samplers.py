@@ -3,15 +3,25 @@
 import random
 from collections import Counter
 from itertools import chain, zip_longest
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
 from pytorch_metric_learning.utils.common_functions import EmbeddingDataset
 from torch import distributed, multiprocessing
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    random_split,
+)
 from torchdistill.datasets.util import build_data_loader
+from torchdistill.datasets.wrapper import BaseDatasetWrapper
 
 from rkd_plugin.experiments.samplers import ClassBalancedBatchSampler, EpisodicBatchSampler, SharedBatches
 
@@ -107,9 +117,40 @@ def test_errors(kwargs, message):
         batches(**kwargs)
 
 
-def test_a_data_set_without_labels():
-    with pytest.raises(TypeError, match="labels in targets or labels, got SimpleNamespace"):
-        ClassBalancedBatchSampler(SimpleNamespace(data_source=SimpleNamespace()), 2, 1, 1)
+@pytest.mark.parametrize("kind", [batches, episodes])
+def test_a_data_set_without_labels(kind):
+    name = type(kind()).__name__
+    with pytest.raises(ValueError, match=f"^{name}: expected a data set with labels, got TensorDataset, in which none"):
+        kind(data=TensorDataset(torch.zeros(9, 1)))
+    fractional = TensorDataset(torch.zeros(80, 1), torch.arange(80) / 2)
+    with pytest.raises(ValueError, match=f"^{name}: expected labels that are whole numbers, got 0.0, a float"):
+        kind(data=fractional)
+
+
+def test_a_sampler_over_unknown_data_is_refused():
+    """Its images are some of the data set's, which nobody would know."""
+    with pytest.raises(ValueError, match=r"expected a sampler with its data set .*, got SubsetRandomSampler; use Seq"):
+        EpisodicBatchSampler(SubsetRandomSampler([0, 1]), 2, 1, 1, 1)
+
+
+def parts():
+    """The everyday splits of the labels above, each in torchdistill's wrapper as well."""
+    chosen = [index for index, label in enumerate(LABELS) if label % 2]
+    for data in (
+        Subset(Data(), chosen),
+        random_split(Data(), [len(LABELS) - 1, 1], torch.Generator().manual_seed(0))[0],
+        ConcatDataset([Subset(Data(), chosen), Data()]),
+    ):
+        yield from (data, BaseDatasetWrapper(data))
+
+
+@pytest.mark.parametrize("kind", [batches, episodes])
+def test_splits_and_joined_data_sets_are_taken(kind):
+    """Each class as often as in the whole data set, and by the indices of the part."""
+    for data in parts():
+        sampler = kind(8, 2, 3, data=data) if kind is batches else kind(4, 1, 1, 3, data=data)
+        for batch in sampler:
+            assert Counter(Counter(data[index][1] for index in batch).values()) == {2: 4}
 
 
 def through_a_loader(sampler):
@@ -228,8 +269,3 @@ def test_episodes_that_processes_cannot_share(monkeypatch):
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="a number of episodes that 2 processes share evenly, got 7"):
         len(sampler)
-
-
-def test_episodes_of_a_data_set_without_labels():
-    with pytest.raises(TypeError, match="EpisodicBatchSampler: expected a data set with its labels"):
-        EpisodicBatchSampler(SimpleNamespace(data_source=SimpleNamespace()), 2, 1, 1, 1)

@@ -8,7 +8,6 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,14 +26,16 @@ from torchdistill.models.registry import get_model
 from rkd_plugin.adapters.torchdistill import seed_epoch
 from rkd_plugin.experiments import processes
 from rkd_plugin.experiments.bank.recipes import learn_from_bank
-from rkd_plugin.experiments.datasets.folders import files_of
 from rkd_plugin.experiments.features import compared
 from rkd_plugin.experiments.few_shot import episode_accuracies
 from rkd_plugin.experiments.files import load_weights, read_checkpoint
-from rkd_plugin.experiments.metrics import EVALUATORS, Layer, check_classes, embed
+from rkd_plugin.experiments.metrics import EVALUATORS, Layer, check_classes, embed, in_eval_mode, named_channels
 from rkd_plugin.experiments.recipe import Recipe, read
 from rkd_plugin.experiments.recipe.schema import stages
 from rkd_plugin.experiments.samplers import SharedBatchSampler
+from rkd_plugin.teacher_bank.labels import class_names, item_name, labels_of, unwrapped
+
+PLAIN = {"forward_batch_only", "forward_in_eval_mode"}  # forward processes that give a model the images alone
 
 
 class Experiment:
@@ -134,37 +135,26 @@ class Experiment:
         common = (self.config["datasets"], self.config["train"], self.device, None, False, 1)
         self._check_data()
         box = get_distillation_box(teacher, student, *common) if teacher else get_training_box(student, *common)
-        if self.settings["task"] == "classification":
-            self._check_labels()  # after the box, which draws weights as well
+        self._check_images(teacher)  # after the box, which draws weights as well
         if self.settings["task"] == "few_shot":
-            self._check_episodes(getattr(box.val_data_loader.dataset, "targets", None))
+            self._check_episodes(labels_of(box.val_data_loader.dataset, "val_data_loader"))
         return box
 
-    def _data(self, *loaders: str) -> Iterator[tuple[str, Any, list[Any] | None]]:
-        """Name, data set and labels, if it tells them, of what the stages' loaders load."""
+    def _data(self, *loaders: str) -> Iterator[tuple[str, Any, list[int] | None]]:
+        """Name, data set and labels, if they are known, of what the stages' loaders load."""
         used = [
             stage[name]["dataset_id"] for stage in stages(self.config).values() for name in loaders if stage.get(name)
         ]
         for name in dict.fromkeys(used):
             dataset = self.config["datasets"][name]
-            labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
-            if labels is not None:
-                labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-                if getattr(dataset, "target_transform", None) is not None:
-                    labels = list(map(dataset.target_transform, labels))
-            yield f"datasets.{name}", dataset, labels
+            where = f"datasets.{name}"
+            yield where, dataset, labels_of(dataset, where)
 
     def _check_data(self) -> None:
         """What a loss or a metric stumbles over after a while, and does not say what it was."""
-        for name, dataset, labels in self._data("train_data_loader", "val_data_loader"):
+        for name, dataset, _ in self._data("train_data_loader", "val_data_loader"):
             if len(dataset) < 2:
                 raise ValueError(f"{name}: expected two images or more, got {len(dataset)}; relations are between two")
-            for index, label in enumerate(labels or ()):
-                if not isinstance(label, Integral):
-                    raise ValueError(
-                        f"{name}: expected labels that are whole numbers, got {label!r}, a {type(label).__name__}, for "
-                        f"{_item(dataset, index)}; number the classes"
-                    )
         for name, _, labels in self._data("val_data_loader"):
             if self.settings["task"] == "metric_learning" and labels and len(set(labels)) == len(labels):
                 raise ValueError(
@@ -173,14 +163,20 @@ class Experiment:
                 )
 
     @torch.no_grad()
-    def _check_labels(self) -> None:
-        """Cross-entropy meets a label that is no class of the model in the middle of a run, and does not say so."""
-        for name, dataset, labels in self._data("train_data_loader", "val_data_loader"):
-            if labels and isinstance(image := dataset[0][0], Tensor):
-                # What `compile` compiles is calling the model, which is not worth it for one image.
-                scores = self.student.eval().forward(self.place(image[None]))
-                check_classes(scores.shape[1], torch.tensor(sorted(set(labels))), name)
-        self.student.train()
+    def _check_images(self, teacher: nn.Module | None) -> None:
+        """Images or labels that do not fit a model would stop a run in its middle, with an error that names neither."""
+        forwards = {stage.get("teacher", {}).get("forward_proc") for stage in stages(self.config).values()}
+        models = [self.student, *([teacher] if teacher and forwards <= PLAIN else [])]
+        with in_eval_mode(*models):
+            for name, dataset, labels in self._data("train_data_loader", "val_data_loader"):
+                if not isinstance(image := dataset[0][0], Tensor):
+                    continue
+                images = self.place(image[None])
+                with named_channels(images, name):
+                    # What `compile` compiles is calling the model, which is not worth it for one image.
+                    outputs = [model.forward(images) for model in models]
+                if self.settings["task"] == "classification" and labels:
+                    check_classes(outputs[0].shape[1], torch.tensor(sorted(set(labels))), name)
 
     def _check_episodes(self, labels: Sequence[int] | None) -> None:
         """What a split is too small for is else known after an epoch, which is lost then."""
@@ -218,8 +214,8 @@ class Experiment:
             if isinstance(image := dataset[index][0], Tensor) and not image.isfinite().all():
                 named = (f"datasets.{name}" for name, known in self.config["datasets"].items() if known is dataset)
                 return (
-                    f", as {_item(dataset, index)} of {next(named, type(dataset).__name__)} has pixels that are; mend "
-                    "that image, or what transforms it"
+                    f", as {item_name(dataset, index)} of {next(named, type(dataset).__name__)} has pixels that are; "
+                    "mend that image, or what transforms it"
                 )
         return ", though the images behind it are finite; lower the learning rate, or look at the loss and its weight"
 
@@ -231,10 +227,20 @@ class Experiment:
         measured: dict[str, Any] = processes.of_first(lambda: evaluator(outputs, labels, **options))
         return measured
 
-    def test_loader(self) -> Any:
-        """The loader that ``test`` describes."""
+    def test_loader(self, all_classes: bool = False) -> Any:
+        """The loader that ``test`` describes, or the same of all classes of its data set."""
         config = self.config["test"]["test_data_loader"]
-        return build_data_loader(self.config["datasets"][config["dataset_id"]], config, False)
+        name = config["dataset_id"]
+        dataset = self.config["datasets"][name]
+        if all_classes:
+            if not hasattr(dataset, "all_classes"):
+                raise ValueError(
+                    f"datasets.{name}: expected a data set that is split by class, got {type(dataset).__name__}, which "
+                    "has no other classes than those that are measured already; leave out --classes all"
+                )
+            with processes.one_after_the_other():
+                dataset = dataset.all_classes()
+        return build_data_loader(dataset, config, False)
 
 
 def _shared(loader: dict[str, Any], whole: bool) -> dict[str, Any]:
@@ -265,18 +271,22 @@ def batches(loader: Any) -> Iterator[Any]:
         raise type(error)(told[1].strip()) from error
 
 
-def _item(dataset: Any, index: int) -> str:
-    files = files_of(getattr(dataset, "dataset", dataset))
-    return f"image {index}" + (f", {files[index]}," if index < len(files) else "")
+def measured_on(dataset: Any, labels: Tensor) -> str:
+    """How much of a data set was measured, such as "200 images of 2 of 4 classes"; see ``class_count`` of data sets."""
+    counts = [part.class_count for part in unwrapped(dataset) if hasattr(part, "class_count")]
+    known = counts[0] if len(counts) == 1 else len(class_names(dataset))
+    return f"{len(labels)} images of {len({*labels.tolist()})} " + (f"of {known} classes" if known else "classes")
 
 
 class Evaluation(NamedTuple):
     """Test data as a model sees it: metrics, outputs ``(M, D)``, labels ``(M,)``, and where they came from.
 
+    ``measured_on`` is the number of images and classes, and of how many classes of the data set, as text.
     ``features`` ``(M, E)`` are what RKD compares: of an image classifier see `compared`, else the outputs.
     """
 
     metrics: dict[str, float]
+    measured_on: str
     outputs: Tensor
     labels: Tensor
     features: Tensor
@@ -284,17 +294,21 @@ class Evaluation(NamedTuple):
     experiment: Experiment
 
 
-def evaluate(recipe: Recipe, checkpoint: Path | None = None, data: Recipe | None = None) -> Evaluation:
+def evaluate(
+    recipe: Recipe, checkpoint: Path | None = None, data: Recipe | None = None, all_classes: bool = False
+) -> Evaluation:
     """Embed and measure test data with a recipe's student.
 
     Args:
         recipe: whose model it is, and whose precision.
         checkpoint: of `run`; None for the model as the recipe builds it, such as with pretrained weights alone.
         data: a recipe whose test data and metrics are taken instead of the first one's own.
+        all_classes: measure all classes of the data set, not those of its test split alone.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: if the checkpoint is none, or of another model; if ``data`` is of another task.
+        ValueError: if the checkpoint is none, or of another model; if ``data`` is of another task; if the data set is
+            not split by class, and so has no other classes than its own.
     """
     for described in (recipe, *([data] if data else [])):
         described.validate()
@@ -309,10 +323,11 @@ def evaluate(recipe: Recipe, checkpoint: Path | None = None, data: Recipe | None
     if checkpoint is not None:
         load_weights(experiment.student, weights, checkpoint, str(recipe.path))
     source = Experiment(data) if data else experiment
-    loader = source.test_loader()
+    loader = source.test_loader(all_classes)
     layer = compared(experiment.config, experiment.student, "student")
     outputs, labels, features = experiment.embed(experiment.student, loader, layer)
-    return Evaluation(source.measure(outputs, labels), outputs, labels, features, loader, experiment)
+    measured = measured_on(loader.dataset, labels)
+    return Evaluation(source.measure(outputs, labels), measured, outputs, labels, features, loader, experiment)
 
 
 def of_folder(folder: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from torchdistill.losses.registry import get_mid_level_loss
 
 from rkd_plugin.adapters.torchdistill import IO, Hooked, find_hooked, mid_level_loss
+from rkd_plugin.teacher_bank.labels import check_labels
 
 Part = Literal["all", "support", "query"]
 BLOCK = 2**24  # numbers at once, 128 MiB in float64
@@ -201,12 +202,14 @@ def episode_accuracies(
         ``<way>way_<shot>shot`` -> ``(test_episodes,)`` in float64, for each task.
 
     Raises:
-        ValueError: if the shapes do not fit, or there are too few classes with enough rows.
+        ValueError: if the shapes do not fit, a label is not a whole number from 0, or there are too few classes with
+            enough rows.
     """
     if outputs.ndim != 2 or labels.shape != outputs.shape[:1] or not len(labels):
         raise ValueError(
             f"few_shot: expected outputs (M, D) and labels (M,), got {tuple(outputs.shape)} and {tuple(labels.shape)}"
         )
+    check_labels(labels, "few_shot")
     rows = outputs.double()
     accuracies = {}
     for way, shot in test_tasks:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +13,15 @@ from torch import Tensor, nn
 from rkd_plugin.experiments.few_shot import few_shot
 from rkd_plugin.experiments.processes import taken_in_turn
 from rkd_plugin.kernels.pairwise import rescale, widest
+from rkd_plugin.teacher_bank.labels import check_labels
 
 BLOCK = 2**24  # distances at once, 128 MiB in float64
 # Squared distances from the Gram matrix have errors in proportion to the squared norms; in units of the machine epsilon
 # the largest seen are 24 for 512 dimensions and 92 for 8192, and a comparison has two of them.
 TIE = 256
+
+
+_CHANNELS = re.compile(r"to have (\d+) channels, but got (\d+) channels")
 
 
 class Layer(NamedTuple):
@@ -27,31 +32,65 @@ class Layer(NamedTuple):
     rows: Callable[[Tensor], Tensor]
 
 
+@contextmanager
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode in the block; afterwards each of their modules is in its own mode again."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def named_channels(images: Any, where: str) -> Iterator[None]:
+    """Images ``(N, C, H, W)`` of another number of channels than a model takes raise a ValueError in the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = _CHANNELS.search(str(error))
+        if found is None or int(found[2]) != images.shape[1]:
+            raise
+        remedy = {"1": "Grayscale()", "3": "RGB()"}.get(found[1])
+        raise ValueError(
+            f"{where}: expected images of {found[1]} channels, which the model takes, got {found[2]}; "
+            + (f"add torchvision.transforms.v2.{remedy} to the data set's transform, or " if remedy else "")
+            + "change the model"
+        ) from error
+
+
 @torch.no_grad()
 def embed(
     model: nn.Module, batches: Iterable[Sequence[Any]], device: torch.device, layer: Layer | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``model`` in eval mode makes of all batches of images and labels, in one pass.
+    """The outputs of ``model`` in eval mode for all batches of images and labels, in one pass.
 
     Processes that train together take turns with whole batches, as `SharedBatches` deals them out, so that each is
     computed as one process alone would do it; all have the result.
 
     Returns:
         Outputs ``(M, D)``, labels ``(M,)``, and features ``(M, E)`` of ``layer``, without one the outputs again.
+
+    Raises:
+        ValueError: if labels are no whole numbers, or images have another number of channels than the model takes.
     """
     seen: dict[str, Tensor] = {}
 
     def keep(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         seen["features"] = layer.rows(inputs[0] if layer.io == "input" else output) if layer else output
 
-    training = model.training
-    model.eval()
     embedded = []
-    with layer.module.register_forward_hook(keep) if layer else nullcontext():
+    with in_eval_mode(model), layer.module.register_forward_hook(keep) if layer else nullcontext():
         for images, labels, *_ in batches:
-            outputs = model(images.to(device))
+            if not isinstance(labels, Tensor):
+                check_labels(labels, "test data")
+                labels = torch.as_tensor(labels)
+            with named_channels(images, "test data"):
+                outputs = model(images.to(device))
             embedded.append((outputs, labels.to(device), seen.pop("features") if layer else outputs))
-    model.train(training)
     outputs, labels, features = zip(*taken_in_turn(embedded, device), strict=True)
     whole = torch.cat(outputs)
     return whole, torch.cat(labels), torch.cat(features) if layer else whole
@@ -73,14 +112,15 @@ def retrieval(outputs: Tensor, labels: Tensor, recall_at: Sequence[int] = (1,)) 
 
     Args:
         outputs: embeddings ``(M, D)``, floating point.
-        labels: classes ``(M,)``.
+        labels: classes ``(M,)``, whole numbers from 0.
         recall_at: the values of K; one above M is as good as M.
 
     Returns:
         ``recall_at_<K>`` for each K in the given order, then ``map_at_r``; in percent.
 
     Raises:
-        ValueError: if the shapes do not fit, a K is below 1, an output is not finite, or every class has one row only.
+        ValueError: if the shapes do not fit, a label is not a whole number from 0, a K is below 1, an output is not
+            finite, or every class has one row only.
 
     Example:
         >>> retrieval(torch.tensor([[0.], [1.], [5.], [1.6]]), torch.tensor([0, 0, 1, 1]), recall_at=[1, 2])
@@ -134,6 +174,7 @@ def _check(outputs: Tensor, labels: Tensor, recall_at: Sequence[int]) -> None:
         raise ValueError(
             f"retrieval: labels must be (M,), for M of at least 2, got {tuple(labels.shape)} for {len(outputs)} outputs"
         )
+    check_labels(labels, "retrieval")
     if min(recall_at, default=1) < 1:
         raise ValueError(f"retrieval: every K of recall_at must be at least 1, got {list(recall_at)}")
     bad = int((~outputs.isfinite().all(1)).sum())
@@ -161,7 +202,7 @@ def classification(outputs: Tensor, labels: Tensor) -> dict[str, float]:
         labels: classes ``(M,)``, from 0 to C - 1.
 
     Raises:
-        ValueError: if the shapes do not fit, or a label is not below C.
+        ValueError: if the shapes do not fit, or a label is not a whole number from 0 to C - 1.
 
     Example:
         >>> classification(torch.tensor([[0., 1.], [1., 0.]]), torch.tensor([1, 1]))
@@ -181,6 +222,8 @@ def classification(outputs: Tensor, labels: Tensor) -> dict[str, float]:
 
 def check_classes(count: int, labels: Tensor, where: str = "classification") -> None:
     """Raise ValueError, which begins with ``where``, if a label is not one of ``count`` classes."""
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        check_labels(labels, where)
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < count:
         raise ValueError(
             f"{where}: expected labels from 0 to {count - 1}, as the model has {count} outputs, got "

@@ -11,6 +11,7 @@ from rkd_plugin.experiments import pictures as draw
 from rkd_plugin.experiments.experiment import Evaluation, evaluate, of_folder
 from rkd_plugin.experiments.features import compared
 from rkd_plugin.experiments.runner import events_in
+from rkd_plugin.teacher_bank.labels import class_names
 
 Result = dict[str, Any]
 WHEN = {"final": "last epoch", "best": "best test epoch"}
@@ -139,18 +140,6 @@ def evaluation_pictures(evaluation: Evaluation, folder: Path) -> list[Path]:
         figures["relations"] = draw.relations(evaluation.features, models["teacher"])
     with events_in(folder) as events:
         return draw.save(figures, folder, events)
-
-
-def class_names(dataset: Any) -> dict[int, str]:
-    """Label -> name, where a data set, or what it wraps, tells its ``classes`` as torchvision's do."""
-    while not hasattr(dataset, "classes"):
-        wrapped = getattr(dataset, "dataset", None) or getattr(dataset, "org_dataset", None)
-        if wrapped is None:
-            return {}
-        dataset = wrapped
-    # A data set of some of the classes keeps the labels of all.
-    labels = getattr(dataset, "class_to_idx", None) or {name: label for label, name in enumerate(dataset.classes)}
-    return {label: name for name, label in labels.items()}
 
 
 def _image(evaluation: Evaluation) -> Any:

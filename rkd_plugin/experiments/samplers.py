@@ -1,4 +1,4 @@
-"""Batch samplers of the recipes, and how their data sets are read; torchdistill has them once this file is imported.
+"""Batch samplers of the recipes, and a wrapper of data sets; importing this file registers them in torchdistill.
 
 Under ``torch.distributed`` every one of them gives each process a share of its own, the same batches in all as in one
 process. torchdistill's own way, a ``DistributedSampler`` in place of the recipe's sampler, would lose what that does.
@@ -18,6 +18,7 @@ from torchdistill.datasets.registry import get_batch_sampler, register_batch_sam
 from torchdistill.datasets.wrapper import BaseDatasetWrapper
 
 from rkd_plugin.experiments import processes
+from rkd_plugin.teacher_bank.labels import labels_of
 
 
 class SharedBatchSampler(Sampler[list[int]]):
@@ -79,16 +80,15 @@ class ClassBalancedBatchSampler(SharedBatchSampler):
     batches and each yields its own contiguous part, so that together they make one batch of ``batch_size``.
 
     Args:
-        sampler: any sampler over the data set, whose order is not used: torchdistill passes one. The data set has its
-            labels in ``targets`` (torchvision) or ``labels`` (pytorch-metric-learning).
+        sampler: any sampler over the data set, whose order is not used: torchdistill passes one. How the labels of the
+            data set are found: see `rkd_plugin.teacher_bank.labels`; it may be a ``Subset`` or ``ConcatDataset``.
         batch_size: images in a batch, of all processes together.
         images_per_class: of each class.
         iterations: batches in an epoch.
 
     Raises:
-        TypeError: if the data set tells no labels.
-        ValueError: if a number is not positive, or the classes do not fill a batch; when iterated, if the processes
-            cannot share it evenly.
+        ValueError: if no labels are found, or one is not a whole number; if a number is not positive, or the classes do
+            not fill a batch; when iterated, if the processes cannot share it evenly.
 
     Source: the authors' ``metric/batchsampler.py`` (``NPairs``). The random numbers follow PyTorch's global seed.
 
@@ -136,24 +136,23 @@ class ClassBalancedBatchSampler(SharedBatchSampler):
 
 @register_batch_sampler
 class EpisodicBatchSampler(SharedBatchSampler):
-    """Episodes of few-shot learning: some classes, and of each some images to learn it from and some to be asked for.
+    """Episodes of few-shot learning: some classes, each with a support set and queries.
 
     A batch is one episode, class by class, the ``shot`` images of its support first, then its ``query`` images; no
     class and no image occurs twice in it. Every episode is drawn anew. Under ``torch.distributed`` all processes draw
     the same episodes and take turns with them, so that each has whole episodes and none is seen twice.
 
     Args:
-        sampler: any sampler over the data set, whose order is not used: torchdistill passes one. The data set has its
-            labels in ``targets`` (torchvision) or ``labels`` (pytorch-metric-learning).
+        sampler: any sampler over the data set, whose order is not used: torchdistill passes one. How the labels of the
+            data set are found: see `rkd_plugin.teacher_bank.labels`; it may be a ``Subset`` or ``ConcatDataset``.
         way: classes in an episode.
-        shot: images of a class that it is learnt from.
-        query: further images of the class.
+        shot: images of a class in the support set.
+        query: further images of the class, the queries.
         episodes: in an epoch, of all processes together.
 
     Raises:
-        TypeError: if the data set tells no labels.
-        ValueError: if a number is not positive, there are fewer than ``way`` classes, a class has too few images, or
-            the processes cannot share the episodes evenly.
+        ValueError: if no labels are found, or one is not a whole number; if a number is not positive, there are fewer
+            than ``way`` classes, a class has too few images, or the processes cannot share the episodes evenly.
 
     Source: Vinyals et al., "Matching Networks", NeurIPS 2016; Snell et al., "Prototypical Networks", NeurIPS 2017. The
     random numbers follow PyTorch's global seed.
@@ -202,9 +201,9 @@ class EpisodicBatchSampler(SharedBatchSampler):
 
 @register_dataset_wrapper
 class WholeBatches(BaseDatasetWrapper):
-    """torchdistill's own wrapper, through which a data set is asked for a whole batch at once, if it can be.
+    """torchdistill's own wrapper, which reads a whole batch of a data set at once where that is possible.
 
-    The host wraps every data set that is trained on, and its wrapper asks for one image after the other.
+    The host wraps every training data set, and its own wrapper reads one image after the other.
     """
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Any, Any, dict[str, Any]]]:
@@ -235,20 +234,20 @@ def _generator() -> random.Random:
 
 def _by_class(owner: object, sampler: Any) -> list[list[int]]:
     """The indices of each class's images."""
+    name = type(owner).__name__
+    dataset = getattr(sampler, "data_source", None)
+    if dataset is None and (dataset := getattr(sampler, "dataset", None)) is None:  # DistributedSampler
+        raise ValueError(
+            f"{name}: expected a sampler with its data set in data_source or dataset, got {type(sampler).__name__}; "
+            "use SequentialSampler, and torch.utils.data.Subset for a part of the data"
+        )
+    labels = labels_of(dataset, name)
+    if labels is None:
+        raise ValueError(
+            f"{name}: expected a data set with labels, got {type(dataset).__name__}, in which none are found; give it "
+            "an attribute targets with the label of each item"
+        )
     by_class: dict[int, list[int]] = defaultdict(list)
-    for index, label in enumerate(_labels(owner, getattr(sampler, "data_source", None) or sampler.dataset)):
-        by_class[int(label)].append(index)
+    for index, label in enumerate(labels):
+        by_class[label].append(index)
     return list(by_class.values())
-
-
-def _labels(owner: object, dataset: Any) -> Any:
-    """The labels of a data set, also of one that torchdistill wrapped."""
-    for name in ("targets", "labels"):
-        if hasattr(dataset, name):
-            return getattr(dataset, name)
-    if hasattr(dataset, "org_dataset"):
-        return _labels(owner, dataset.org_dataset)
-    raise TypeError(
-        f"{type(owner).__name__}: expected a data set with its labels in targets or labels, got "
-        f"{type(dataset).__name__}, which has neither"
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
-from rkd_plugin.experiments.datasets.folders import files_of
+from rkd_plugin.teacher_bank.labels import files_of, find_labels, unwrapped
 
 if TYPE_CHECKING:
     from rkd_plugin.experiments.bank.files import Bank
@@ -172,11 +172,13 @@ def _is_random(part: Any) -> bool:
 
 def described(dataset: Any, seed: int) -> dict[str, Any]:
     """What tells a data set from others, as JSON can hold it."""
-    transforms = [repr(getattr(part, "transform", None)) for part in _chain(dataset)]
+    transforms = [repr(getattr(part, "transform", None)) for part in unwrapped(dataset)]
+    # Names of files with their folder's, as the rest of a path is another one on another machine.
+    files = ["/".join(Path(path).parts[-2:]) for path in files_of(dataset)]
     return {
         "count": len(dataset),
-        "labels": _hash(_each(dataset, _labels)),
-        "files": _hash(_each(dataset, _files)),
+        "labels": _hash(find_labels(dataset)),
+        "files": _hash(files or None),
         # Without addresses, which are others in each run.
         "transform": re.sub(r" at 0x\w+", "", "; ".join(text for text in transforms if text != "None")),
         "images": [_look(image(_seen(dataset, index, f"{seed} 0 {index}")), index) for index in _probed(dataset)],
@@ -224,36 +226,6 @@ def _look(seen: Tensor, index: int) -> dict[str, Any]:
 def _probed(dataset: Any) -> Iterable[int]:
     count = len(dataset)
     return sorted({at * (count - 1) // max(PROBES - 1, 1) for at in range(PROBES)}) if count else ()
-
-
-def _chain(dataset: Any) -> Iterator[Any]:
-    """A data set, and what it wraps."""
-    while dataset is not None:
-        yield dataset
-        dataset = getattr(dataset, "org_dataset", None) or getattr(dataset, "dataset", None)
-
-
-def _each(dataset: Any, tell: Callable[[Any], Any]) -> list[Any] | None:
-    """What a data set tells of each item, also where it wraps the one that tells it."""
-    taken: list[Sequence[int]] = []
-    for part in _chain(dataset):
-        if (told := tell(part)) is not None and len(told):
-            told = np.asarray(told).tolist()
-            for indices in reversed(taken):
-                told = [told[index] for index in indices]
-            return list(told)
-        if isinstance(part, Subset):
-            taken.append(part.indices)
-    return None
-
-
-def _labels(dataset: Any) -> Any:
-    return next((getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)), None)
-
-
-def _files(dataset: Any) -> Any:
-    """Names of files with their folder's, as the rest of a path is another one on another machine."""
-    return ["/".join(Path(path).parts[-2:]) for path in files_of(dataset)]
 
 
 def _hash(told: list[Any] | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Data sets of the recipes: what torchvision and pytorch-metric-learning lack, and theirs with errors in words."""
+"""Data sets of the recipes: those that torchvision and pytorch-metric-learning lack, and theirs with checks."""
 
 from rkd_plugin.experiments.datasets.cached import Cached
 from rkd_plugin.experiments.datasets.cifar import CIFAR100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from rkd_plugin.experiments.datasets.folders import files_of
 from rkd_plugin.experiments.files import replacing
+from rkd_plugin.teacher_bank.labels import files_of, labels_of, unwrapped
+from rkd_plugin.teacher_bank.storage import allocate
 
 VERSION = 1  # of cached images: to be raised when what is decoded changes
 LARGE = 2000  # images, from which on decoding them is worth starting processes
@@ -24,22 +26,21 @@ LARGE = 2000  # images, from which on decoding them is worth starting processes
 class Cached(Dataset[tuple[Any, int]]):
     """Images decoded once into a memory-mapped file, of which an access is a copy; transformed at each access.
 
-    The file's name tells the data set's paths, sizes, times and transform by hashes, so that another file is written
-    when any of them changes; it is written whole or not at all. Processes share what the system keeps of it in memory.
+    The file's name has hashes of the data set's paths, sizes, times and transform, so that another file is written when
+    any of them changes; it is written whole or not at all. Processes share what the system keeps of it in memory.
 
     Args:
         dataset: its images are uint8 tensors ``(C, H, W)`` of one size, as PILToTensor makes them after a Resize to
-            height and width; their files are in ``paths`` or ``samples``, and the labels, used as they are, in
-            ``targets``.
+            height and width; how their files and labels are found: see `rkd_plugin.teacher_bank.labels`.
         folder: of the file, ``C * H * W`` bytes an image; None to decode each image each time.
         transform: of a uint8 tensor, such as a random crop.
         batched: give the transform all images of a batch at once, ``(N, C, H, W)``, which is faster; one that draws
             random numbers would draw the same for all of them.
 
     Raises:
-        TypeError: if the data set does not tell its files.
-        ValueError: if the images are not uint8 tensors of one size, or the data set's transform cannot be told from
-            another one by its ``repr``.
+        ValueError: if no files or labels of the data set are found, a label is not a whole number, the images are not
+            uint8 tensors of one size, or the ``repr`` of the data set's transform changes from run to run.
+        OSError: if the file cannot be written, such as to a full disk; if it is cut while it is read.
 
     Example:
         >>> import tempfile
@@ -66,7 +67,14 @@ class Cached(Dataset[tuple[Any, int]]):
     ) -> None:
         self.batched = batched
         self.dataset = dataset
-        self.targets: list[int] = dataset.targets
+        labels = labels_of(dataset, "Cached")
+        if labels is None:
+            raise ValueError(
+                f"Cached: expected a data set with labels, got {type(dataset).__name__}, in which none are found; give "
+                "it an attribute targets with the label of each item"
+            )
+        self.targets = labels
+        self.folder = folder
         self.transform = transform
         self._images: np.ndarray[Any, Any] | None = None
         self.path: Path | None = None
@@ -78,6 +86,10 @@ class Cached(Dataset[tuple[Any, int]]):
                     _decode(dataset, self.path)
                 for stale in {*Path(folder).glob(f"{stem}-*.npy")} - {self.path}:
                     stale.unlink(missing_ok=True)
+
+    def all_classes(self) -> Cached:
+        """The same of the classes of all splits, as `ClassFolders` and others know them."""
+        return Cached(self.dataset.all_classes(), self.folder, self.transform, self.batched)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -105,6 +117,9 @@ class Cached(Dataset[tuple[Any, int]]):
         # Each process maps the file itself: a pickled map would carry all images.
         if self._images is None:
             self._images = np.lib.format.open_memmap(self.path, mode="r")
+        images: Any = self._images
+        if images.base.size() < images.offset + images.nbytes:  # a page that is gone would end the process
+            raise OSError(f"Cached: expected {self.path} as it was opened, got it cut; delete it, and start this again")
         return torch.from_numpy(self._images[list(indices)])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,22 +127,25 @@ class Cached(Dataset[tuple[Any, int]]):
 
 
 def _identify(dataset: Any) -> tuple[str, str]:
-    """What tells the data set from others that may be in use beside it, and from what its files were before."""
+    """Names of the cache of this data set, unlike those of others, and of the state of its files."""
     files = files_of(dataset)
     if not files:
-        raise TypeError(
-            f"Cached: expected a data set whose `paths` or `samples` name its files, got {type(dataset).__name__}; set "
-            "folder to None"
+        raise ValueError(
+            f"Cached: expected a data set with files in `paths` or `samples`, got {type(dataset).__name__}, in which "
+            "none are found; set folder to None"
         )
-    transform = repr(dataset.transform)
+    parts = list(unwrapped(dataset))
+    transform = "; ".join(repr(part.transform) for part in parts if hasattr(part, "transform"))
     if " at 0x" in transform:
         raise ValueError(
             f"Cached: expected a transform whose repr is the same in each run, got {transform}; use those of "
             "torchvision.transforms.v2, or set folder to None"
         )
-    names = [type(dataset).__name__, *([dataset.split] if hasattr(dataset, "split") else [])]
+    names = [name for part in parts for name in (type(part).__name__, getattr(part, "split", None)) if name]
+    # Several images may be in one file, such as a pickle, so that the files of two Subsets are the same.
+    chosen = [[*map(int, part.indices)] for part in parts if hasattr(part, "indices")]
     stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
-    return "-".join([*names, _hash((VERSION, [*map(str, files)], transform))]), _hash(stats)
+    return "-".join([*names, _hash((VERSION, [*map(str, files)], transform, *chosen))]), _hash(stats)
 
 
 def _hash(content: object) -> str:
@@ -147,14 +165,17 @@ def _decode(dataset: Any, path: Path) -> None:
     with replacing(path) as temporary:
         loader = DataLoader(_Decoder(dataset, temporary), batch_size=None, num_workers=workers if workers > 1 else 0)
         shape = (len(dataset), *_decoded(dataset, 0).shape)
-        np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        with temporary.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            size = file.tell() + math.prod(shape)
+        allocate(temporary, size)
         for error in tqdm(loader, desc=f"decoding into {path.parent}", unit="image", leave=False):
             if error is not None:
                 raise error
 
 
 class _Decoder(Dataset[ValueError | None]):
-    """Writes the image that it is asked for into the file, so that none travels between processes."""
+    """Writes the image of an index into the file, so that none travels between processes."""
 
     def __init__(self, dataset: Any, path: Path) -> None:
         self.dataset = dataset

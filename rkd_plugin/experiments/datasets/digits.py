@@ -22,6 +22,8 @@ class Digits(Dataset[tuple[Tensor, int]]):
         (torch.Size([1, 8, 8]), 5)
     """
 
+    class_count = 10
+
     def __init__(self, classes: Sequence[int] = tuple(range(10))) -> None:
         unknown = [digit for digit in classes if digit not in range(10)]
         if unknown or not classes:
@@ -32,6 +34,10 @@ class Digits(Dataset[tuple[Tensor, int]]):
         images = torch.as_tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
         self.images = images[chosen]
         self.targets: list[int] = targets[chosen].tolist()
+
+    def all_classes(self) -> Digits:
+        """The same of all digits."""
+        return Digits()
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -1,10 +1,15 @@
-"""Published files from where they lie, held against their checksums, and unpacked in one piece."""
+"""Published files: downloaded, checked against their checksums, and unpacked in one piece."""
 
 from __future__ import annotations
 
+import lzma
+import stat
 import tarfile
 import tempfile
+import unicodedata
 import zipfile
+import zlib
+from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path
 
@@ -29,19 +34,58 @@ def download(owner: str, url: str, path: Path, md5: str, remedy: str) -> None:
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack ``folder``, whole or not at all, out of a tar or zip archive, which cannot write anywhere else.
 
+    No data set has links, devices, or names that are absolute, climb, occur twice or differ only by case: they are
+    looked for in the whole archive before a file is written, as Python's own filters have had holes.
+
     Raises:
-        ValueError: if it tries, or is no such archive.
+        ValueError: if the archive has one of these, is cut, or has no such folder.
     """
+    refused = f"expected an archive that stays in its folder in {archive.name}, refused it: "
     try:
         with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder.parent) as unpacked:
             if zipfile.is_zipfile(archive):
                 with zipfile.ZipFile(archive) as zipped:
+                    _check_members((member.orig_filename, _kind(member)) for member in zipped.infolist())
                     zipped.extractall(unpacked)
             else:
                 with tarfile.open(archive) as tarred:
-                    tarred.extractall(unpacked, filter="data")
+                    members = tarred.getmembers()
+                    _check_members(
+                        (member.name, "folder" if member.isdir() else "file" if member.isreg() else "link or device")
+                        for member in members
+                    )
+                    tarred.extractall(unpacked, members, filter="data")
+            if not Path(unpacked, folder.name).is_dir():
+                raise tarfile.TarError(f"it has no folder {folder.name}")
             Path(unpacked, folder.name).rename(folder)
-    except (tarfile.TarError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"expected an archive that stays in its folder in {archive.name}, refused it: {error}"
-        ) from error
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
+        cause = " ".join(str(error).split())  # of a file of another kind it has lines
+        raise ValueError(f"{refused}{cause}; get it again from its publisher") from error
+
+
+def _kind(member: zipfile.ZipInfo) -> str:
+    mode = member.external_attr >> 16  # of Unix; 0 where another system wrote it
+    is_plain = stat.S_IFMT(mode) in (0, stat.S_IFREG, stat.S_IFDIR)
+    return "folder" if member.is_dir() else "file" if is_plain else "link or device"
+
+
+def _check_members(members: Iterable[tuple[str, str]]) -> None:
+    """Raise TarError if a member's name or kind is not that of a file or folder below the archive's root.
+
+    Args:
+        members: name and ``"file"``, ``"folder"`` or another kind.
+    """
+    known: dict[str, tuple[str, str]] = {}
+    for name, kind in members:
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        if kind not in ("file", "folder"):
+            raise tarfile.TarError(f"{name!r} is a {kind}")
+        if name.startswith("/") or ".." in parts or {*name} & {"\\", ":", "\0"} or (kind == "file" and not parts):
+            raise tarfile.TarError(f"{name!r} is no path below its folder")
+        for depth in range(1, len(parts) + 1):
+            path = "/".join(parts[:depth])
+            found = (path, kind if depth == len(parts) else "folder")
+            # As a file system sees it that knows no case, or one form of an accent.
+            before = known.setdefault(unicodedata.normalize("NFC", path.casefold()), found)
+            if before is not found and (before != found or found[1] == "file"):
+                raise tarfile.TarError(f"{name!r} is in the place of {before[0]!r}")

@@ -1,4 +1,4 @@
-"""Published data sets that list their images, looked through before anything is trained on them."""
+"""Published data sets that list their images, which are checked before training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rkd_plugin.experiments.datasets.folders import open_image
 
 
 class Listed(pml.BaseDataset):
-    """A data set of pytorch-metric-learning whose files are looked for before anything is trained on them.
+    """A data set of pytorch-metric-learning whose files are looked for before training.
 
     Items are ``(image, label)``; ``targets`` are the labels of all of them, ``paths`` their files.
 
@@ -36,6 +36,7 @@ class Listed(pml.BaseDataset):
         ConnectionError: if the download fails.
     """
 
+    class_count = 0  # classes of all splits
     FOLDER = ""  # that the archive makes
     LISTS: tuple[tuple[str, str], ...] = ()  # files, and what each line of them must match
     MD5: str | None = None  # of the archive
@@ -78,6 +79,10 @@ class Listed(pml.BaseDataset):
         if not self.paths:
             raise ValueError(f"{name}: the lists in {self.root} name no image of split {self.split!r}; {self._remedy}")
 
+    def all_classes(self) -> Listed:
+        """The same of the classes of all splits."""
+        return type(self)(self.root, "train+test", self.transform, self.target_transform)
+
     @property
     def _remedy(self) -> str:
         return f"{self.HOME}, or delete any {self.FOLDER} and set download to True" if self.MD5 else self.HOME
@@ -94,7 +99,7 @@ class Listed(pml.BaseDataset):
         """Nothing is unpacked that is not the published archive, and nothing stays that was unpacked in part."""
         name = type(self).__name__
         if self.MD5 is None:
-            raise ValueError(f"{name}: no checksum is published that a download could be held against; {self.HOME}")
+            raise ValueError(f"{name}: no checksum is published to check a download against; {self.HOME}")
         Path(self.root).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=self.root) as folder:
             archive = Path(folder, f"{name} archive")
@@ -108,6 +113,7 @@ class CUB(Listed, pml.CUB):
     Arguments and errors: see `Listed`.
     """
 
+    class_count = 200
     FOLDER = "CUB_200_2011"
     LISTS = (("CUB_200_2011/images.txt", r"\d+ \S+"), ("CUB_200_2011/image_class_labels.txt", r"\d+ \d+"))
     MD5 = "97eceeb196236b17998738112f37df78"
@@ -120,6 +126,7 @@ class Cars196(Listed, pml.Cars196):
     Arguments and errors: see `Listed`; there is no download.
     """
 
+    class_count = 196
     FOLDER = "car_data"
     LISTS = (("names.csv", r".*"), ("anno_train.csv", r".+,\d+"), ("anno_test.csv", r".+,\d+"))
     HOME = (
@@ -143,6 +150,7 @@ class StanfordOnlineProducts(Listed, pml.StanfordOnlineProducts):
     Arguments and errors: see `Listed`.
     """
 
+    class_count = 22_634
     FOLDER = "Stanford_Online_Products"
     LISTS = (
         ("Stanford_Online_Products/Ebay_train.txt", r"(\d+ \d+ \d+|image_id class_id super_class_id) \S+"),

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 from torchvision.datasets import VisionDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from rkd_plugin.experiments.datasets.folders import open_image
+from rkd_plugin.experiments.datasets.folders import class_folders, list_images, open_image
 from rkd_plugin.experiments.datasets.pickles import read_arrays
+from rkd_plugin.teacher_bank.labels import check_labels
 
 LISTS = "https://github.com/twitter-research/meta-learning-lstm/tree/master/data/miniImagenet"
 IMAGES = 600  # of a class
@@ -31,7 +31,7 @@ class MiniImageNet(VisionDataset):
     - ``miniImageNet_category_split_{train_phase_train,val,test}.pickle``, pickles of ``data`` and ``labels``;
     - ``{train,val,test}/<class>/<image>``.
 
-    A pickle that names anything but arrays is refused before it is read. Items are ``(image, label)``; ``paths`` are
+    Pickles are read without executing them. Items are ``(image, label)``; ``paths`` are
     the files of all of them, ``targets`` the labels, counted from 0 in the order of ``classes``.
 
     Args:
@@ -114,16 +114,22 @@ class MiniImageNet(VisionDataset):
     def _by_class(self, path: Path) -> Iterable[tuple[str, str, Any]]:
         content = read_arrays("MiniImageNet", path)
         images, rows = self._images(path, content.get("image_data")), content.get("class_dict")
-        if not isinstance(rows, dict) or sorted(row for of in rows.values() for row in of) != list(range(len(images))):
-            raise ValueError(f"MiniImageNet: expected a class_dict in {path} that has each row of image_data once")
-        return ((str(name), str(path), images[row]) for name, of in rows.items() for row in of)
+        expected = f"MiniImageNet: expected a class_dict in {path} that has each row of image_data once"
+        # Each class may be the same list, so that their numbers count before what is in them.
+        is_dict = isinstance(rows, dict) and all(isinstance(of, list | np.ndarray) for of in rows.values())
+        if not isinstance(rows, dict) or not is_dict or sum(map(len, rows.values())) != len(images):
+            raise ValueError(expected)
+        of_class = {name: check_labels(of, f"{expected}; of class {name!r:.40}") for name, of in rows.items()}
+        if {row for of in of_class.values() for row in of} != {*range(len(images))}:
+            raise ValueError(expected)
+        return ((_name(path, name), str(path), images[row]) for name, of in of_class.items() for row in of)
 
     def _labelled(self, path: Path) -> Iterable[tuple[str, str, Any]]:
         content = read_arrays("MiniImageNet", path)
         images, labels = self._images(path, content.get("data")), content.get("labels")
-        if not isinstance(labels, Sequence | np.ndarray) or len(labels) != len(images):
+        if not isinstance(labels, list | tuple | np.ndarray) or len(labels) != len(images):
             raise ValueError(f"MiniImageNet: expected labels in {path}, one for each row of data")
-        return ((str(label), str(path), pixels) for label, pixels in zip(labels, images, strict=True))
+        return ((_name(path, label), str(path), pixels) for label, pixels in zip(labels, images, strict=True))
 
     @staticmethod
     def _images(path: Path, images: Any) -> np.ndarray[Any, Any]:
@@ -134,10 +140,9 @@ class MiniImageNet(VisionDataset):
         return checked
 
     def _of_folders(self, path: Path) -> Iterable[tuple[str, str, Any]]:
-        for folder in sorted(entry for entry in path.iterdir() if entry.is_dir()):
-            for file in sorted(folder.iterdir()):
-                if file.suffix.lower() in IMG_EXTENSIONS:
-                    yield folder.name, str(file), None
+        names = class_folders(path)
+        for name, images in zip(names, list_images("MiniImageNet", [path / name for name in names]), strict=True):
+            yield from ((name, image, None) for image in images)
 
     def _check(self, part: str, found: list[tuple[str, str, Any]], published: bool) -> None:
         counts = Counter(name for name, _, _ in found)
@@ -156,3 +161,13 @@ class MiniImageNet(VisionDataset):
         pixels = self._pixels[index]
         image = open_image(self.paths[index]) if pixels is None else Image.fromarray(pixels)
         return (self.transform(image) if self.transform else image), self.targets[index]
+
+
+def _name(path: Path, label: Any) -> str:
+    """The name of a class in a pickle."""
+    if not isinstance(label, str | int | np.integer):
+        raise ValueError(
+            f"MiniImageNet: expected names or numbers as labels in {path}, got {label!r:.40}, a "
+            f"{type(label).__name__}; number the classes"
+        )
+    return str(label)

@@ -14,7 +14,7 @@ from torchvision.datasets.utils import check_integrity
 
 from rkd_plugin.experiments.datasets.downloads import download as fetch
 from rkd_plugin.experiments.datasets.downloads import unpack
-from rkd_plugin.experiments.datasets.folders import open_image
+from rkd_plugin.experiments.datasets.folders import list_images, open_image
 
 LISTS = "https://raw.githubusercontent.com/jakesnell/prototypical-networks/master/data/omniglot/splits/vinyals"
 
@@ -23,7 +23,7 @@ class Omniglot(VisionDataset):
     """Omniglot: 1,623 characters of 50 alphabets, drawn by 20 people each, that make four classes each by rotation.
 
     Images are those of torchvision's Omniglot, ``root/omniglot-py/images_{background,evaluation}/<alphabet>/
-    character<NN>/*.png``; the classes of a split stand in ``root/omniglot-splits/vinyals/<split>.txt``, a line
+    character<NN>/*.png``; the classes of a split are in ``root/omniglot-splits/vinyals/<split>.txt``, a line
     ``<alphabet>/character<NN>/rot<angle>`` each. Items are ``(image, label)``; ``paths`` are the files of all of them,
     ``targets`` the labels, ``classes`` the lines, in their order.
 
@@ -31,7 +31,7 @@ class Omniglot(VisionDataset):
         root: the folder of ``omniglot-py``.
         split: name of a list: ``"train"`` (1,028 characters), ``"val"`` (172), ``"trainval"`` or ``"test"`` (423).
         transform: of a grey image, black on white, 105 x 105 pixels, which is turned already.
-        download: whether to download images and lists where they are missing; they are held against their MD5.
+        download: whether to download images and lists where they are missing; they are checked against their MD5.
         published: whether the lists must be the published ones. If not, they may be anybody's of that form.
 
     Raises:
@@ -126,13 +126,13 @@ class Omniglot(VisionDataset):
 
     def _images(self, character: str) -> list[str]:
         folders = [Path(self.root, self.FOLDER, part, character) for part in self.PARTS]
-        images = sorted(str(path) for folder in folders for path in folder.glob("*.png"))
-        if not images:
+        there = [folder for folder in folders if folder.is_dir()]
+        if not there:
             raise FileNotFoundError(
-                f"Omniglot: {self.list} names {character}, expected its images *.png in {folders[0]} or {folders[1]}, "
-                f"found none; {self._remedy}"
+                f"Omniglot: {self.list} names {character}, expected a folder {folders[0]} or {folders[1]} with its "
+                f"images, found none; {self._remedy}"
             )
-        return images
+        return [path for paths in list_images("Omniglot", there) for path in paths]
 
     def __len__(self) -> int:
         return len(self.targets)

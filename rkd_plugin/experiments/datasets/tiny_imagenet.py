@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from torchvision.datasets import VisionDataset
 
-from rkd_plugin.experiments.datasets.folders import open_image
+from rkd_plugin.experiments.datasets.folders import list_images, open_image
 
 HOME = "get http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it in that folder"
 
@@ -17,7 +17,7 @@ HOME = "get http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it in th
 class TinyImageNet(VisionDataset):
     """Tiny ImageNet, ``root/tiny-imagenet-200``: 200 classes, 100,000 + 10,000 images of 64 x 64 pixels.
 
-    To train, ``train/<class>/images/*.JPEG``; to test, ``val/images``, whose classes ``val/val_annotations.txt`` tells
+    To train, ``train/<class>/images/*.JPEG``; to test, ``val/images``, whose classes are in ``val/val_annotations.txt``
     (the labels of ``test`` are not published). A class's label is its line in ``wnids.txt``. Items are ``(image,
     label)``; ``samples`` are the files and labels of all of them, ``targets`` the labels.
 
@@ -62,14 +62,11 @@ class TinyImageNet(VisionDataset):
         return lines
 
     def _of_folders(self, labels: dict[str, int]) -> list[tuple[str, int]]:
-        samples = []
-        for name, label in labels.items():
-            folder = self.folder / "train" / name / "images"
-            paths = sorted(folder.glob("*.JPEG"))
-            if not paths:
-                raise FileNotFoundError(f"TinyImageNet: expected images *.JPEG in {folder}, found none; {HOME}")
-            samples += [(str(path), label) for path in paths]
-        return samples
+        folders = [self.folder / "train" / name / "images" for name in labels]
+        if missing := [folder for folder in folders if not folder.is_dir()]:
+            raise FileNotFoundError(f"TinyImageNet: expected a folder {missing[0]}, found none; {HOME}")
+        images = list_images("TinyImageNet", folders)
+        return [(path, label) for paths, label in zip(images, labels.values(), strict=True) for path in paths]
 
     def _annotated(self, labels: dict[str, int]) -> list[tuple[str, int]]:
         name = "val/val_annotations.txt"
