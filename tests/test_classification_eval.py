@@ -13,10 +13,10 @@ from torchdistill.datasets.wrapper import BaseDatasetWrapper
 
 from rkd_plugin.cli import main
 from rkd_plugin.experiments import report
+from rkd_plugin.experiments.checkpoints import load_weights, read_checkpoint, write_checkpoint
 from rkd_plugin.experiments.datasets import Cached, ClassFolders
 from rkd_plugin.experiments.experiment import Experiment, evaluate, of_folder
 from rkd_plugin.experiments.features import compared
-from rkd_plugin.experiments.files import load_weights, read_checkpoint, write_checkpoint
 from rkd_plugin.experiments.metrics import classification
 from rkd_plugin.experiments.recipe import read
 

@@ -25,9 +25,10 @@ from sklearn.datasets import load_digits
 
 from rkd_plugin import rkd_da_loss
 from rkd_plugin.experiments import runner
+from rkd_plugin.experiments.checkpoints import DamagedError, read_checkpoint, write_checkpoint
 from rkd_plugin.experiments.datasets import Digits, digits
 from rkd_plugin.experiments.experiment import Experiment
-from rkd_plugin.experiments.files import DamagedError, alone_in, read_checkpoint, write_checkpoint
+from rkd_plugin.experiments.files import alone_in
 from rkd_plugin.experiments.recipe import read
 from rkd_plugin.experiments.stopping import stopping
 

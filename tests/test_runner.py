@@ -12,7 +12,8 @@ import yaml
 
 from rkd_plugin.adapters.torchdistill import PMLLoss
 from rkd_plugin.experiments import experiment, runner
-from rkd_plugin.experiments.files import read_checkpoint, replacing, write_checkpoint
+from rkd_plugin.experiments.checkpoints import read_checkpoint, write_checkpoint
+from rkd_plugin.experiments.files import replacing
 from rkd_plugin.experiments.recipe import read
 
 TINY = ["recipe.num_epochs=4", "recipe.samples_per_epoch=256", "recipe.batch_size=64", "models.model.kwargs.width=4"]
