@@ -299,11 +299,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_pickle(path: Path) -> Any:
     with path.open("rb") as file:
         begin = file.read(4)
-    is_archive = zipfile.is_zipfile(path)
-    if begin in (ARCHIVE, b"") and not is_archive:
-        raise _refused(path, CUT, COPY, DamagedError)
     others = {"argparse.Namespace"}  # torchdistill's; those of files before PyTorch 1.6 cannot be listed
-    if is_archive:
+    if begin in (ARCHIVE, b""):
         _check_archive(path)
         with suppress(Exception):  # what it cannot parse, torch.load refuses below
             others.update(get_unsafe_globals_in_checkpoint(path))
@@ -318,7 +315,8 @@ def _read_pickle(path: Path) -> Any:
         if "can't allocate memory" in str(error):
             raise
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        found = f"it names {named[1]}, which would be executed" if named else "it is of another kind"
+        names = [named[1]] if named else sorted(others - {"argparse.Namespace"})
+        found = f"it names {_first(names)}, which would be executed" if names else "it is of another kind"
         raise _refused(path, found, CONVERT) from error
 
 
@@ -485,7 +483,13 @@ def _numbers(value: Tensor) -> str:
     """The kind of a tensor's numbers, between which loading would convert without a word."""
     if value.is_quantized:
         return "quantized numbers"
-    return "floating-point numbers" if value.is_floating_point() else "complex numbers" if value.is_complex() else "integers"
+    return (
+        "floating-point numbers"
+        if value.is_floating_point()
+        else "complex numbers"
+        if value.is_complex()
+        else "integers"
+    )
 
 
 def _value(value: Any) -> str:
