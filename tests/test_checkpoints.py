@@ -440,3 +440,13 @@ def test_every_part_of_a_checkpoint_is_in_the_example(ended):
     state = read_checkpoint(ended[0] / "last.pt")
     assert state.keys() == checkpoints.STATE.keys() | {"gradients", "part"}
     assert ended[1].keys() == checkpoints.RESULT.keys()
+
+
+def test_what_was_measured_is_measured_again_where_it_was_edited(tmp_path):
+    path, example = tmp_path / "a.json", {"final": {"r": 0.0}}
+    for text in ("", "[]", '{"described": 1, "final": {"r": "NaN"}}', '{"described": 2, "final": {"r": 1.0}}'):
+        path.write_text(text)
+        assert checkpoints.read_measured(path, 1, example) is None
+    path.write_text('{"described": 1, "final": {"r": 1.0}}')
+    assert checkpoints.read_measured(path, 1, example)["final"] == {"r": 1.0}
+    assert checkpoints.read_measured(tmp_path / "none.json", 1, example) is None

@@ -181,6 +181,21 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
+def read_measured(path: Path, described: Any, example: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was measured before, None if that is missing, was described otherwise, or was edited: it is measured again.
+
+    Args:
+        path: of the JSON file.
+        described: what it must hold under ``"described"``.
+        example: of its other parts.
+    """
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return None if found.get("described") != described or _unlike(found, example) else found
+
+
 def restore(box: Any, state: Mapping[str, Any], path: Path) -> None:
     """Give optimizer, schedule and accumulated gradients of a box the state of a checkpoint.
 

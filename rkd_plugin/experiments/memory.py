@@ -1,4 +1,4 @@
-"""Memory that is asked for again at every step."""
+"""Memory that is allocated again at every step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 def keep_memory() -> None:
     """From now on this process keeps freed memory for its next step instead of giving it back to the system.
 
-    glibc returns every large tensor of the CPU that is freed, and the system clears the pages that the next step asks
+    glibc returns every large tensor of the CPU that is freed, and the system clears the pages that the next step requests
     for, which may take as long as the arithmetic. With another allocator this does nothing.
     """
     # Where there is no such thing as the process's own symbols, asking for them raises.
