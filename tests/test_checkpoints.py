@@ -125,6 +125,16 @@ def test_nothing_is_executed(call, beside, tmp_path, monkeypatch):
     assert not Path("executed").exists()
 
 
+@pytest.mark.parametrize("form", [lambda state: state, lambda state: {"model": state}])
+def test_a_dictionary_whose_methods_were_replaced(form, tmp_path):
+    state = network().state_dict()
+    for name in ("items", "keys", "get"):
+        setattr(state, name, 5)
+    torch.save(form(state), tmp_path / "a.pt")
+    one_sentence(ValueError, "expected the weights of a model", read_weights, tmp_path / "a.pt")
+    one_sentence(ValueError, "it lacks", load_weights, network(), state, tmp_path / "a.pt", "b")
+
+
 def program(path):
     """What tells a program of TorchScript from other archives."""
     torch.save(network().state_dict(), path)

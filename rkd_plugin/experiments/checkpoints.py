@@ -97,6 +97,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         DamagedError: if the file is cut or changed.
         ValueError: if it cannot be read without executing what it holds, or holds no weights.
         MemoryError: if it does not fit into memory.
+
+    Example:
+        >>> import argparse, tempfile
+        >>> saved = {"model": torch.nn.DataParallel(torch.nn.Linear(2, 1)).state_dict(), "args": argparse.Namespace()}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(saved, Path(folder, "a.pt"))
+        ...     list(read_weights(Path(folder, "a.pt")))
+        ['weight', 'bias']
     """
     content = _read(path)
     state = _state_in(content)
@@ -132,8 +140,8 @@ def read_checkpoint(path: Path, *parts: str) -> dict[str, Any]:
         ValueError: if it cannot be read without executing what it holds, or lacks a part.
         MemoryError: if it does not fit into memory.
     """
-    content = _read(path)
-    if not isinstance(content, dict) or any(part not in content for part in parts):
+    content: dict[str, Any] = _read(path)
+    if not _is_dict(content) or any(part not in content for part in parts):
         raise ValueError(
             f"expected a checkpoint with {', '.join(parts) or 'its parts by name'} at {path}, got "
             f"{_describe(content)}; give a file that `rkd run` wrote"
@@ -256,7 +264,7 @@ def load_weights(
             module has floating-point numbers.
     """
     expected = module.state_dict()
-    given = weights if isinstance(weights, dict) else {}
+    given = weights if _is_dict(weights) else {}
     by_bare = {} if _collide(expected) else {_bare(name): name for name in expected}
     given = _renamed(given, {name: name if name in expected else by_bare.get(name, name) for name in given})
     for name, value in given.items():
@@ -269,10 +277,10 @@ def load_weights(
     try:
         module.load_state_dict(given)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # a line for each tensor
-        shapes = [{name: _shape(value) for name, value in state.items()} for state in (given, expected)]
+        got, wanted = ({name: _shape(value) for name, value in state.items()} for state in (given, expected))
         raise ValueError(
             f"{path} holds another model than {source} describes, {type(module).__name__}: "
-            + (_difference(*shapes, settings or {}) if shapes[0] != shapes[1] else printable(str(error), 4 * LONGEST))
+            + (_difference(got, wanted, settings or {}) if got != wanted else printable(str(error), 4 * LONGEST))
         ) from error
 
 
@@ -367,10 +375,15 @@ def _refused(path: Path, found: str, remedy: str, kind: type[ValueError] = Value
 
 def _state_in(content: Any) -> dict[str, Any] | None:
     """The ``state_dict`` that a checkpoint is or holds, None if it holds none."""
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+    if not _is_dict(content) or not all(isinstance(name, str) for name in content):
         return None
     inner = next((state for key in WEIGHTS if (state := _state_in(content.get(key))) is not None), None)
     return content if inner is None and any(isinstance(value, Tensor) for value in content.values()) else inner
+
+
+def _is_dict(content: Any) -> bool:
+    """Whether it is a dictionary and works as one: a pickle may replace the methods of an `OrderedDict`."""
+    return isinstance(content, dict) and getattr(content, "__dict__", {}).keys() <= {"_metadata"}
 
 
 def _bare(name: str) -> str:
@@ -396,7 +409,7 @@ def _renamed(state: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     renamed = OrderedDict((names.get(name, name), value) for name, value in state.items())
     versions = getattr(state, "_metadata", None)
     if isinstance(versions, dict):
-        renamed._metadata = {_bare(str(name)): version for name, version in versions.items()}  # type: ignore[attr-defined]
+        renamed._metadata = {_bare(str(name)): version for name, version in dict.items(versions)}  # type: ignore[attr-defined]
     return renamed
 
 
@@ -424,7 +437,8 @@ def _unlike(got: Any, example: Any, where: str = "", whole: bool = True) -> str 
     for kind, allowed, words in kinds:
         if isinstance(example, kind):
             is_negative = kind is allowed is int and isinstance(got, int) and got < 0
-            if not isinstance(got, allowed) or is_negative or (isinstance(got, bool) and kind is not bool):
+            is_wrong = not _is_dict(got) if kind is Mapping else not isinstance(got, allowed)
+            if is_wrong or is_negative or (isinstance(got, bool) and kind is not bool):
                 return f"expected {words} for {_short(where) or 'all of it'}, got {_value(got)}"
             break
     inner: Iterable[tuple[Any, Any]] = ()
@@ -518,7 +532,9 @@ def _describe(content: Any) -> str:
         return f"an object of {printable(type(content).__name__, LONGEST)}"
     if not isinstance(content, dict):
         return type(content).__name__
-    names = [f"{name} ({_describe(value)})" if isinstance(value, Unread) else name for name, value in content.items()]
+    names = [
+        f"{name} ({_describe(value)})" if isinstance(value, Unread) else name for name, value in dict.items(content)
+    ]
     return _first(names, "nothing")
 
 
