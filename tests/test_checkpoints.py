@@ -327,6 +327,7 @@ def test_which_key_differs():
     assert difference(old, old.replace("epochs: 2, ", "")) == "it is written differently"
     assert difference(old, old.replace(", epochs: 2", "")) == "recipe.epochs is 2 there and missing here"
     assert difference(old, old.replace("c: x", "c: y")) == "train.b.1.c is x there and y here"
+    assert difference(old, old.replace("{c: x}", "3")).startswith("train.b.1 is a mapping there and 3 here")
     assert "\n" not in difference("a: [", old)
     many = ", ".join(f"k{i}: 1" for i in range(9))
     assert difference(f"{{{many}}}", f"{{{many.replace(': 1', ': 2')}}}").endswith(

@@ -73,8 +73,9 @@ def _leaves(root: Any) -> Iterator[tuple[str, str]]:
             inner = list(enumerate(node.value))
         elif node is not None:
             yield path, node.value
-        if inner or isinstance(node, yaml.CollectionNode):
-            yield f"{path}{{}}", node.tag.removeprefix("tag:yaml.org,2002:")
+        if isinstance(node, yaml.CollectionNode):
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            yield path, {"map": "a mapping", "seq": "a list"}.get(kind, kind)
         left += reversed([(f"{path}.{key}".lstrip("."), value) for key, value in inner])
 
 
