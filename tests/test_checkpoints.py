@@ -6,6 +6,7 @@ import json
 import os
 import re
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -125,14 +126,20 @@ def test_nothing_is_executed(call, beside, tmp_path, monkeypatch):
     assert not Path("executed").exists()
 
 
-@pytest.mark.parametrize("form", [lambda state: state, lambda state: {"model": state}])
+class Replaced:
+    """Pickled as an `OrderedDict` whose methods are numbers."""
+
+    def __reduce__(self):
+        return OrderedDict, (), dict.fromkeys(("items", "keys", "get"), 5), None, iter([("w", torch.zeros(2))])
+
+
+@pytest.mark.parametrize("form", [Replaced(), {"model": Replaced()}], ids=["bare", "model"])
 def test_a_dictionary_whose_methods_were_replaced(form, tmp_path):
-    state = network().state_dict()
-    for name in ("items", "keys", "get"):
-        setattr(state, name, 5)
-    torch.save(form(state), tmp_path / "a.pt")
+    torch.save(form, tmp_path / "a.pt")
     one_sentence(ValueError, "expected the weights of a model", read_weights, tmp_path / "a.pt")
-    one_sentence(ValueError, "it lacks", load_weights, network(), state, tmp_path / "a.pt", "b")
+    torch.save({"model": form}, tmp_path / "a.pt")
+    model = read_checkpoint(tmp_path / "a.pt")["model"]
+    one_sentence(ValueError, "it lacks", load_weights, network(), model, tmp_path / "a.pt", "b")
 
 
 def program(path):
