@@ -27,9 +27,9 @@ from rkd_plugin.experiments import runner
 from rkd_plugin.experiments.bank import Bank, files, views, writing
 from rkd_plugin.experiments.bank.recipes import WithTeacherBank, taught
 from rkd_plugin.experiments.bank.writing import embed
+from rkd_plugin.experiments.checkpoints import write_checkpoint
 from rkd_plugin.experiments.datasets import Digits
 from rkd_plugin.experiments.experiment import Experiment
-from rkd_plugin.experiments.files import write_checkpoint
 from rkd_plugin.experiments.recipe import RecipeError, names, read
 from rkd_plugin.experiments.samplers import ClassBalancedBatchSampler
 

@@ -11,9 +11,9 @@ from torch.nn.functional import normalize
 
 from rkd_plugin.cli import main
 from rkd_plugin.experiments import report
+from rkd_plugin.experiments.checkpoints import load_weights, read_checkpoint, write_checkpoint
 from rkd_plugin.experiments.experiment import Experiment, evaluate, of_folder
 from rkd_plugin.experiments.features import compared
-from rkd_plugin.experiments.files import load_weights, read_checkpoint, write_checkpoint
 from rkd_plugin.experiments.metrics import classification
 from rkd_plugin.experiments.recipe import read
 
@@ -180,37 +180,35 @@ def test_a_checkpoint_of_other_classes(runs, capsys, tmp_path):
     checkpoint = runs / "teacher" / "last.pt"
     ten = "models.teacher_model.kwargs.num_classes=10"
     said = (
-        "describes, ImageClassifier: its last layer, linear, has 100 outputs, where 10 were expected; set num_classes "
-        "(or the width of the embedding) to 100, or give a checkpoint of 10"
+        "describes, ImageClassifier: its last layer, linear, has 100 outputs, where 10 were expected; give "
+        "models.{}.kwargs.num_classes=100, or give a checkpoint of 10"
     )
     trained = error_of(
         capsys, "run", STUDENT, *overrides(runs / "data", *taught(checkpoint), ten), "--out", tmp_path / "out"
     )
     assert trained.startswith(f"{checkpoint} holds another model than ")
-    assert trained.endswith(said)
+    assert trained.endswith(said.format("teacher_model"))
     evaluated = error_of(
         capsys, "eval", TEACHER, *overrides(runs / "data", "models.model.kwargs.num_classes=10", network="resnet14"),
         "--checkpoint", checkpoint,
     )  # fmt: skip
-    assert evaluated.endswith(said)
+    assert evaluated.endswith(said.format("model"))
 
 
 def test_a_file_that_is_no_checkpoint_of_ours(runs, capsys, tmp_path):
     weights = read_checkpoint(runs / "student" / "last.pt", "model")["model"]
-    paths = {name: tmp_path / f"{name}.pt" for name in ("text", "cut", "executed", "bare", "tensor", "empty")}
+    paths = {name: tmp_path / f"{name}.pt" for name in ("text", "cut", "executed", "tensor", "empty")}
     paths["text"].write_text("no checkpoint")
     paths["cut"].write_bytes((runs / "student" / "last.pt").read_bytes()[:5000])
     torch.save({"model": tmp_path}, paths["executed"])
-    torch.save(weights, paths["bare"])
     torch.save(weights["linear.bias"], paths["tensor"])
     write_checkpoint(paths["empty"], {})
     messages = {
-        "text": "could not read it, as it is of another kind; give a file that `rkd run` wrote",
-        "cut": "could not read it, as it is cut or changed; give a file that `rkd run` wrote",
-        "executed": "could not read it, as it names pathlib(._local)?.PosixPath",
-        "bare": "expected a checkpoint with model at .*, got backbone.conv1.weight, .* and .* more; give a file that",
-        "tensor": "expected a checkpoint with model at .*, got Tensor; give",
-        "empty": "expected a checkpoint with model at .*, got nothing; give",
+        "text": "could not read it, as it is of another kind; where you trust the file, load it with its own",
+        "cut": "could not read it, as it is cut or changed; give a whole copy of it",
+        "executed": r"expected the weights of a model in .*, got model \(an object of pathlib(._local)?.PosixPath\)",
+        "tensor": "expected the weights of a model in .*, got Tensor; where",
+        "empty": "expected the weights of a model in .*, got nothing; where",
     }  # fmt: skip
     for name, path in paths.items():
         evaluated = error_of(capsys, "eval", runs / "student", "--checkpoint", path)
@@ -219,7 +217,10 @@ def test_a_file_that_is_no_checkpoint_of_ours(runs, capsys, tmp_path):
             raise ValueError(evaluated)
     missing = taught(tmp_path / "none.pt")
     trained = error_of(capsys, "run", STUDENT, *overrides(runs / "data", *missing), "--out", tmp_path / "out")
-    assert trained == f"expected a checkpoint at {tmp_path / 'none.pt'}, found none; train that model first"
+    assert trained == (
+        f"expected a checkpoint at {tmp_path / 'none.pt'}, found none; train that model first with "
+        f"`rkd run RECIPE --out {tmp_path}`"
+    )
 
 
 def test_weights_of_another_kind(tmp_path):

@@ -1,6 +1,7 @@
 """Faults, caused for real: what a run says, what it leaves, and that it ends as if nothing had happened."""
 
 import ctypes
+import errno
 import gc
 import itertools
 import json
@@ -20,14 +21,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from rkd_plugin import rkd_da_loss
 from rkd_plugin.experiments import runner
+from rkd_plugin.experiments.checkpoints import DamagedError, read_checkpoint, write_checkpoint
 from rkd_plugin.experiments.datasets import Digits, digits
 from rkd_plugin.experiments.experiment import Experiment
-from rkd_plugin.experiments.files import DamagedError, alone_in, read_checkpoint, write_checkpoint
+from rkd_plugin.experiments.files import LOCK, alone_in, replacing, write_json
 from rkd_plugin.experiments.recipe import read
 from rkd_plugin.experiments.stopping import stopping
 
@@ -69,7 +72,8 @@ def without_times(history):
 
 
 def files(folder):
-    return {path.name for path in folder.iterdir() if "tfevents" not in path.name}
+    """All but the events, and the lock that a killed run leaves until the next one."""
+    return {path.name for path in folder.iterdir() if "tfevents" not in path.name and path.name != LOCK}
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,7 @@ def undisturbed(tmp_path_factory):
 # Two runs in one folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_second_run_in_a_folder_is_refused_until_the_first_is_killed(tmp_path, undisturbed, workers):
     folder = tmp_path / "shared"
@@ -100,6 +105,101 @@ def test_the_second_run_in_a_folder_is_refused_until_the_first_is_killed(tmp_pat
     shutil.rmtree(folder)
     assert without_times(run(folder, overrides)["history"]) == without_times(undisturbed[1]["history"])
     assert files(folder) == files(undisturbed[0])
+    assert not (folder / LOCK).exists()
+
+
+HOLDS = """
+import os, sys, time
+from pathlib import Path
+from rkd_plugin.experiments.files import alone_in
+with alone_in(Path(sys.argv[1])):
+    if not os.fork():
+        print("holds", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_ends_with_its_run_though_a_process_that_it_forked_lives_on(tmp_path):
+    folder = tmp_path / "shared"
+    first = subprocess.Popen([sys.executable, "-c", HOLDS, folder], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert first.stdout.readline() == b"holds\n"
+        with pytest.raises(BlockingIOError, match=r"shared is in use by another run; wait"), alone_in(folder):
+            pass
+        first.kill()
+        first.wait()
+        with alone_in(folder):
+            assert files(folder) == set()
+        assert list(folder.iterdir()) == []
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+        first.stdout.close()
+
+
+def test_a_folder_is_locked_while_it_is_locked_by_this_process(tmp_path):
+    with alone_in(tmp_path / "a"):
+        with pytest.raises(BlockingIOError, match="in use by another run"), alone_in(tmp_path / "a"):
+            pass
+        # The one that was refused took nothing away.
+        with pytest.raises(BlockingIOError, match="in use by another run"), alone_in(tmp_path / "a"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()])
+def test_a_file_system_without_locks_refuses_nobody(error, tmp_path, monkeypatch):
+    def acquire(*_, **__):
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with alone_in(tmp_path), alone_in(tmp_path):
+        pass
+
+
+def test_only_temporary_files_of_killed_processes_are_deleted(tmp_path, undisturbed):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[0], folder)
+    (folder / "result.json").unlink()
+    with replacing(folder / "c.pt") as temporary:
+        temporary.touch()
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait()
+        ours = str(os.getpid())
+        left = [folder / temporary.name.replace(ours, str(ended.pid)), folder / ".a.png.rkd-tmp-00000000-1.png"]
+        left[1].touch()
+        os.utime(left[1], (0, 0))
+        others = [".notes.tmp.bak", ".last.pt.tmp77.pt", ".a.rkd-tmp-notes", ".a.png.rkd-tmp-00000000-2.png"]
+        for path in [left[0], *(folder / name for name in others)]:
+            path.touch()
+        (folder / ".x.tmp9").mkdir()
+        (folder / f".y.rkd-tmp-00000000-{ended.pid}").mkdir()
+        (folder / f".z.rkd-tmp-00000000-{ended.pid}").symlink_to(folder / "recipe.yaml")
+        write_json(folder / "b.json", {})
+        assert temporary.exists()
+        assert not any(path.exists() for path in left)
+    assert run(folder) == json.loads((folder / "result.json").read_text())
+    # A run that has its folder to itself knows that nobody else writes there.
+    assert not (folder / others[-1]).exists()
+    kept = [*others[:-1], ".x.tmp9", f".y.rkd-tmp-00000000-{ended.pid}", f".z.rkd-tmp-00000000-{ended.pid}"]
+    assert all((folder / name).exists() for name in kept)
+
+
+def test_a_picture_that_a_kill_cut_short_goes_with_the_next(tmp_path):
+    process = in_child(_draw, tmp_path)
+    until(lambda: any(tmp_path.glob(".*.png")))
+    process.kill()
+    process.join()
+    assert len(list(tmp_path.iterdir())) == 1
+    with replacing(tmp_path / "other.png") as temporary:
+        temporary.touch()
+    assert files(tmp_path) == {"other.png"}
+
+
+def _draw(folder):
+    with replacing(folder / "map.png") as temporary:
+        temporary.write_bytes(b"half")
+        time.sleep(60)
 
 
 def test_a_finished_run_is_read_while_another_one_reads_it(undisturbed):
@@ -211,7 +311,7 @@ class Malicious:
 @pytest.mark.parametrize(
     ("save", "reason"),
     [
-        (torch.save, r"names \S+, which would be executed"),
+        (torch.save, r"names .*pathlib\S+, which would be executed"),
         (lambda content, path: path.write_bytes(pickle.dumps(content)), "is of another kind"),
     ],
 )
@@ -393,6 +493,19 @@ def test_of_two_terms_the_one_that_is_not_finite_is_named(undisturbed, tmp_path)
     )
 
 
+def _count(pipe, dataset):
+    pipe.send(len(dataset))
+
+
+def test_a_process_that_inherits_nothing_reads_the_data():
+    loader = Experiment(read("quickstart/student")).box().train_data_loader
+    here, there = FORKED.Pipe()
+    in_child(_count, there, loader.dataset).join()
+    there.close()
+    assert here.recv() == len(loader.dataset)
+
+
+@pytest.mark.slow
 def test_a_loader_process_that_is_not_forked_reads_the_data(tmp_path):
     """As on Windows and macOS, and on Linux from Python 3.14 on."""
     loader = Experiment(read("quickstart/student")).box().train_data_loader
@@ -408,8 +521,11 @@ def test_a_loader_process_that_is_not_forked_reads_the_data(tmp_path):
 # Kills and signals
 
 
-def test_killed_thirty_times_at_any_moment_ends_as_undisturbed(tmp_path):
-    overrides = [*TINY[1:], "recipe.num_epochs=12"]
+@pytest.mark.parametrize(
+    ("kills", "epochs"), [(4, 6), pytest.param(30, 12, marks=pytest.mark.slow)], ids=["four", "thirty"]
+)
+def test_killed_at_any_moment_ends_as_undisturbed(tmp_path, kills, epochs):
+    overrides = [*TINY[1:], f"recipe.num_epochs={epochs}"]
     started = time.monotonic()
     in_child(run, tmp_path / "undisturbed", overrides).join()
     lasts = time.monotonic() - started
@@ -425,15 +541,15 @@ def test_killed_thirty_times_at_any_moment_ends_as_undisturbed(tmp_path):
         assert files(folder) == files(tmp_path / "undisturbed")
 
     def is_writing(or_not=None):
-        return any(folder.glob(".*.pt.tmp*")) or (or_not is not None and not or_not.is_alive())
+        return any(folder.glob(".*.pt.rkd-tmp*")) or (or_not is not None and not or_not.is_alive())
 
-    while killed < 30:
+    while killed < kills:
         process = in_child(run, folder, overrides)
         if killed % 2:
             process.join(draw.uniform(0, lasts))
         else:
             # While a checkpoint is being written, after a number of others.
-            for _ in range(draw.randrange(8)):
+            for _ in range(draw.randrange(2 * epochs // 3)):
                 until(partial(is_writing, or_not=process))
                 until(lambda: not is_writing())
             until(partial(is_writing, or_not=process))
@@ -460,8 +576,7 @@ def accumulating(path):
     return path
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("after", [1, 4, 6, 7])
+@pytest.mark.parametrize(("after", "workers"), [(1, 0), (4, 2), (6, 0), (7, 2)])
 def test_interrupted_after_any_step_ends_as_undisturbed(tmp_path, monkeypatch, after, workers):
     recipe = accumulating(tmp_path / "accumulating.yaml")
     overrides = [*TINY[1:], "recipe.num_epochs=3", f"train.train_data_loader.kwargs.num_workers={workers}"]
@@ -550,8 +665,8 @@ def test_signals_that_are_ignored_stay_so_and_threads_leave_them_alone():
 # Endurance
 
 
-def _watched(pipe, folder, teacher):
-    """Memory in MB, open files, threads and Python's objects before the 21st epoch and the last."""
+def _watched(pipe, folder, teacher, warm, epochs, steps):
+    """Memory in MB, open files, threads and Python's objects before the first epoch that is warm and the last."""
     seen = []
 
     def look():
@@ -561,10 +676,10 @@ def _watched(pipe, folder, teacher):
         seen.append((resident, *counts, len(gc.get_objects())))
 
     with pytest.MonkeyPatch.context() as patch:
-        before_epoch(patch, 21, look)
-        before_epoch(patch, 100, look)
+        before_epoch(patch, warm, look)
+        before_epoch(patch, epochs, look)
         overrides = [
-            "recipe.num_epochs=100", "recipe.samples_per_epoch=1600", "recipe.batch_size=16",
+            f"recipe.num_epochs={epochs}", f"recipe.samples_per_epoch={16 * steps}", "recipe.batch_size=16",
             "models.student_model.kwargs.width=4",
             f"recipe.teacher_checkpoint={teacher}",
             "models.teacher_model.kwargs={width: 4, embedding_dim: 8, l2_normalize: True}",
@@ -574,16 +689,21 @@ def _watched(pipe, folder, teacher):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads what Linux tells of a process")
-def test_ten_thousand_steps_leave_nothing_behind(tmp_path, undisturbed):
+@pytest.mark.parametrize(
+    ("warm", "epochs", "steps"),
+    [(8, 24, 10), pytest.param(21, 100, 100, marks=pytest.mark.slow)],
+    ids=["240 steps", "ten thousand steps"],
+)
+def test_many_steps_leave_nothing_behind(tmp_path, undisturbed, warm, epochs, steps):
     here, there = FORKED.Pipe()
-    process = in_child(_watched, there, tmp_path / "long", undisturbed[0] / "last.pt")
+    process = in_child(_watched, there, tmp_path / "long", undisturbed[0] / "last.pt", warm, epochs, steps)
     there.close()
-    (early, late), epochs = here.recv()
+    (early, late), done = here.recv()
     process.join()
-    assert epochs == 100
-    assert late[0] - early[0] < 8  # MB in 7900 steps, 1 kB a step
+    assert done == epochs
+    assert late[0] - early[0] < 8  # MB, in the long run 1 kB a step
     assert late[1:3] == early[1:3]
-    assert late[3] - early[3] < 79  # one for each epoch
+    assert late[3] - early[3] < epochs - warm  # one for each epoch
 
 
 # Disks
@@ -654,9 +774,8 @@ def test_a_folder_without_permission_is_one_sentence(exists, tmp_path):
     error, said = here.recv()
     closed.chmod(0o755)
     assert error is PermissionError
-    named = folder / "recipe.yaml" if exists else folder
     assert said == (
-        f"expected to write {named}, got: Permission denied; what was there before is as it was: make room, or give "
+        f"expected to write {folder}, got: Permission denied; what was there before is as it was: make room, or give "
         "another folder"
     )
     assert list(closed.iterdir()) == []

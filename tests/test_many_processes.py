@@ -19,8 +19,8 @@ import torch
 
 from rkd_plugin import cli
 from rkd_plugin.experiments import processes
+from rkd_plugin.experiments.checkpoints import read_checkpoint
 from rkd_plugin.experiments.experiment import Experiment
-from rkd_plugin.experiments.files import read_checkpoint
 from rkd_plugin.experiments.processes import launched
 from rkd_plugin.experiments.recipe import read
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from rkd_plugin.cli import main
 from rkd_plugin.experiments import experiment, runner
-from rkd_plugin.experiments.files import read_checkpoint
+from rkd_plugin.experiments.checkpoints import read_checkpoint
 from rkd_plugin.experiments.recipe import read, read_suite
 
 STUDENTS = ("triplet", "fitnet", "attention", "darkrank", "rkd_d", "rkd_a", "rkd_da")

@@ -12,7 +12,8 @@ import yaml
 
 from rkd_plugin.adapters.torchdistill import PMLLoss
 from rkd_plugin.experiments import experiment, runner
-from rkd_plugin.experiments.files import read_checkpoint, replacing, write_checkpoint
+from rkd_plugin.experiments.checkpoints import read_checkpoint, write_checkpoint
+from rkd_plugin.experiments.files import replacing
 from rkd_plugin.experiments.recipe import read
 
 TINY = ["recipe.num_epochs=4", "recipe.samples_per_epoch=256", "recipe.batch_size=64", "models.model.kwargs.width=4"]
@@ -71,7 +72,8 @@ def test_the_seed_decides_everything(undisturbed, tmp_path):
 def test_a_folder_of_another_recipe_is_refused_untouched(undisturbed):
     folder, _ = undisturbed
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(FileExistsError, match="holds a run of another recipe; give this one another folder"):
+    match = r"holds a run of another recipe: recipe\.seed is 0 there and 1 here; give .* folder with --out, or delete"
+    with pytest.raises(FileExistsError, match=match):
         run(folder, overrides=[*TINY, "recipe.seed=1"])
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 

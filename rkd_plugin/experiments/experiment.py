@@ -26,11 +26,11 @@ from torchdistill.models.registry import get_model
 from rkd_plugin.adapters.torchdistill import seed_epoch
 from rkd_plugin.experiments import processes
 from rkd_plugin.experiments.bank.recipes import learn_from_bank
+from rkd_plugin.experiments.checkpoints import load_weights, read_weights
 from rkd_plugin.experiments.features import compared
 from rkd_plugin.experiments.few_shot import episode_accuracies
-from rkd_plugin.experiments.files import load_weights, read_checkpoint
 from rkd_plugin.experiments.metrics import EVALUATORS, Layer, check_classes, embed, in_eval_mode, named_channels
-from rkd_plugin.experiments.recipe import Recipe, read
+from rkd_plugin.experiments.recipe import Recipe, configs_root, read
 from rkd_plugin.experiments.recipe.schema import stages
 from rkd_plugin.experiments.samplers import SharedBatchSampler
 from rkd_plugin.teacher_bank.labels import class_names, item_name, labels_of, unwrapped
@@ -91,6 +91,21 @@ class Experiment:
                 if part.get(name):
                     part[name] = _shared(part[name], whole=name != "train_data_loader")
 
+    def load(self, model: nn.Module, config: dict[str, Any], weights: dict[str, Any], path: Path) -> None:
+        """Load weights into a model, which they must fit; see `load_weights`.
+
+        Args:
+            model: what they are loaded into.
+            config: what describes it under ``models``.
+            weights: as `read_weights` gives them.
+            path: of their file, for the message.
+        """
+        built = {f"{self._place(config)}.kwargs.{key}": value for key, value in (config.get("kwargs") or {}).items()}
+        load_weights(model, weights, path, str(self.path), built)
+
+    def _place(self, config: dict[str, Any]) -> str:
+        return next(f"models.{name}" for name, known in self.config["models"].items() if known is config)
+
     def _build(self, config: dict[str, Any]) -> nn.Module:
         model = get_image_classification_model(config)
         if model is None:
@@ -98,7 +113,9 @@ class Experiment:
         if config.get("src_ckpt"):
             # torchdistill goes on with random weights where this file is missing, and executes what it holds.
             path = Path(config["src_ckpt"])
-            load_weights(model, read_checkpoint(path, "model")["model"], path, str(self.path))
+            settings = (f"recipe.{name}" for name, value in self.settings.items() if value == config["src_ckpt"])
+            option = next(settings, f"{self._place(config)}.src_ckpt")
+            self.load(model, config, _weights(path, f"{option}="), path)
         if config.get("sync_bn") and processes.count() > 1:
             if self.device.type == "cpu":
                 raise ValueError(
@@ -243,6 +260,29 @@ class Experiment:
         return build_data_loader(dataset, config, False)
 
 
+def _weights(path: Path, option: str) -> dict[str, Any]:
+    """See `read_weights`; where there is no such file, what to type instead.
+
+    Args:
+        path: of the file.
+        option: of the command line that names the file.
+    """
+    try:
+        return read_weights(path)
+    except FileNotFoundError as error:
+        folder, root = path.parent, configs_root()
+        recipes = [file for file in root.rglob(f"{folder.name}.yaml") if file.parent.name == folder.parent.name]
+        recipe = recipes[0].relative_to(root).with_suffix("").as_posix() if recipes else "RECIPE"
+        is_default = recipes and folder == Path("runs", folder.parent.name, folder.name)
+        command = f"rkd run {recipe}" if is_default else f"rkd run {recipe} --out {folder}"
+        # `rkd reproduce` names folders by row and seed.
+        others = sorted(folder.parent.glob(f"{folder.name}-seed*/{path.name}"))
+        instead = f", or give {option}{others[0]}, which is there" if others else ""
+        raise FileNotFoundError(
+            f"expected a checkpoint at {path}, found none; train that model first with `{command}`{instead}"
+        ) from error
+
+
 def _shared(loader: dict[str, Any], whole: bool) -> dict[str, Any]:
     """The same loader's configuration, of the batches of this process; see `SharedBatches`."""
     options = dict(loader["kwargs"])
@@ -318,10 +358,12 @@ def evaluate(
             f"{data.path}; name a recipe of that task with --data"
         )
     # Read before any data is.
-    weights = None if checkpoint is None else read_checkpoint(checkpoint, "model")["model"]
+    weights = None if checkpoint is None else _weights(checkpoint, "--checkpoint ")
     experiment = Experiment(recipe)
-    if checkpoint is not None:
-        load_weights(experiment.student, weights, checkpoint, str(recipe.path))
+    if checkpoint is not None and weights is not None:
+        models = experiment.config["models"]
+        config = models.get("student_model") or models["model"]
+        experiment.load(experiment.student, config, weights, checkpoint)
     source = Experiment(data) if data else experiment
     loader = source.test_loader(all_classes)
     layer = compared(experiment.config, experiment.student, "student")

@@ -1,102 +1,107 @@
-"""Files that are whole or absent, folders that one run has to itself, and weights that fit or are refused."""
+"""Files that are whole or absent, folders that one run has to itself, and how text from a file is printed."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import platform
 import re
 import time
-import warnings
-import zipfile
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
-
-SHOWN = 3  # names of tensors in a message
-ARCHIVE = b"PK\3\4"  # what PyTorch's files begin with
-PATIENCE = 1.0  # seconds until a process that a run forked just when it was killed has surely let go of its lock
-_LOCKS: set[int] = set()  # descriptors of folders
+LOCK = ".rkd.lock"  # in a folder while a run is at work there
+PATIENCE = 1.0  # seconds until a process that a run forked just when it was killed has surely released its lock
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # of a file system without locks
+TEMPORARY = re.compile(r"\..+\.rkd-tmp-(?P<host>[0-9a-f]{8})-(?P<process>\d+)(\.\w+)?")
+OLD = 24 * 3600.0  # seconds after which no process is still writing a temporary file
 
 
-def _let_go() -> None:
-    while _LOCKS:
-        os.close(_LOCKS.pop())
+def printable(text: str, limit: int | None = None) -> str:
+    r"""Text from a file as one line that cannot move a terminal's cursor: what is not printable is escaped.
 
+    Args:
+        text: such as the name of a tensor.
+        limit: the number of characters, after which the rest is cut.
 
-if hasattr(os, "register_at_fork"):
-    # A loader's process may outlive the run that was killed, and must not hold its lock on.
-    os.register_at_fork(after_in_child=_let_go)
-
-
-class DamagedError(ValueError):
-    """A checkpoint that was one, and is cut or changed."""
+    Example:
+        >>> printable("fc.\x1b[31mweight\n")
+        'fc.\\x1b[31mweight\\n'
+        >>> printable("backbone.layer4", limit=8)
+        'backbone...'
+    """
+    shown = text if limit is None else text[:limit]
+    escaped = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in shown)
+    return escaped if len(shown) == len(text) else f"{escaped}..."
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for the block, and make it if need be; it goes again if nothing came of the block.
+    """Lock ``folder`` for the block, and create it if needed; it is removed again if it stays empty.
 
-    The lock is on the folder itself, so that it leaves no file, and ends with the process, however that ends. Where the
-    system or the file system knows no such lock, nobody is refused.
+    The lock ends with the process, however that ends. Temporary files of a killed run are deleted. On a file system
+    without locks, no run is refused.
 
     Raises:
-        BlockingIOError: if another run holds it.
+        BlockingIOError: if another run holds the lock.
+        OSError: if the folder cannot be created or written.
     """
     made = not folder.exists()
-    with _in_words(folder):
+    with _one_sentence(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    held = os.open(folder, os.O_RDONLY) if fcntl else None
+    lock = FileLock(folder / LOCK)
     try:
-        if held is not None:
-            _LOCKS.add(held)
-            _lock(held, folder)
+        _acquire(lock, folder)
+        _sweep(folder, is_alone=lock.is_locked)
         yield
     finally:
+        if lock.is_locked:
+            with suppress(OSError):
+                (folder / LOCK).unlink()  # before the release: who waits for this file sees that it is gone
+            lock.release()
         if made:
-            with suppress(OSError):  # it holds something
+            with suppress(OSError):  # it is not empty
                 folder.rmdir()
-        if held is not None:
-            _LOCKS.discard(held)
-            os.close(held)
 
 
-def _lock(held: int, folder: Path) -> None:
-    until = time.monotonic() + PATIENCE
-    while True:
+def _acquire(lock: FileLock, folder: Path) -> None:
+    with _one_sentence(folder):
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.acquire(timeout=PATIENCE)
             return
-        except BlockingIOError as error:
-            if time.monotonic() > until:
-                raise BlockingIOError(
-                    f"{folder} is in use by another run; wait for that one to end, or give this one another folder"
-                ) from error
-        except OSError:  # a file system without locks
+        except Timeout:
+            pass
+        except NotImplementedError:
             return
-        time.sleep(PATIENCE / 20)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return
+            raise
+    raise BlockingIOError(
+        f"{folder} is in use by another run; wait for that one to end, or give this one another folder"
+    )
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of ``path`` once the block ends well; a kill leaves the old file whole.
+    """A temporary path that replaces ``path`` once the block ends well; after a kill the old file is still whole.
 
-    It has the process's number: of two that write the same at the same time, the last one's file stays.
+    Its name holds the host and the process: of two processes that write the same path at the same time, the last one's
+    file stays. Temporary files of killed processes in the same folder are deleted.
 
     Raises:
         OSError: of the kind that writing raised, in one sentence.
     """
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}{path.suffix}")
-    with _in_words(path):
+    temporary = path.with_name(f".{path.name}.rkd-tmp-{_host()}-{os.getpid()}{path.suffix}")
+    with _one_sentence(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
         try:
             yield temporary
             with temporary.open("rb") as written:
@@ -106,8 +111,38 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def _host() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _sweep(folder: Path, is_alone: bool = False) -> None:
+    """Delete the temporary files of killed processes: regular files with a name that `replacing` gives.
+
+    Args:
+        folder: where they are.
+        is_alone: nobody else writes there, so that all of them are left over.
+    """
+    for path in folder.glob(".*.rkd-tmp-*"):
+        named = TEMPORARY.fullmatch(path.name)
+        with suppress(OSError):
+            is_file = named and path.is_file() and not path.is_symlink()
+            if named and is_file and (is_alone or not _may_be_written(path, named["host"], int(named["process"]))):
+                path.unlink()
+
+
+def _may_be_written(path: Path, host: str, process: int) -> bool:
+    if host == _host() and os.name == "posix":  # elsewhere asking for a process may end it
+        try:
+            os.kill(process, 0)
+        except (ProcessLookupError, OverflowError):
+            return False
+        except PermissionError:  # it is another user's
+            pass
+    return time.time() - path.stat().st_mtime < OLD
+
+
 @contextmanager
-def _in_words(path: Path) -> Iterator[None]:
+def _one_sentence(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -132,118 +167,17 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write ``path`` in one piece; torchdistill's scripts read the model in it, under the key they expect."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
-
-
-def read_checkpoint(path: Path, *parts: str) -> dict[str, Any]:
-    """Tensors and plain values of a checkpoint; nothing in it is executed.
-
-    Args:
-        path: of the file.
-        parts: what it must hold, such as ``"model"``.
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file of this package holds.
 
     Raises:
-        FileNotFoundError: if there is none.
-        DamagedError: if the file is cut or changed.
-        ValueError: if it is none that can be read without executing what it holds, or lacks a part.
+        OSError: if the file cannot be read.
+        ValueError: if it is cut or changed, so that it is no JSON object.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a checkpoint at {path}, found none; train that model first")
     try:
-        _check_sums(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles of other kinds, which the error tells as well
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen kinds for a file that is not its own
-        # Its own words fill a page and advise to execute the file.
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        is_damaged = not refused and _begin(path) in (ARCHIVE, b"")
-        found = (
-            f"it names {refused[1]}, which would be executed" if refused
-            else "it is cut or changed" if is_damaged
-            else "it is of another kind"
-        )  # fmt: skip
-        raise (DamagedError if is_damaged else ValueError)(
-            f"expected a checkpoint of tensors and plain values at {path}, could not read it, as {found}; give a file "
-            "that `rkd run` wrote"
-        ) from error
-    held = list(content) if isinstance(content, dict) else []
-    if not isinstance(content, dict) or any(part not in content for part in parts):
-        raise ValueError(
-            f"expected a checkpoint with {', '.join(parts) or 'its parts by name'} at {path}, got "
-            f"{_first(held, 'nothing') if isinstance(content, dict) else type(content).__name__}; give a file that "
-            "`rkd run` wrote, or save the weights as {'model': state_dict}"
-        )
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected a JSON object in {path}, which is cut or changed; delete that file") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object in {path}, got {type(content).__name__}; delete that file")
     return content
-
-
-def _begin(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(4)
-
-
-def _check_sums(path: Path) -> None:
-    """PyTorch writes a checksum beside each tensor, and looks at none when it reads."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            changed = archive.testzip()
-        if changed is not None:
-            raise zipfile.BadZipFile(changed)
-
-
-def load_weights(module: nn.Module, weights: Any, path: Path, source: str) -> None:
-    """Load weights into a module, which they must fit.
-
-    Args:
-        module: what they are loaded into.
-        weights: its ``state_dict``, as a checkpoint holds it.
-        path: of that checkpoint, for the message.
-        source: what describes the module, for the message, such as the path of a recipe.
-
-    Raises:
-        ValueError: if the weights are of another module: how many outputs both have, if only the last layer differs,
-            else the first tensors that differ in name or shape.
-    """
-    try:
-        module.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:  # a line for each tensor
-        given = weights if isinstance(weights, dict) else {}
-        raise ValueError(
-            f"{path} holds another model than {source} describes, {type(module).__name__}: "
-            + _difference(
-                *({name: _shape(value) for name, value in state.items()} for state in (given, module.state_dict()))
-            )
-        ) from error
-
-
-def _difference(got: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Of two models, by the shapes of their tensors, and what to do."""
-    missing, unknown = [name for name in wanted if name not in got], [name for name in got if name not in wanted]
-    reshaped = [name for name in wanted if name in got and got[name] != wanted[name]]
-    last = next(reversed(wanted), "").rpartition(".")[0]
-    is_width = [
-        name.startswith(f"{last}.") and len(got[name]) == len(wanted[name]) > 0 and got[name][1:] == wanted[name][1:]
-        for name in reshaped
-    ]
-    if reshaped and not missing and not unknown and all(is_width):
-        count, due = got[reshaped[0]][0], wanted[reshaped[0]][0]
-        return (
-            f"its last layer, {last}, has {count} outputs, where {due} were expected; set num_classes (or the width of "
-            f"the embedding) to {count}, or give a checkpoint of {due}"
-        )
-    shapes = [f"{name} is {got[name]} instead of {wanted[name]}" for name in reshaped]
-    found = {"it lacks ": missing, "it has also ": unknown, "": shapes}
-    differences = "; ".join(f"{what}{_first(which)}" for what, which in found.items() if which)
-    return f"{differences}; give the checkpoint of that model, or change the recipe's model"
-
-
-def _shape(value: Any) -> Any:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _first(names: Sequence[Any], none: str = "") -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return (", ".join(map(str, names[:SHOWN])) or none) + more

@@ -1,4 +1,4 @@
-"""Memory that is asked for again at every step."""
+"""Memory that is allocated again at every step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 def keep_memory() -> None:
     """From now on this process keeps freed memory for its next step instead of giving it back to the system.
 
-    glibc returns every large tensor of the CPU that is freed, and the system clears the pages that the next step asks
-    for, which may take as long as the arithmetic. With another allocator this does nothing.
+    glibc returns every large tensor of the CPU that is freed, and the system clears the pages of the next step's
+    tensors, which may take as long as the arithmetic. With another allocator this does nothing.
     """
-    # Where there is no such thing as the process's own symbols, asking for them raises.
+    # `CDLL(None)`, the process's own symbols, raises on other systems.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)

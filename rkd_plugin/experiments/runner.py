@@ -9,7 +9,6 @@ the first reads and writes the folder; any number may go on after an epoch, and 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
@@ -26,22 +25,21 @@ from tqdm import tqdm
 
 from rkd_plugin.bench import environment
 from rkd_plugin.experiments import processes
-from rkd_plugin.experiments.experiment import Experiment, batches
-from rkd_plugin.experiments.files import (
+from rkd_plugin.experiments.checkpoints import (
+    START,
     DamagedError,
-    alone_in,
     load_weights,
-    read_checkpoint,
+    read_result,
+    read_state,
+    restore,
     write_checkpoint,
-    write_json,
-    write_text,
 )
+from rkd_plugin.experiments.experiment import Experiment, batches
+from rkd_plugin.experiments.files import alone_in, write_json, write_text
 from rkd_plugin.experiments.metrics import collapsed
 from rkd_plugin.experiments.recipe import Recipe
+from rkd_plugin.experiments.recipe.errors import difference
 from rkd_plugin.experiments.stopping import random_state, set_random_state, stopping
-
-PARTS = "model", "trained", "optimizer", "lr_scheduler", "steps", "history"  # of every checkpoint
-START: dict[str, Any] = {"steps": 0, "total": 0.0, "seconds": 0.0, "random": None}  # of an epoch
 
 
 def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
@@ -76,12 +74,13 @@ def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
 def _done(folder: Path, resolved: str) -> dict[str, Any] | None:
     """The result of a run that has ended, None if there is something left to do."""
     held = folder / "recipe.yaml"
-    if held.is_file() and held.read_text(encoding="utf-8") != resolved:
+    if held.is_file() and (found := held.read_text(encoding="utf-8", errors="replace")) != resolved:
         raise FileExistsError(
-            f"{folder} holds a run of another recipe; give this one another folder, or delete that one"
+            f"{folder} holds a run of another recipe: {difference(found, resolved)}; give this one another folder with "
+            "--out, or delete that one"
         )
     ended = folder / "result.json"
-    return json.loads(ended.read_text(encoding="utf-8")) if ended.is_file() else None
+    return read_result(ended) if ended.is_file() else None
 
 
 def _run(recipe: Recipe, resolved: str, folder: Path, label: str) -> dict[str, Any]:
@@ -285,19 +284,9 @@ def _resume(path: Path, experiment: Experiment, box: Any) -> tuple[list[dict[str
             box.advance_to_next_stage()
     for module, part in ((experiment.student, "model"), (_trained(box), "trained")):
         load_weights(module, checkpoint[part], path, str(path.with_name("recipe.yaml")))
-    for name, gradient in checkpoint.get("gradients", {}).items():
-        _trained(box).get_parameter(name).grad = gradient.to(experiment.device)
-    try:
-        box.optimizer.load_state_dict(checkpoint["optimizer"])
-    except ValueError as error:
-        raise ValueError(
-            f"{path} holds the state of another optimizer than {path.with_name('recipe.yaml')} describes; delete the "
-            "folder, or give the run another one"
-        ) from error
-    if box.lr_scheduler is not None:
-        box.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
+    restore(box, checkpoint, path)
     box.stage_grad_count = checkpoint["steps"]
-    begun: dict[str, Any] = checkpoint.get("part", START)
+    begun: dict[str, Any] = checkpoint["part"]
     if begun["steps"] and len(begun["random"]) != processes.count():
         raise ValueError(
             f"{path}: expected the number of processes that were stopped within epoch {len(history) + 1}, "
@@ -308,16 +297,14 @@ def _resume(path: Path, experiment: Experiment, box: Any) -> tuple[list[dict[str
 
 def _last(path: Path) -> dict[str, Any] | None:
     """The last checkpoint that can be read, None if there is none at all."""
-    for stray in path.parent.glob(".*.tmp*"):
-        stray.unlink()
     if not path.is_file():
         return None
     try:
-        return read_checkpoint(path, *PARTS)
+        return read_state(path)
     except DamagedError as error:
         best = path.with_name("best.pt")
         try:
-            checkpoint = read_checkpoint(best, *PARTS)
+            checkpoint = read_state(best)
         except (FileNotFoundError, ValueError):
             raise error from None
         # The epochs since come out the same again.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rkd_plugin.experiments import report
+from rkd_plugin.experiments.checkpoints import read_measured
 from rkd_plugin.experiments.experiment import evaluate, of_folder
 from rkd_plugin.experiments.few_shot import episode_accuracies, interval
 from rkd_plugin.experiments.files import write_json, write_text
@@ -139,8 +139,8 @@ def _on_other_data(recipe: Recipe, folder: Path, tests: dict[str, Recipe], metri
     for key, data in tests.items():
         kept = folder / f"test_{key}.json"
         described = {"recipe": recipe.resolved(), "data": data.resolved()}
-        found = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-        if found.get("described") != described:
+        found = read_measured(kept, described, {when: {metric: 0.0} for when in measured})
+        if found is None:
             checkpoints = {"final": folder / "last.pt", "best": folder / "best.pt"}
             found = {"described": described} | {
                 when: evaluate(of_folder(folder) if trained else recipe, path if trained else None, data).metrics
@@ -161,8 +161,8 @@ def _paired(folder: Path, other: Path) -> Result:
 def _episodes(folder: Path) -> dict[str, Tensor]:
     """By task, the accuracy of each test episode after the last epoch, measured once and kept beside the run."""
     kept, recipe = folder / "episodes.json", of_folder(folder)
-    found = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    if found.get("described") != recipe.resolved():
+    found = read_measured(kept, recipe.resolved(), {"final": {}})
+    if found is None:
         evaluation = evaluate(recipe, folder / "last.pt")
         accuracies = evaluation.experiment.measure(evaluation.outputs, evaluation.labels, episode_accuracies)
         found = {"described": recipe.resolved(), "final": {task: of.tolist() for task, of in accuracies.items()}}

@@ -25,7 +25,7 @@ from torchdistill.models.registry import register_model
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
 from rkd_plugin.experiments.bank.files import Bank
-from rkd_plugin.experiments.files import read_checkpoint
+from rkd_plugin.experiments.checkpoints import read_weights
 from rkd_plugin.experiments.recipe.errors import Problem
 from rkd_plugin.experiments.recipe.module_paths import loss_paths, mapping
 from rkd_plugin.experiments.recipe.schema import has_teacher, stages
@@ -187,7 +187,7 @@ def learn_from_bank(config: dict[str, Any], data: Mapping[Any, Any]) -> None:
     checkpoint = config["models"]["teacher_model"].get("src_ckpt")
     # Without it the bank is taken at its word: whoever has the vectors need not have the network.
     if bank.header and checkpoint and Path(checkpoint).is_file():
-        found = weights_of(read_checkpoint(Path(checkpoint), "model")["model"])
+        found = weights_of(read_weights(Path(checkpoint)))
         if found != bank.header["teacher"]["weights"]:
             raise ValueError(
                 f"the teacher bank {path} is of another teacher: its weights are not those of {checkpoint}; write one "

@@ -183,10 +183,10 @@ def headless(name: str, weights: str | None, options: dict[str, Any]) -> tuple[n
 
 def _of_torchvision(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
     # Only GoogLeNet and Inception have auxiliary classifiers and dropout behind the pooling, which are no part of an
-    # embedding, and warn unless they are told how to be initialised.
+    # embedding, and warn unless it is set how they are initialised.
     has_auxiliary = name in ("googlenet", "inception_v3")
     auxiliary = {"aux_logits": weights is not None, "init_weights": weights is None} if has_auxiliary else {}
-    # The others are no classifiers of images, and some bring a backbone with weights where none were asked for.
+    # The others are no classifiers of images, and some bring a backbone with weights where none were requested.
     if name not in torchvision.models.list_models(torchvision.models):
         raise ValueError(f"expected a network of torchvision or one of {', '.join(SMALL_NETWORKS)}, got {name!r}")
     try:

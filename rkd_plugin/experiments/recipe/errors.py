@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import yaml
+
+from rkd_plugin.experiments.files import printable
 
 Problem = tuple[str, str]
 """A YAML path such as ``train.criterion.key``, and one sentence."""
@@ -26,12 +31,52 @@ class RecipeError(ValueError):
         self.problems = list(problems)
         lines = [f"  {path}: {message}" if path else f"  {message}" for path, message in self.problems]
         count = f"{len(lines)} problem{'s' if len(lines) != 1 else ''}"
-        super().__init__("\n".join(map(_printable, [f"{source}: {count}", *lines])))
+        super().__init__("\n".join(map(printable, [f"{source}: {count}", *lines])))
 
 
-def _printable(line: str) -> str:
-    """What a recipe spells must neither end the line nor move the cursor of a terminal."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+def difference(old: str, new: str) -> str:
+    r"""How two resolved recipes differ: the first keys with both values.
+
+    Args:
+        old: YAML, such as ``recipe.yaml`` of a run.
+        new: YAML, such as `Recipe.resolved` gives it.
+
+    Example:
+        >>> difference("recipe: {seed: &s 0}\nval: *s", "recipe: {seed: &s 1}\nval: *s")
+        'recipe.seed is 0 there and 1 here'
+    """
+    try:
+        there, here = (dict(_leaves(yaml.compose(text, Loader=yaml.SafeLoader))) for text in (old, new))
+    except (yaml.YAMLError, RecursionError):
+        return "its recipe.yaml cannot be read"
+    differing = [path for path in here | there if here.get(path) != there.get(path)]
+    shown = [f"{path} is {there.get(path, 'missing')} there and {here.get(path, 'missing')} here" for path in differing]
+    if not shown:
+        return "it is written differently"
+    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+    return ", ".join(printable(words, limit=200) for words in shown[:3]) + more
+
+
+def _leaves(root: Any) -> Iterator[tuple[str, str]]:
+    """Paths and values; what an anchor names, once."""
+    seen: set[int] = set()
+    left = [("", root)]
+    while left:
+        path, node = left.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        inner: list[tuple[Any, Any]] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [(key.value, value) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = list(enumerate(node.value))
+        elif node is not None:
+            yield path, node.value
+        if isinstance(node, yaml.CollectionNode):
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            yield path, {"map": "a mapping", "seq": "a list"}.get(kind, kind)
+        left += reversed([(f"{path}.{key}".lstrip("."), value) for key, value in inner])
 
 
 def suggest(name: str, known: Iterable[object]) -> str:
