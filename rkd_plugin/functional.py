@@ -13,7 +13,7 @@ Reference: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019.
 from __future__ import annotations
 
 import math
-import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import ModuleType
@@ -230,19 +230,19 @@ class Options:
         """
         numbers = {"distance_weight": self.distance_weight, "angle_weight": self.angle_weight}
         for option, value in numbers.items():
-            if not abs(_number(name, option, value)) <= sys.float_info.max:
+            if not abs(_number(name, option, value)) < math.inf:  # as torch.compile can trace it
                 raise ValueError(f"{name}: expected {option} to be a finite number, got {value!r}")
-        if not 0 < _number(name, "huber_delta", self.huber_delta) <= sys.float_info.max:
+        if not 0 < _number(name, "huber_delta", self.huber_delta) < math.inf:
             raise ValueError(f"{name}: expected huber_delta to be positive and finite, got {self.huber_delta!r}")
         for option, choice, choices in (("reduction", self.reduction, Reduction), ("impl", self.impl, Impl)):
             if choice not in get_args(choices):
                 raise ValueError(f"{name}: expected {option} to be one of {get_args(choices)}, got {choice!r}")
         if self.anchors is not None:
             anchors = _number(name, "anchors", self.anchors)
-            if not (anchors >= 1 if isinstance(anchors, Integral) else 0 < anchors <= 1):
+            if not (anchors >= 1 if isinstance(self.anchors, Integral) else 0 < anchors <= 1):
                 raise ValueError(
                     f"{name}: expected anchors to be a number of rows, an integer from 1 on, or a share of them, a "
-                    f"float above 0 and up to 1.0, got {anchors!r}"
+                    f"float above 0 and up to 1.0, got {self.anchors!r}"
                 )
             if self.triplets is not None:
                 raise ValueError(f"{name}: expected triplets or anchors, got both; triplets name their own vertices")
@@ -255,11 +255,14 @@ class Options:
             )
 
 
-def _number(name: str, option: str, value: Any) -> Any:
+def _number(name: str, option: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         advice = "; a number in YAML has a point, as in 1.0e-4" if isinstance(value, str) else ""
         raise TypeError(f"{name}: expected {option} to be a number, got {value!r}{advice}")
-    return value
+    try:
+        return float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return math.inf
 
 
 def _is_group(group: Any) -> bool:
@@ -306,9 +309,8 @@ def relation_terms(name: str, student: Tensor, teacher: Tensor, options: Options
         batch = distributed.gather(name, student, teacher, options.gather, draws=options.anchors is not None)
     if batch is not None:
         student, teacher = batch.student, batch.teacher
-    teacher, rows = teacher.detach(), len(student)
-    # Autocast would take the Gram products and norms down to half precision, where close rows become equal.
-    with torch.autocast(student.device.type, enabled=False):
+    teacher, rows = teacher.detach(), student.shape[0]  # len() would be a constant of an exported program
+    with _without_autocast(student.device.type):
         if batch is None and options.anchors is None:
             distance, angle = _sums(kernel, student, teacher, options, pairs, triplets)
         else:
@@ -316,12 +318,17 @@ def relation_terms(name: str, student: Tensor, teacher: Tensor, options: Options
         if batch is not None:
             distance, angle = batch.sum_terms(distance, angle)
         zero = (student * 0).sum(1, dtype=_wide(student)) + (teacher * 0).sum(1, dtype=_wide(student))
-        scale = rows if options.reduction == "anchor" else 1
         if distance is not None:
-            distance = zero + options.distance_weight * distance / _count(options.reduction, rows, 2, pairs) * scale
+            distance = zero + distance * _factor(options.distance_weight, options.reduction, rows, 2, pairs)
         if angle is not None:
-            angle = zero + options.angle_weight * angle / _count(options.reduction, rows, 3, triplets) * scale
+            angle = zero + angle * _factor(options.angle_weight, options.reduction, rows, 3, triplets)
     return Terms(distance, angle, zero)
+
+
+def _without_autocast(device_type: str) -> Any:
+    """Autocast would take Gram products and norms down to half precision, where close rows become equal."""
+    # The meta device has none, and no way to ask for its absence.
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
 def _loss(name: str, student: Tensor, teacher: Tensor, options: Options) -> Tensor:
@@ -359,7 +366,8 @@ def _share_of_sums(
     batch: GlobalBatch | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """`_sums` of the vertices that ``anchors`` draws and of this process's share of the rows, ``(N,)`` both."""
-    everyone = torch.arange(len(student), device=student.device)
+    rows = student.shape[0]
+    everyone = torch.arange(rows, device=student.device)
     vertices = everyone if options.anchors is None else _draw(everyone, options.anchors, batch and batch.seed)
     own, starts = (vertices, everyone) if batch is None else (batch.share(vertices), batch.share(everyone))
     # A kernel's vertices are its first rows. Sorted, since torch.compile cannot know how many a mask selects.
@@ -367,9 +375,9 @@ def _share_of_sums(
     place = order.argsort()  # of each row in that order
     if pairs is not None:
         pairs = place[pairs[0]], place[pairs[1]]
-    distance, angle = _sums(kernel, student[order], teacher[order], options, pairs, triplets, len(own))
+    distance, angle = _sums(kernel, student[order], teacher[order], options, pairs, triplets, own.shape[0])
     if angle is not None:
-        angle = pad(angle * (len(everyone) / max(len(vertices), 1)), (0, len(everyone) - len(own)))[place]
+        angle = pad(angle * (rows / max(vertices.shape[0], 1)), (0, rows - own.shape[0]))[place]
     if distance is not None and batch is not None:
         distance = torch.zeros_like(distance).index_add(0, starts, distance[place[starts]])
     elif distance is not None:
@@ -377,22 +385,25 @@ def _share_of_sums(
     return distance, angle
 
 
-def _draw(rows: Tensor, anchors: float, seed: int | None) -> Tensor:
-    """Some of ``rows``, without repetition."""
-    number = int(anchors) if isinstance(anchors, Integral) else max(round(float(anchors) * len(rows)), 1)
+def _draw(everyone: Tensor, anchors: float, seed: int | None) -> Tensor:
+    """Some of the rows, without repetition."""
+    rows = everyone.shape[0]
+    number = int(anchors) if isinstance(anchors, Integral) else max(round(float(anchors) * rows), 1)
     if seed is None:
-        return torch.randperm(len(rows), device=rows.device)[:number]
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return drawn[:number].to(rows.device)
+        return torch.randperm(rows, device=everyone.device)[:number]
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:number].to(everyone.device)
 
 
-def _count(reduction: str, rows: int, order: int, tuples: tuple[Tensor, ...] | None) -> int:
-    """How many tuples of ``order`` rows a reduction divides by."""
-    if reduction == "sum":
-        return 1
+def _factor(weight: float, reduction: str, rows: int, order: int, tuples: tuple[Tensor, ...] | None) -> float:
+    """What the sums over tuples of ``order`` rows are multiplied by."""
+    count = 1
     if tuples is not None:
-        return max(len(tuples[0]), 1)
-    return max(math.prod(rows - i for i in range(order)) if reduction == "tuple_mean" else rows**order, 1)
+        count = tuples[0].shape[0]
+    else:
+        for i in range(order):  # not math.perm, which takes no size that torch.compile leaves open
+            count *= rows - i if reduction == "tuple_mean" else rows
+    weight = float(weight) * (rows if reduction == "anchor" else 1)
+    return weight if reduction == "sum" else weight / max(count, 1)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -406,9 +417,10 @@ def _check_batch(name: str, student: Tensor, teacher: Tensor) -> None:
         _check_dense(name, side, x)
         if x.ndim != 2:
             raise ValueError(f"{name}: expected {side} to have shape (N, D), got {tuple(x.shape)}")
-    if len(student) != len(teacher):
+    if student.shape[0] != teacher.shape[0]:
         raise ValueError(
-            f"{name}: expected one row per example in student and teacher, got {len(student)} and {len(teacher)} rows"
+            f"{name}: expected one row per example in student and teacher, got {student.shape[0]} and "
+            f"{teacher.shape[0]} rows"
         )
     if student.device != teacher.device:
         raise ValueError(
@@ -418,8 +430,8 @@ def _check_batch(name: str, student: Tensor, teacher: Tensor) -> None:
 
 def _check_dense(name: str, side: str, x: Tensor) -> None:
     kind = advice = None
-    if hasattr(x, "full_tensor"):  # of a DTensor, whose class need not be loaded
-        kind, advice = type(x).__name__, f"{side}.full_tensor()"
+    if hasattr(x, "full_tensor") or hasattr(x, "get_mask"):  # DTensor, MaskedTensor: no need to load their classes
+        kind, advice = type(x).__name__, f"{side}.full_tensor()" if hasattr(x, "full_tensor") else f"{side}.get_data()"
     elif x.is_nested:
         kind, advice = "a nested tensor", "one vector per example"
     elif x.layout != torch.strided:
@@ -454,7 +466,7 @@ def _indices(name: str, option: str, tuples: Any, number: int, student: Tensor) 
             raise TypeError(f"{name}: expected {option} to be int64 or int32, got {index.dtype}")
         if index.device != student.device:
             raise ValueError(f"{name}: expected {option} on the student's device {student.device}, got {index.device}")
-    rows = _known_rows(torch.stack([index.long() for index in tuples]), len(student), f"{name}: expected {option}")
+    rows = _known_rows(torch.stack([index.long() for index in tuples]), student.shape[0], f"{name}: expected {option}")
     return tuple(rows.unbind())
 
 
