@@ -13,8 +13,9 @@ Reference: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args
@@ -301,34 +302,23 @@ def relation_terms(name: str, student: Tensor, teacher: Tensor, options: Options
     _check_batch(name, student, teacher)
     pairs = _indices(name, "pairs", options.pairs, 2, student)
     triplets = _indices(name, "triplets", options.triplets, 3, student)
+    options = replace(options, pairs=pairs, triplets=triplets)
     kernel = choose(name, options.impl, student.device)
-    batch = None
-    if options.gather is not False:
-        from rkd_plugin import distributed  # not every build of PyTorch has it
-
-        batch = distributed.gather(name, student, teacher, options.gather, draws=options.anchors is not None)
+    batch = _gather(name, student, teacher, options)
     if batch is not None:
         student, teacher = batch.student, batch.teacher
-    teacher, rows = teacher.detach(), student.shape[0]  # len() would be a constant of an exported program
+    teacher = teacher.detach()
     with _without_autocast(student.device.type):
-        if batch is None and options.anchors is None:
-            distance, angle = _sums(kernel, student, teacher, options, pairs, triplets)
-        else:
-            distance, angle = _share_of_sums(kernel, student, teacher, options, pairs, triplets, batch)
-        if batch is not None:
-            distance, angle = batch.sum_terms(distance, angle)
         zero = (student * 0).sum(1, dtype=_wide(student)) + (teacher * 0).sum(1, dtype=_wide(student))
+        if batch is None and options.anchors is None:
+            distance, angle = _sums(kernel, student, teacher, options)
+        else:
+            distance, angle = _share_of_sums(kernel, student, teacher, options, batch)
         if distance is not None:
-            distance = zero + distance * _factor(options.distance_weight, options.reduction, rows, 2, pairs)
+            distance = zero + _reduce(float(options.distance_weight) * distance, options.reduction, 2, pairs)
         if angle is not None:
-            angle = zero + angle * _factor(options.angle_weight, options.reduction, rows, 3, triplets)
+            angle = zero + _reduce(float(options.angle_weight) * angle, options.reduction, 3, triplets)
     return Terms(distance, angle, zero)
-
-
-def _without_autocast(device_type: str) -> Any:
-    """Autocast would take Gram products and norms down to half precision, where close rows become equal."""
-    # The meta device has none, and no way to ask for its absence.
-    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
 def _loss(name: str, student: Tensor, teacher: Tensor, options: Options) -> Tensor:
@@ -339,50 +329,51 @@ def _loss(name: str, student: Tensor, teacher: Tensor, options: Options) -> Tens
     return (total if options.reduction == "anchor" else total.sum()).to(_wide(student))
 
 
+def _gather(name: str, student: Tensor, teacher: Tensor, options: Options) -> GlobalBatch | None:
+    if options.gather is False:
+        return None
+    from rkd_plugin import distributed  # not every build of PyTorch has it
+
+    return distributed.gather(name, student, teacher, options.gather, draws=options.anchors is not None)
+
+
+def _without_autocast(device_type: str) -> Any:
+    """Autocast would take Gram products and norms down to half precision, where close rows become equal."""
+    # The meta device has none, and no way to ask for its absence.
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+
+
 def _sums(
-    kernel: ModuleType,
-    student: Tensor,
-    teacher: Tensor,
-    options: Options,
-    pairs: Pairs | None,
-    triplets: Triplets | None,
-    vertices: int | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+    kernel: ModuleType, student: Tensor, teacher: Tensor, options: Options, vertices: int | None = None
+) -> Sequence[Tensor | None]:
     """Losses of distances ``(N,)`` and of angles ``(vertices,)``, summed over the tuples of each row."""
     ours, theirs = kernel.relations(student), kernel.relations(teacher)
     delta = float(options.huber_delta)
     # The angles first: what the distances keep for their gradient is then not there yet.
-    angle = kernel.angle(ours, theirs, delta, triplets, vertices) if options.angle_weight else None
-    return kernel.distance(ours, theirs, delta, pairs) if options.distance_weight else None, angle
+    angle = kernel.angle(ours, theirs, delta, options.triplets, vertices) if options.angle_weight else None
+    distance = kernel.distance(ours, theirs, delta, options.pairs) if options.distance_weight else None
+    return distance, angle
 
 
 def _share_of_sums(
-    kernel: ModuleType,
-    student: Tensor,
-    teacher: Tensor,
-    options: Options,
-    pairs: Pairs | None,
-    triplets: Triplets | None,
-    batch: GlobalBatch | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """`_sums` of the vertices that ``anchors`` draws and of this process's share of the rows, ``(N,)`` both."""
-    rows = student.shape[0]
+    kernel: ModuleType, student: Tensor, teacher: Tensor, options: Options, batch: GlobalBatch | None
+) -> Sequence[Tensor | None]:
+    """`_sums` of the vertices that ``anchors`` draws, ``(N,)`` both; each process computes its share of the rows."""
+    rows = student.shape[0]  # len() would be a constant of an exported program
     everyone = torch.arange(rows, device=student.device)
     vertices = everyone if options.anchors is None else _draw(everyone, options.anchors, batch and batch.seed)
     own, starts = (vertices, everyone) if batch is None else (batch.share(vertices), batch.share(everyone))
-    # A kernel's vertices are its first rows. Sorted, since torch.compile cannot know how many a mask selects.
-    order = torch.ones_like(everyone).index_fill(0, own, 0).argsort(stable=True)
+    # A kernel's vertices are its first rows. Sorted, since torch.compile cannot know how many rows a mask selects.
+    order = (everyone + rows).index_copy(0, own, everyone[: own.shape[0]]).argsort()
     place = order.argsort()  # of each row in that order
-    if pairs is not None:
-        pairs = place[pairs[0]], place[pairs[1]]
-    distance, angle = _sums(kernel, student[order], teacher[order], options, pairs, triplets, own.shape[0])
+    if options.pairs is not None:
+        options = replace(options, pairs=(place[options.pairs[0]], place[options.pairs[1]]))
+    distance, angle = _sums(kernel, student[order], teacher[order], options, own.shape[0])
     if angle is not None:
         angle = pad(angle * (rows / max(vertices.shape[0], 1)), (0, rows - own.shape[0]))[place]
-    if distance is not None and batch is not None:
+    if distance is not None:
         distance = torch.zeros_like(distance).index_add(0, starts, distance[place[starts]])
-    elif distance is not None:
-        distance = distance[place]
-    return distance, angle
+    return (distance, angle) if batch is None else batch.sum_terms(distance, angle)
 
 
 def _draw(everyone: Tensor, anchors: float, seed: int | None) -> Tensor:
@@ -394,16 +385,17 @@ def _draw(everyone: Tensor, anchors: float, seed: int | None) -> Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:number].to(everyone.device)
 
 
-def _factor(weight: float, reduction: str, rows: int, order: int, tuples: tuple[Tensor, ...] | None) -> float:
-    """What the sums over tuples of ``order`` rows are multiplied by."""
-    count = 1
-    if tuples is not None:
-        count = tuples[0].shape[0]
-    else:
+def _reduce(sums: Tensor, reduction: str, order: int, tuples: tuple[Tensor, ...] | None) -> Tensor:
+    """Sums over the tuples of ``order`` rows that start at each row, divided as the reduction says."""
+    if reduction == "sum":
+        return sums
+    rows = sums.shape[0]
+    count = 1 if tuples is None else tuples[0].shape[0]
+    if tuples is None:
         for i in range(order):  # not math.perm, which takes no size that torch.compile leaves open
             count *= rows - i if reduction == "tuple_mean" else rows
-    weight = float(weight) * (rows if reduction == "anchor" else 1)
-    return weight if reduction == "sum" else weight / max(count, 1)
+    sums = sums / max(count, 1)
+    return sums * rows if reduction == "anchor" else sums
 
 
 def _wide(x: Tensor) -> torch.dtype:
