@@ -334,7 +334,9 @@ def _gather(name: str, student: Tensor, teacher: Tensor, options: Options) -> Gl
         return None
     from rkd_plugin import distributed  # not every build of PyTorch has it
 
-    return distributed.gather(name, student, teacher, options.gather, draws=options.anchors is not None)
+    draws = options.anchors is not None
+    batch: GlobalBatch | None = distributed.gather(name, student, teacher, options.gather, draws)
+    return batch
 
 
 def _without_autocast(device_type: str) -> Any:
