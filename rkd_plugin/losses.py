@@ -6,44 +6,74 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rkd_plugin.functional import Gather, Impl, Reduction, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
+from rkd_plugin.functional import Gather, Impl, Options, Reduction, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
 
 
-class RKDDistanceLoss(nn.Module):
-    """See `rkd_distance_loss`.
+class _OptionsModule(nn.Module):
+    """Keeps the options of a loss as attributes, which may change between two calls."""
 
-    Example:
-        >>> RKDDistanceLoss(reduction="tuple_mean")
-        RKDDistanceLoss(reduction='tuple_mean', huber_delta=1.0, impl='auto', gather=False)
-    """
-
-    _names: tuple[str, ...] = ("reduction", "huber_delta", "impl", "gather")
-
-    def __init__(
-        self, reduction: Reduction = "mean", huber_delta: float = 1.0, impl: Impl = "auto", gather: Gather = False
-    ) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.reduction: Reduction = reduction
-        self.huber_delta = huber_delta
-        self.impl: Impl = impl
-        self.gather: Gather = gather
+        Options(**options).check(type(self).__name__)
+        self._option_names = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
 
     def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._names}
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """``(N, D_s)``, ``(N, D_t)`` -> a scalar, or ``(N,)`` for ``reduction="anchor"``."""
-        return rkd_distance_loss(student, teacher, **self._options())
+        return {name: getattr(self, name) for name in self._option_names}
 
     def extra_repr(self) -> str:
         """The options, as they were passed."""
         return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
 
 
-class RKDAngleLoss(RKDDistanceLoss):
-    """See `rkd_angle_loss`."""
+class RKDDistanceLoss(_OptionsModule):
+    """`rkd_distance_loss` as a module: RKD-D, between mean-normalised pairwise distances.
 
-    _names = (*RKDDistanceLoss._names, "anchors")
+    Args:
+        reduction: ``"mean"`` over all ``N^2`` entries, ``"tuple_mean"`` over pairs of distinct rows, ``"sum"``, or
+            ``"anchor"``, a vector ``(N,)``.
+        huber_delta: where the loss turns from quadratic to linear; positive.
+        impl: the kernel: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"fused"``.
+        gather: whether the loss is over the batches of all processes, or of a process group.
+
+    Raises:
+        TypeError, ValueError: if an option is not one of these, as `rkd_distance_loss`.
+
+    Example:
+        >>> RKDDistanceLoss(reduction="tuple_mean")
+        RKDDistanceLoss(reduction='tuple_mean', huber_delta=1.0, impl='auto', gather=False)
+    """
+
+    def __init__(
+        self, reduction: Reduction = "mean", huber_delta: float = 1.0, impl: Impl = "auto", gather: Gather = False
+    ) -> None:
+        super().__init__(reduction=reduction, huber_delta=huber_delta, impl=impl, gather=gather)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """``(N, D_s)``, ``(N, D_t)`` -> a scalar, or ``(N,)`` for ``reduction="anchor"``."""
+        return rkd_distance_loss(student, teacher, **self._options())
+
+
+class RKDAngleLoss(_OptionsModule):
+    """`rkd_angle_loss` as a module: RKD-A, between the cosines of all triplets' angles.
+
+    Args:
+        reduction: ``"mean"`` over all ``N^3`` entries, ``"tuple_mean"`` over triplets of distinct rows, ``"sum"``, or
+            ``"anchor"``, a vector ``(N,)``.
+        huber_delta: where the loss turns from quadratic to linear; positive.
+        impl: the kernel: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"fused"``.
+        gather: whether the loss is over the batches of all processes, or of a process group.
+        anchors: how many rows (an integer) or which share of them (a float up to 1) are vertices, drawn anew in each
+            call; all of them for ``None``.
+
+    Raises:
+        TypeError, ValueError: if an option is not one of these, as `rkd_angle_loss`.
+
+    Example:
+        >>> RKDAngleLoss(anchors=0.5)
+        RKDAngleLoss(reduction='mean', huber_delta=1.0, impl='auto', gather=False, anchors=0.5)
+    """
 
     def __init__(
         self,
@@ -53,16 +83,29 @@ class RKDAngleLoss(RKDDistanceLoss):
         gather: Gather = False,
         anchors: float | None = None,
     ) -> None:
-        super().__init__(reduction, huber_delta, impl, gather)
-        self.anchors = anchors
+        super().__init__(reduction=reduction, huber_delta=huber_delta, impl=impl, gather=gather, anchors=anchors)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """``(N, D_s)``, ``(N, D_t)`` -> a scalar, or ``(N,)`` for ``reduction="anchor"``."""
         return rkd_angle_loss(student, teacher, **self._options())
 
 
-class RKDDALoss(RKDAngleLoss):
-    """See `rkd_da_loss`.
+class RKDDALoss(_OptionsModule):
+    """`rkd_da_loss` as a module: the weighted sum of RKD-D and RKD-A.
+
+    Args:
+        distance_weight: of the distance term; 0 skips it. The paper: 1 in metric learning, 25 in classification.
+        angle_weight: of the angle term; 0 skips it, and its cubic cost. The paper: 2 and 50.
+        reduction: of both terms: ``"mean"`` over all entries, ``"tuple_mean"`` over tuples of distinct rows, ``"sum"``,
+            or ``"anchor"``, a vector ``(N,)``.
+        huber_delta: where either loss turns from quadratic to linear; positive.
+        impl: the kernel: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"fused"``.
+        gather: whether the loss is over the batches of all processes, or of a process group.
+        anchors: how many rows (an integer) or which share of them (a float up to 1) are vertices of the angle term,
+            drawn anew in each call; all of them for ``None``.
+
+    Raises:
+        TypeError, ValueError: if an option is not one of these, as `rkd_da_loss`.
 
     Example:
         >>> import torch
@@ -74,8 +117,6 @@ class RKDDALoss(RKDAngleLoss):
         torch.Size([3, 2])
     """
 
-    _names = ("distance_weight", "angle_weight", *RKDAngleLoss._names)
-
     def __init__(
         self,
         distance_weight: float = 1.0,
@@ -86,9 +127,15 @@ class RKDDALoss(RKDAngleLoss):
         gather: Gather = False,
         anchors: float | None = None,
     ) -> None:
-        super().__init__(reduction, huber_delta, impl, gather, anchors)
-        self.distance_weight = distance_weight
-        self.angle_weight = angle_weight
+        super().__init__(
+            distance_weight=distance_weight,
+            angle_weight=angle_weight,
+            reduction=reduction,
+            huber_delta=huber_delta,
+            impl=impl,
+            gather=gather,
+            anchors=anchors,
+        )
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """``(N, D_s)``, ``(N, D_t)`` -> a scalar, or ``(N,)`` for ``reduction="anchor"``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -15,7 +16,7 @@ from PIL import Image
 from rkd_plugin import bench
 from rkd_plugin.bench import measuring, showing
 from rkd_plugin.cli import main
-from rkd_plugin.kernels import chunked
+from rkd_plugin.kernels import chunked, compiled
 
 SIZE = 6
 RESULTS = sorted(Path(__file__).with_name("bench").glob("*.json"))
@@ -114,11 +115,53 @@ def test_wrong_kernel_gets_no_speed(monkeypatch, capsys, what, broken):
         return losses * 1.001 if what == "value" else losses.detach() + 1.001 * (losses - losses.detach())
 
     monkeypatch.setattr(chunked, "angle", wrong)
-    with pytest.raises(
-        RuntimeError, match=rf"bench: impl 'chunked' must agree .* got a {what} .* in {broken} at N = 64"
-    ):
+    with pytest.raises(RuntimeError, match=rf"expected impl 'chunked' to agree .* {what} .* {broken} at N = 64"):
         bench.main([SIZE], repeats=1, device="cpu")
     assert capsys.readouterr().out == ""
+
+
+def test_what_computes_large_batches_is_checked_too(monkeypatch):
+    """It takes part from some size on; a check of a small batch does not meet it."""
+    monkeypatch.setattr(compiled, "ROWS", 100)
+    monkeypatch.setattr(compiled, "sweep", lambda sides, delta, weights: None)
+    measuring.check("chunked", "cpu", 100)
+
+    def wrong(sides, delta, weights):
+        rows = len(sides[0][0])
+        if rows < compiled.ROWS:
+            return None
+        return weights.new_zeros(len(weights)), weights.new_zeros(2, len(weights), rows), weights.new_zeros(rows, rows)
+
+    monkeypatch.setattr(compiled, "sweep", wrong)
+    measuring.check("chunked", "cpu", 99)
+    with pytest.raises(RuntimeError, match=r"expected impl 'chunked' to agree .* at N = 100"):
+        measuring.check("chunked", "cpu", 100)
+
+
+def test_every_call_gets_a_new_teacher(quick_memory, monkeypatch):
+    """As in training; of one loss's calls that are timed, no two have the same values either."""
+    seen, original = {}, measuring._contender
+
+    def contender(name, *arguments):
+        loss = original(name, *arguments)
+
+        def call(student, teacher):
+            seen.setdefault(name, []).append(teacher)  # kept, so that no other tensor gets its memory
+            return loss(student, teacher)
+
+        return call
+
+    monkeypatch.setattr(measuring, "_contender", contender)
+    measuring._times({name: contender(name) for name in ("chunked", bench.PEER)}, *bench.batch(bench.Case(SIZE)), 1)
+    calls = 2 * (measuring.WARM_UPS + 1)  # one that is timed and one before it
+    assert {name: len(teachers) for name, teachers in seen.items()} == {"chunked": calls, bench.PEER: calls}
+    for ours, theirs in itertools.combinations(seen["chunked"], 2):
+        assert not torch.equal(ours, theirs)
+    assert all(torch.equal(*pair) for pair in zip(*seen.values(), strict=True))
+    bench.main([SIZE], ["chunked", "reference"], repeats=1, device="cpu")
+    addresses = [teacher.data_ptr() for teachers in seen.values() for teacher in teachers]
+    assert len(addresses) > 4 * calls
+    assert len(set(addresses)) == len(addresses)
 
 
 @pytest.mark.parametrize(("rows", "repeats"), [(1, 1), (2, 0)])
@@ -131,7 +174,7 @@ def test_nothing_to_measure(rows, repeats):
     ("options", "message"),
     [
         (["--dtype", "int8"], "floating-point ones, got 'int8'"),
-        (["--impl", "quick"], "impl must be .*'quick'"),
+        (["--impl", "quick"], "expected impl to be .*'quick'"),
         (["--impl", "fused", "--device", "cpu"], "impl 'fused' needs .*; take impl 'chunked'"),
     ],
 )

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
-from rkd_plugin.functional import _KERNELS, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
+from rkd_plugin import RKDAngleLoss, RKDDALoss, RKDDistanceLoss
+from rkd_plugin.functional import Options, relation_terms, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
 from rkd_plugin.kernels import chunked
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "rkd.json").read_text())
 LOSSES = [rkd_distance_loss, rkd_angle_loss, rkd_da_loss]
 ORDER = {rkd_distance_loss: 2, rkd_angle_loss: 3}
 REDUCTIONS = ["mean", "tuple_mean", "sum", "anchor"]
-IMPLS = ["auto", *sorted(_KERNELS)]  # fused has tests of its own
+KERNELS = ["chunked", "reference"]  # fused has tests of its own
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 every_term = pytest.mark.parametrize("loss", list(ORDER), ids=lambda f: f.__name__)
-every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
-every_impl = pytest.mark.parametrize("impl", IMPLS)
-every_kernel = pytest.mark.parametrize("impl", sorted(_KERNELS))
+# The others are multiples of "mean", see test_reductions; only "anchor" has other weights in the backward pass.
+both_weightings = pytest.mark.parametrize("reduction", ["mean", "anchor"])
+every_kernel = pytest.mark.parametrize("impl", KERNELS)
 
 
 def batch(rows=7, student_width=3, teacher_width=5, dtype=torch.float64, device="cpu"):
@@ -51,7 +57,7 @@ def value_and_gradient(loss, student, teacher, **options):
 
 
 @every_loss
-@every_impl
+@every_kernel
 def test_smoke(loss, impl, dtype, device):
     student, teacher = batch(dtype=dtype, device=device)
     value = loss(student, teacher, impl=impl)
@@ -64,50 +70,17 @@ def test_smoke(loss, impl, dtype, device):
     assert student.grad.any()
 
 
-X = torch.zeros(4, 2)
-
-
 @every_loss
-@pytest.mark.parametrize(
-    ("student", "teacher", "options", "error", "message"),
-    [
-        ([[0.0]], X, {}, TypeError, "student must be a tensor, got list"),
-        (X, None, {}, TypeError, "teacher must be a tensor, got NoneType"),
-        (X.long(), X, {}, TypeError, "student must be floating point, got torch.int64"),
-        (X, X.to(torch.complex64), {}, TypeError, "teacher must be floating point, got torch.complex64"),
-        (X[0], X, {}, ValueError, "student must have shape (N, D), got (2,)"),
-        (X, X.view(2, 2, 2), {}, ValueError, "teacher must have shape (N, D), got (2, 2, 2)"),
-        (X, X[:3], {}, ValueError, "student and teacher must have one row per example, got 4 and 3 rows"),
-        (X, X.to("meta"), {}, ValueError, "student and teacher must be on one device, got cpu and meta"),
-        (
-            X, X, {"reduction": "none"}, ValueError,
-            "reduction must be one of ('mean', 'tuple_mean', 'sum', 'anchor'), got 'none'",
-        ),
-        (
-            X, X, {"impl": "fast"}, ValueError,
-            "impl must be one of ('auto', 'reference', 'chunked', 'fused'), got 'fast'",
-        ),
-        (X, X, {"huber_delta": 0}, ValueError, "huber_delta must be positive, got 0"),
-        (X, X, {"huber_delta": math.nan}, ValueError, "huber_delta must be positive, got nan"),
-    ],
-)  # fmt: skip
-def test_exception(loss, student, teacher, options, error, message):
-    with pytest.raises(error) as caught:
-        loss(student, teacher, **options)
-    assert str(caught.value) == f"{loss.__name__}: {message}"
-
-
-@every_loss
-@every_impl
-@every_reduction
+@every_kernel
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_cardinality(loss, impl, reduction, rows):
+def test_cardinality(loss, impl, rows):
     student, teacher = batch(rows)
-    assert loss(student, teacher, reduction=reduction, impl=impl).shape == ((rows,) if reduction == "anchor" else ())
+    shapes = [loss(student, teacher, reduction=reduction, impl=impl).shape for reduction in REDUCTIONS]
+    assert shapes == [(), (), (), (rows,)]
 
 
 @every_term
-@every_impl
+@every_kernel
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda c: f"N{len(c['student'])}")
 def test_golden(loss, impl, case):
     student, teacher = (torch.tensor(case[side], dtype=torch.float64) for side in ("student", "teacher"))
@@ -148,7 +121,7 @@ def rotation(width):
     return q
 
 
-@every_loss
+@every_term
 @every_kernel
 @pytest.mark.parametrize("narrow", [False, True], ids=["float64", "float32"])
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -186,11 +159,10 @@ def test_invariance(loss, impl, narrow, seed, rows, width, shift, scale, on_stud
     torch.testing.assert_close(permuted, gradient[order], rtol=0, atol=limit * (1 + float(gradient.abs().max())))
 
 
-@every_loss
+@every_term
 @every_kernel
-@every_reduction
 @pytest.mark.parametrize("tuples", ["all", "mined"])
-@pytest.mark.parametrize("huber_delta", [1.0, 0.1])
+@pytest.mark.parametrize(("reduction", "huber_delta"), [("mean", 1.0), ("anchor", 0.1)])
 def test_gradcheck(loss, impl, reduction, tuples, huber_delta):
     student, teacher = batch(dtype=torch.float64)
     options = {} if tuples == "all" else mined(loss)
@@ -211,7 +183,7 @@ def test_gradient_flows_through_the_mean_distance(loss, impl):
 
 
 @every_term
-@every_impl
+@every_kernel
 @pytest.mark.parametrize("rows", [3, 7])
 def test_reductions(loss, impl, rows):
     student, teacher = batch(rows)
@@ -223,7 +195,7 @@ def test_reductions(loss, impl, rows):
 
 
 @every_term
-@every_impl
+@every_kernel
 def test_all_tuples_as_indices(loss, impl):
     """Naming every tuple of distinct rows is the same as naming none; ``mined`` means are over what is named."""
     student, teacher = batch()
@@ -238,7 +210,7 @@ def test_all_tuples_as_indices(loss, impl):
 
 
 @every_loss
-@every_reduction
+@both_weightings
 def test_mined_tuples_agree_between_kernels(loss, reduction):
     student, teacher = batch()
     ours, truth = (
@@ -270,8 +242,8 @@ def test_no_tuples(loss, impl):
     assert not gradient.any()
 
 
-@every_impl
-@every_reduction
+@every_kernel
+@both_weightings
 def test_da_is_the_weighted_sum(impl, reduction):
     student, teacher = batch()
     options = {"impl": impl, "reduction": reduction}
@@ -325,34 +297,30 @@ def test_no_grad(loss, impl):
     torch.testing.assert_close(value, expected.detach(), rtol=0, atol=0)
 
 
-@every_loss
 @every_kernel
-def test_gradient_accumulation(loss, impl):
+def test_gradient_accumulation(impl):
     (student, teacher), other = batch(), batch(4)[1]
-    gradients = [
-        value_and_gradient(loss, student[rows], t, impl=impl)[1]
-        for rows, t in ((slice(None), teacher), (slice(4), other))
-    ]
-    for rows, t in ((slice(None), teacher), (slice(4), other)):
-        (loss(student[rows], t, impl=impl) / 2).backward()
+    halves = ((slice(None), teacher), (slice(4), other))
+    gradients = [value_and_gradient(rkd_da_loss, student[rows], t, impl=impl)[1] for rows, t in halves]
+    for rows, t in halves:
+        (rkd_da_loss(student[rows], t, impl=impl) / 2).backward()
     expected = gradients[0] / 2
     expected[:4] += gradients[1] / 2
     torch.testing.assert_close(student.grad, expected)
 
 
-@every_loss
 @pytest.mark.parametrize(
     ("impl", "backward_too"),
     # PyTorch wants backward outside of autocast; the readable kernel keeps to that.
     [("reference", False), ("chunked", False), ("chunked", True)],
 )
-def test_autocast(loss, impl, backward_too, dtype, device):
+def test_autocast(impl, backward_too, dtype, device):
     """The same bits with autocast on, for inputs of every dtype."""
     student, teacher = batch(dtype=dtype, device=device)
-    plain = value_and_gradient(loss, student, teacher, impl=impl)
+    plain = value_and_gradient(rkd_da_loss, student, teacher, impl=impl)
     with torch.autocast(device.type, torch.bfloat16):
         assert (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).dtype == torch.bfloat16
-        value = loss(student, teacher, impl=impl)
+        value = rkd_da_loss(student, teacher, impl=impl)
         if backward_too:
             value.backward()
     if not backward_too:
@@ -360,20 +328,42 @@ def test_autocast(loss, impl, backward_too, dtype, device):
     torch.testing.assert_close((value.detach(), student.grad), plain, rtol=0, atol=0)
 
 
-@every_loss
+def at_seed(f, *args, **options):
+    torch.manual_seed(1)  # of the anchors
+    return f(*args, **options)
+
+
 @every_kernel
-@pytest.mark.parametrize("tuples", ["all", "mined"])
-@pytest.mark.parametrize("reduction", ["mean", "anchor"])
-def test_dynamo(loss, impl, tuples, reduction):
-    options = {"impl": impl, "reduction": reduction} | ({} if tuples == "all" else mined(loss))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "tuple_mean"},
+        {"reduction": "anchor", "huber_delta": 0.3, **mined(rkd_da_loss)},
+        {"reduction": "sum", "anchors": 0.5, "pairs": mined(rkd_distance_loss)["pairs"]},
+    ],
+    ids=["all", "mined", "anchors"],
+)
+def test_dynamo(impl, options):
     student, teacher = batch(dtype=torch.float32)
     torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    ours, eager = (value_and_gradient(f, student, teacher, **options) for f in (compiled, loss))
+    compiled = torch.compile(rkd_da_loss, fullgraph=True, backend="aot_eager")
+    ours, eager = (
+        at_seed(value_and_gradient, f, student, teacher, impl=impl, **options) for f in (compiled, rkd_da_loss)
+    )
     torch.testing.assert_close(ours, eager)
 
 
-@pytest.mark.parametrize(("backend", "sizes"), [("aot_eager", (7, 12)), ("inductor", (7,))])
+def test_indices_are_checked_in_a_compiled_function():
+    student, teacher = batch(dtype=torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(rkd_distance_loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="expected pairs to name rows from 0 to 6, got 7"):
+        compiled(student, teacher, pairs=(torch.tensor([0]), torch.tensor([7])))
+
+
+@pytest.mark.parametrize(
+    ("backend", "sizes"), [("aot_eager", (7, 12)), pytest.param("inductor", (7,), marks=pytest.mark.slow)]
+)
 def test_compile_backends(backend, sizes, device):
     """With the batch size left open, and once through the backend that users get."""
     torch._dynamo.reset()
@@ -382,6 +372,22 @@ def test_compile_backends(backend, sizes, device):
         student, teacher = batch(rows, dtype=torch.float32, device=device)
         ours, eager = (value_and_gradient(f, student, teacher) for f in (compiled, rkd_da_loss))
         torch.testing.assert_close(ours, eager)
+
+
+@every_kernel
+def test_export(impl):
+    options = {"impl": impl, "anchors": 3, "pairs": mined(rkd_distance_loss)["pairs"]}
+
+    class Model(torch.nn.Module):
+        def forward(self, student, teacher):
+            return rkd_da_loss(student, teacher, **options)
+
+    student, teacher = batch(dtype=torch.float32)
+    exported = torch.export.export(Model(), (student.detach(), teacher)).module()
+    other = torch.randn_like(teacher)
+    torch.testing.assert_close(
+        at_seed(exported, student.detach(), other), at_seed(rkd_da_loss, student.detach(), other, **options)
+    )
 
 
 @every_kernel
@@ -399,3 +405,246 @@ def test_in_ddp(impl, tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     torch.testing.assert_close(model.weight.grad, expected)
+
+
+# One set of relations, and nothing of it kept
+
+
+@every_loss
+def test_relations_are_computed_once_and_not_kept(loss, monkeypatch):
+    """Not for a teacher that is given again either: a copy, a replay or another program may have changed it."""
+    computed, original = [], chunked.relations
+
+    def relations(x):
+        found = original(x)
+        computed.append((x.shape[1], weakref.ref(found.squares)))
+        return found
+
+    monkeypatch.setattr(chunked, "relations", relations)
+    (student, teacher), options = batch(), {"impl": "chunked"}
+    with torch.no_grad():
+        first = loss(student, teacher, **options)
+        assert first == loss(student, teacher, **options)
+    assert [width for width, _ in computed] == [3, 5] * 2
+    assert [squares() for _, squares in computed] == [None] * 4
+
+
+@every_kernel
+def test_terms(impl):
+    """Both vectors with their weights; None where the weight is 0."""
+    student, teacher = batch()
+    for reduction in REDUCTIONS:
+        options = {"reduction": reduction, "impl": impl}
+        terms = relation_terms("loss", student, teacher, Options(3.0, 5.0, **options))
+        for term, loss, weight in ((terms.distance, rkd_distance_loss, 3), (terms.angle, rkd_angle_loss, 5)):
+            assert term.shape == (7,)
+            expected = weight * loss(student, teacher, **options)
+            torch.testing.assert_close(term if reduction == "anchor" else term.sum(), expected)
+    assert relation_terms("loss", student, teacher, Options(0, 1)).distance is None
+    assert relation_terms("loss", student, teacher, Options(1, 0)).angle is None
+
+
+@every_kernel
+def test_all_rows_as_anchors_change_nothing(impl):
+    """Nor do they move the pairs beside them to other rows."""
+    student, teacher = batch()
+    options = {"impl": impl, "pairs": mined(rkd_distance_loss)["pairs"], "reduction": "anchor"}
+    ours, expected = (value_and_gradient(rkd_da_loss, student, teacher, **options, **a) for a in ({"anchors": 7}, {}))
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are constants of a traced program
+@every_kernel
+def test_traced(impl):
+    """No batch becomes a constant of the program."""
+    student, teacher = (x.detach() for x in batch())
+    rkd_da_loss(student, teacher, impl=impl)
+    traced = torch.jit.trace(lambda s, t: rkd_da_loss(s, t, impl=impl), (student, teacher))
+    other_student, other_teacher = (x.detach() for x in batch())
+    for s, t in ((other_student, teacher), (student, other_teacher)):
+        torch.testing.assert_close(traced(s, t), rkd_da_loss(s, t, impl=impl))
+
+
+@every_kernel
+def test_without_values(impl):
+    """Shapes and dtypes only, as FakeTensorMode and the meta device compute; more than one loss of one teacher."""
+    student, teacher = batch(dtype=torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake, fake_teacher = mode.from_tensor(student), mode.from_tensor(teacher)
+        loss = sum(f(fake, fake_teacher, impl=impl) for f in LOSSES)
+        loss.backward()
+    assert (loss.shape, loss.dtype, fake.grad.shape) == ((), torch.float32, student.shape)
+    meta = rkd_da_loss(student.to("meta"), teacher.to("meta"), impl=impl, anchors=3, reduction="anchor")
+    assert (meta.shape, meta.dtype, meta.device.type) == ((7,), torch.float32, "meta")
+
+
+# What cannot be computed is one sentence
+
+X = torch.zeros(4, 2)
+NO_NUMBERS = ["1e-4", None, True, torch.ones(())]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "error", "message"),
+    [
+        ([[0.0]], X, TypeError, "expected student to be a tensor, got list"),
+        (X, None, TypeError, "expected teacher to be a tensor, got NoneType"),
+        (X.long(), X, TypeError, "got torch.int64; pass student.float()"),
+        (X, X.to(torch.float8_e4m3fn), TypeError, "got torch.float8_e4m3fn; pass teacher.float()"),
+        (X, X.to(torch.complex64), TypeError, "pass torch.view_as_real(teacher).flatten(1), which has the same distan"),
+        (X.to_sparse(), X, TypeError, "got torch.sparse_coo; pass student.to_dense()"),
+        (X, X.to_mkldnn(), TypeError, "got torch._mkldnn; pass teacher.to_dense()"),
+        (X[0], X, ValueError, "expected student to have shape (N, D), got (2,)"),
+        (X, X.view(2, 2, 2), ValueError, "expected teacher to have shape (N, D), got (2, 2, 2)"),
+        (X, X[:3], ValueError, "expected one row per example in student and teacher, got 4 and 3 rows"),
+        (X, X.to("meta"), ValueError, "expected student and teacher on one device, got cpu and meta"),
+    ],
+)  # fmt: skip
+def test_batches_that_cannot_be(student, teacher, error, message):
+    for loss in LOSSES:
+        with pytest.raises(error) as caught:
+            loss(student, teacher)
+        assert str(caught.value).startswith(f"{loss.__name__}: expected ")
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch, of its prototypes
+@pytest.mark.parametrize("kind", ["nested", "jagged", "quantized", "MaskedTensor", "DTensor"])
+def test_kinds_of_tensors_that_cannot_be(kind, tmp_path):
+    if kind == "quantized":
+        tensor, message = torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), "got torch.qint8; pass teacher.dequantize"
+    elif kind == "MaskedTensor":
+        tensor, message = torch.masked.masked_tensor(X, X == 0), "got MaskedTensor; pass teacher.get_data()"
+    elif kind == "DTensor":
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        tensor = torch.distributed.tensor.distribute_tensor(X, mesh, [torch.distributed.tensor.Shard(0)])
+        message = "got DTensor; pass teacher.full_tensor()"
+    else:
+        layout = torch.jagged if kind == "jagged" else torch.strided
+        tensor, message = torch.nested.nested_tensor([X[0], X[1]], layout=layout), "got a nested tensor; pass one"
+    try:
+        with pytest.raises(TypeError, match=re.escape(message)):
+            rkd_da_loss(X, tensor)
+    finally:
+        if kind == "DTensor":
+            torch.distributed.destroy_process_group()
+
+
+def test_tensors_that_are_more_than_tensors():
+    """A parameter and a subclass, through to the gradient of what they were made from."""
+    student, teacher = batch()
+    expected = value_and_gradient(rkd_da_loss, student, teacher)
+    parameter = torch.nn.Parameter(student.detach())
+    torch.testing.assert_close(value_and_gradient(rkd_da_loss, parameter, teacher), expected)
+    rkd_da_loss(student.as_subclass(Rows), teacher.as_subclass(Rows)).backward()
+    torch.testing.assert_close(student.grad, expected[1])
+
+
+class Rows(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        *(
+            ({option: value}, TypeError, f"expected {option} to be a number, got {value!r}")
+            for option in ("distance_weight", "angle_weight", "huber_delta", "anchors")
+            for value in NO_NUMBERS
+            if (option, value) != ("anchors", None)
+        ),
+        *(
+            ({option: value}, ValueError, f"expected {option} to be a finite number, got {value!r}")
+            for option in ("distance_weight", "angle_weight")
+            for value in (math.nan, -math.inf, 10**400)
+        ),
+        *(
+            ({"huber_delta": value}, ValueError, f"expected huber_delta to be positive and finite, got {value!r}")
+            for value in (0, -1.0, math.nan, math.inf, 10**400)
+        ),
+        *(
+            ({"anchors": value}, ValueError, "expected anchors to be a number of rows, an integer from 1 on, or a sh")
+            for value in (0, -1, 0.0, 1.5, math.nan)
+        ),
+        ({"reduction": "none"}, ValueError, "expected reduction to be one of ('mean', 'tuple_mean', 'sum', 'anchor')"),
+        ({"impl": "fast"}, ValueError, "expected impl to be one of ('auto', 'reference', 'chunked', 'fused'), got 'f"),
+        ({"gather": "all"}, TypeError, "expected gather to be True, False or a process group, got 'all'"),
+        ({"gather": None}, TypeError, "expected gather to be True, False or a process group, got None"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be(options, error, message):
+    """In a call, and when a module is made."""
+    for name, call in (("rkd_da_loss", lambda **o: rkd_da_loss(X, X, **o)), ("RKDDALoss", RKDDALoss)):
+        with pytest.raises(error) as caught:
+            call(**options)
+        assert str(caught.value).startswith(f"{name}: {message}")
+
+
+def test_every_option_is_checked_everywhere():
+    for make in (*LOSSES, RKDDistanceLoss, RKDAngleLoss, RKDDALoss):
+        names = set(inspect.signature(make).parameters) - {"student", "teacher"}
+        for option in names:
+            with pytest.raises((TypeError, ValueError), match=rf"{make.__name__}: expected {option} to be "):
+                make(*([X, X] if make in LOSSES else []), **{option: object()})
+
+
+def test_a_string_that_yaml_does_not_read_as_a_number():
+    with pytest.raises(TypeError, match=r"got '1e-4'; a number in YAML has a point, as in 1.0e-4$"):
+        RKDDALoss(distance_weight="1e-4")
+
+
+def test_numbers_of_other_libraries():
+    student, teacher = batch()
+    narrow = rkd_da_loss(student, teacher, huber_delta=np.float32(0.5), angle_weight=np.int64(2), anchors=np.int64(7))
+    torch.testing.assert_close(narrow, rkd_da_loss(student, teacher, huber_delta=0.5))
+
+
+FIRST = torch.tensor([0])
+
+
+@pytest.mark.parametrize("number", [2, 3], ids=["pairs", "triplets"])
+@pytest.mark.parametrize(
+    ("last", "error", "message"),
+    [
+        (torch.tensor([4]), ValueError, "to name rows from 0 to 3, got 4"),
+        (torch.tensor([-1]), ValueError, "to name rows from 0 to 3, got -1"),
+        (torch.tensor([0, 1]), ValueError, "index vectors of one length, got shapes [(1,), "),
+        (torch.tensor(0), ValueError, "index vectors of one length, got shapes [(1,), "),
+        (torch.tensor([True]), TypeError, "to be int64 or int32, got torch.bool"),
+        (torch.tensor([0.0]), TypeError, "to be int64 or int32, got torch.float32"),
+        (torch.tensor([0], device="meta"), ValueError, "on the student's device cpu, got meta"),
+        ([0], TypeError, "index vectors, got ['Tensor', "),
+    ],
+)  # fmt: skip
+def test_indices_that_cannot_be(number, last, error, message):
+    loss, option = {2: (rkd_distance_loss, "pairs"), 3: (rkd_angle_loss, "triplets")}[number]
+    for tuples in ((*[FIRST] * (number - 1), last), (last, *[FIRST] * (number - 1))):
+        with pytest.raises(error) as caught:
+            loss(X, X, **{option: tuples})
+        assert str(caught.value).startswith(f"{loss.__name__}: expected {option} ")
+    for impl in KERNELS:
+        with pytest.raises(error) as caught:
+            rkd_da_loss(X, X, impl=impl, **{option: (*[FIRST] * (number - 1), last)})
+        assert message in str(caught.value)
+    for tuples in (FIRST, torch.zeros(number, 1), (FIRST,), [FIRST] * (number + 1)):
+        with pytest.raises((TypeError, ValueError), match=f"expected {option} to be .*{number} index vectors"):
+            loss(X, X, **{option: tuples})
+
+
+def test_indices_in_int32():
+    student, teacher = batch()
+    options = mined(rkd_da_loss)
+    narrow = {name: [index.int() for index in tuples] for name, tuples in options.items()}
+    assert rkd_da_loss(student, teacher, **narrow) == rkd_da_loss(student, teacher, **options)
+
+
+def test_tuples_beside_anchors_or_gather():
+    pair, triplet = (FIRST, FIRST), (FIRST, FIRST, FIRST)
+    with pytest.raises(ValueError, match="expected triplets or anchors, got both; triplets name their own vertices"):
+        rkd_angle_loss(X, X, triplets=triplet, anchors=2)
+    for loss, tuples in ((rkd_angle_loss, {"triplets": triplet}), (rkd_distance_loss, {"pairs": pair})):
+        with pytest.raises(ValueError, match="expected gather=False beside pairs or triplets, which name rows of this"):
+            loss(X, X, gather=True, **tuples)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import pickle
+import re
 
 import pytest
 import torch
@@ -87,3 +89,24 @@ def test_no_state(module):
     assert loss.state_dict() == {}
     assert list(loss.parameters()) == []
     assert list(loss.buffers()) == []
+
+
+def test_no_loss_is_another_loss():
+    """So that `isinstance` tells them apart."""
+    assert not any(issubclass(*pair) for pair in itertools.permutations(TWINS, 2))
+
+
+@every_module
+def test_an_option_that_changes_is_checked_again(module):
+    loss = module()
+    loss.huber_delta = -1.0
+    with pytest.raises(ValueError, match=f"{TWINS[module].__name__}: expected huber_delta to be positive"):
+        loss(torch.zeros(3, 2), torch.zeros(3, 2))
+
+
+@every_module
+def test_help_names_every_argument(module):
+    for public in (module, TWINS[module]):
+        arguments = public.__doc__.split("Args:")[1].split("\n\n")[0]
+        documented = re.findall(r"^ {8}(\w+): ", arguments, re.MULTILINE)
+        assert documented == list(inspect.signature(public).parameters)

@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 
-from rkd_plugin.bench.environment import environment
 from rkd_plugin.bench.measuring import PEER, Case, Row, batch, check, measure, peak_growth, peer_bytes
 from rkd_plugin.bench.showing import picture, table
+from rkd_plugin.environment import environment
 
-__all__ = [
-    "PEER", "Case", "batch", "check", "environment", "main", "measure", "peak_growth", "peer_bytes", "read", "show",
-]  # fmt: skip
+__all__ = ["PEER", "Case", "batch", "check", "main", "measure", "peak_growth", "peer_bytes", "read", "show"]
 
 
 def main(
@@ -33,19 +31,20 @@ def main(
 
     Args:
         sizes: numbers of rows N.
-        impls: kernels; all that can run, if not given, ``reference`` up to N = 128.
+        impls: kernels; if none are given, all that can run, ``reference`` up to N = 128.
         student_dim: width of the student's embeddings.
-        teacher_dim: width of the teacher's.
+        teacher_dim: width of the teacher's embeddings.
         dtype: of both, such as ``"bfloat16"``.
         device: ``None`` takes a GPU if there is one.
-        repeats: timed repetitions per size, of which the median is taken.
-        peer_limit_gb: above this estimate of its memory torchdistill is not run, and the estimate is kept.
+        repeats: timed repetitions per size; the result is their median.
+        peer_limit_gb: torchdistill's loss does not run where it would need more memory than this; its row then has
+            an estimate of the memory, and no times.
 
     Returns:
         ``environment`` and ``results``, what ``--json`` prints.
 
     Raises:
-        ValueError: for a dtype, a device or numbers that cannot be.
+        ValueError: if a dtype, a size or the number of repetitions cannot be measured.
         RuntimeError: if a kernel cannot run here, or disagrees with ``reference``.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,7 +56,7 @@ def main(
     if not impls and device.startswith("cuda") and find_spec("triton") is not None:
         chosen.insert(0, "fused")
     for impl in chosen:
-        check(impl, device)
+        check(impl, device, max(sizes))
     results = [row for case in cases for row in measure(case, chosen, bool(impls), repeats, peer_limit_gb)]
     return {"environment": environment(device), "results": [row._asdict() for row in results]}
 

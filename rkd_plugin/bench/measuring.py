@@ -1,7 +1,8 @@
 """Forward and backward of RKD-DA: how long, how much memory, how far from the truth.
 
-The contenders take turns within one loop, so that a noisy machine is noisy for all. Memory is the *growth* of the peak,
-each measurement in a fresh process on a CPU. A kernel that disagrees with ``reference`` gets no speed.
+The losses take turns within one loop, so that a noisy machine is noisy for all. Every call gets a new teacher tensor,
+as a training step does. Memory is the *growth* of the peak; on a CPU, each measurement has a fresh process. A kernel
+that disagrees with ``reference`` gets no speed.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from rkd_plugin.kernels import compiled
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 PEER = "torchdistill"
-REFERENCE_ROWS = 128  # up to here the O(N^2 D + N^3) reference is worth a row that nobody asked for
+REFERENCE_ROWS = 128  # up to here the O(N^2 D + N^3) reference has a row even if it is not requested
 TRUTH_ROWS = 2048  # up to here the error is measured, against float64
 CHECK_ROWS = 64
+CHECK_ANCHORS = 8  # of a large batch, of which the reference could not compute all
 WARM_UPS = 2
 METER = 1e6  # bytes; a growth below this is lost in what the process had spare
 # Relative to the largest entry: float32 keeps 6e-8, and the sums of a batch of 64 lose less than two digits more.
@@ -64,17 +66,29 @@ class Row(NamedTuple):
     memory_ratio: float | None
 
 
-def check(impl: str, device: str) -> None:
-    """Raise unless ``impl`` gives the value and gradient that ``reference`` gives in float64."""
+def check(impl: str, device: str, largest: int = CHECK_ROWS) -> None:
+    """Raise unless ``impl`` gives the value and gradient that ``reference`` gives in float64.
+
+    Args:
+        impl: the kernel.
+        device: where it runs.
+        largest: the largest batch that is measured; what computes large batches on a CPU is checked if it takes part.
+
+    Raises:
+        RuntimeError: if it disagrees.
+    """
     for dtype, limit in AGREEMENT.items():
-        student, teacher = batch(Case(CHECK_ROWS, dtype=dtype, device=device))
-        errors = _errors(_contender(impl), _contender("reference"), student, teacher)
-        for what, error in zip(("value", "gradient"), errors, strict=True):
-            if not error <= limit:
-                raise RuntimeError(
-                    f"bench: impl {impl!r} must agree with 'reference' to {limit:.0e} before it gets a speed, "
-                    f"got a {what} that is off by {error:.1e} in {dtype} at N = {CHECK_ROWS}"
-                )
+        cases: list[tuple[Case, int | None]] = [(Case(CHECK_ROWS, dtype=dtype, device=device), None)]
+        if largest >= compiled.ROWS:
+            cases.append((Case(compiled.ROWS, 8, 8, dtype, device), CHECK_ANCHORS))
+        for case, anchors in cases:
+            errors = _errors(_contender(impl, anchors), _contender("reference", anchors), *batch(case))
+            for what, error in zip(("value", "gradient"), errors, strict=True):
+                if not error <= limit:
+                    raise RuntimeError(
+                        f"bench: expected impl {impl!r} to agree with 'reference' to {limit:.0e} before it gets a "
+                        f"speed, got a {what} that is off by {error:.1e} in {dtype} at N = {case.rows}"
+                    )
 
 
 def measure(case: Case, impls: Sequence[str], all_of_them: bool, repeats: int, peer_limit_gb: float) -> list[Row]:
@@ -168,9 +182,9 @@ def _peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _contender(name: str) -> Loss:
+def _contender(name: str, anchors: int | None = None) -> Loss:
     if name != PEER:
-        return lambda student, teacher: rkd_da_loss(student, teacher, impl=cast(Impl, name))
+        return lambda student, teacher: rkd_da_loss(student, teacher, impl=cast(Impl, name), anchors=anchors)
     import torchvision  # noqa: F401  # before torchdistill, whose registries look for it in sys.modules
     from torchdistill.losses.mid_level import RKDLoss
 
@@ -185,7 +199,9 @@ def _contender(name: str) -> Loss:
 
 def _value_and_gradient(loss: Loss, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     student = student.detach().requires_grad_()
-    value = loss(student, teacher)
+    with torch.random.fork_rng([student.device] if student.is_cuda else []):
+        torch.manual_seed(0)  # every loss draws the same anchors
+        value = loss(student, teacher)
     (gradient,) = torch.autograd.grad(value, student)
     return value.detach(), gradient
 
@@ -194,7 +210,7 @@ def _errors(loss: Loss, truth: Loss, student: Tensor, teacher: Tensor) -> tuple[
     """Of value and gradient, each relative to its largest entry, against ``truth`` in float64."""
     pairs = zip(
         _value_and_gradient(loss, student, teacher),
-        _value_and_gradient(truth, student.double(), teacher.double()),
+        _value_and_gradient(truth, student.double(), teacher.to(torch.float64, copy=True)),
         strict=True,
     )
     value, gradient = (float((x - y).abs().max() / y.abs().max()) for x, y in pairs)
@@ -219,7 +235,7 @@ def _saved_bytes(loss: Loss, student: Tensor, teacher: Tensor) -> int:
 
 
 def _times(contenders: dict[str, Loss], student: Tensor, teacher: Tensor, repeats: int) -> dict[str, Tensor]:
-    """Milliseconds ``(repeats, 3)`` of forward, backward and both, for every contender."""
+    """Milliseconds ``(repeats, 3)`` of forward, backward and both, for every loss."""
     student = student.requires_grad_()
 
     def now() -> float:
@@ -228,15 +244,17 @@ def _times(contenders: dict[str, Loss], student: Tensor, teacher: Tensor, repeat
         return time.perf_counter()
 
     samples: dict[str, list[list[float]]] = {name: [] for name in contenders}
-    for _ in range(WARM_UPS + repeats):
+    for step in range(WARM_UPS + repeats):
         for name, loss in contenders.items():
-            # An untimed call first, since the one after another contender pays for what that one did to the memory.
-            torch.autograd.grad(loss(student, teacher), student)
+            # An untimed call first, since the one after another loss pays for what that one did to the memory.
+            torch.autograd.grad(loss(student, teacher.roll(2 * step, 0)), student)
+            # A training step has a teacher of its own: other values in another tensor. The same for every loss.
+            new_teacher = teacher.roll(2 * step + 1, 0)
             start = now()
-            value = loss(student, teacher)
+            value = loss(student, new_teacher)
             middle = now()
             torch.autograd.grad(value, student)
             end = now()
             samples[name].append([middle - start, end - middle, end - start])
-            del value  # frees what the graph kept, before the next contender starts
+            del value  # frees what the graph kept, before the next loss starts
     return {name: torch.tensor(rows[WARM_UPS:], dtype=torch.float64) * 1000 for name, rows in samples.items()}

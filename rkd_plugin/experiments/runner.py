@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rkd_plugin.bench import environment
+from rkd_plugin.environment import environment
 from rkd_plugin.experiments import processes
 from rkd_plugin.experiments.checkpoints import (
     START,

@@ -13,7 +13,7 @@ import torch
 from torchdistill.misc.log import MetricLogger, SmoothedValue
 from tqdm import tqdm
 
-from rkd_plugin.bench import environment
+from rkd_plugin.environment import environment
 from rkd_plugin.experiments.experiment import Experiment
 from rkd_plugin.experiments.memory import keep_memory
 from rkd_plugin.experiments.recipe import Recipe

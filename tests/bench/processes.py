@@ -14,9 +14,10 @@ import torch
 from torch import distributed, multiprocessing
 
 from rkd_plugin import rkd_angle_loss
-from rkd_plugin.bench import Case, batch, environment
+from rkd_plugin.bench import Case, batch
 from rkd_plugin.bench.measuring import _forget_peak, _peak
 from rkd_plugin.distributed import gather
+from rkd_plugin.environment import environment
 
 ROUNDS, WARM_UPS = 7, 2
 HEAD = "N", "W", "each computes all, ms", "shared, ms", "times faster", "predicted, ms", "c2 N^2, ms", "sent, ms", "MB"

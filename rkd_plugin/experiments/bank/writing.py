@@ -16,7 +16,7 @@ from torchdistill.common.module_util import get_module
 from tqdm import tqdm
 
 from rkd_plugin.adapters.torchdistill import RKDDALoss
-from rkd_plugin.bench import environment
+from rkd_plugin.environment import environment
 from rkd_plugin.experiments import processes
 from rkd_plugin.experiments.bank.files import (
     DTYPES,

@@ -17,7 +17,7 @@ def environment(device: str) -> dict[str, str]:
     import rkd_plugin
 
     # Only a checkout of this project has its commit; an installed package may lie inside somebody else's repository.
-    checkout = Path(__file__).parents[2]
+    checkout = Path(__file__).parents[1]
     commit = f"v{rkd_plugin.__version__}"
     if (checkout / ".git").exists():
         git = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
