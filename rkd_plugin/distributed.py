@@ -73,6 +73,12 @@ class GlobalBatch(NamedTuple):
         total: Tensor = _Instead.apply(parts, whole)
         return total
 
+    def sum_terms(self, *terms: Tensor | None) -> list[Tensor | None]:
+        """`sum` of each term that is not None, in one exchange."""
+        there = [term for term in terms if term is not None]
+        sums = iter(self.sum(torch.stack(there)).unbind() if there else ())
+        return [None if term is None else next(sums) for term in terms]
+
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def gather(name: str, student: Tensor, teacher: Tensor, group: Any, draws: bool) -> GlobalBatch | None:
@@ -95,7 +101,7 @@ def gather(name: str, student: Tensor, teacher: Tensor, group: Any, draws: bool)
     members = None if isinstance(group, bool) else group
     stranger = members == distributed.GroupMember.NON_GROUP_MEMBER  # what new_group gives to others
     if not (stranger or isinstance(group, bool | distributed.ProcessGroup)):
-        raise TypeError(f"{name}: gather must be True, False or a process group, got {group!r}")
+        raise TypeError(f"{name}: expected gather to be True, False or a process group, got {group!r}")
     if stranger or distributed.get_rank(members) < 0:
         raise RuntimeError(f"{name}: gather needs a group that this process belongs to, got one that it does not")
     rank, processes = distributed.get_rank(members), distributed.get_world_size(members)

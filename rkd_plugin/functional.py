@@ -1,30 +1,34 @@
-"""Relational knowledge distillation as functions of two embedding batches.
+"""Relational knowledge distillation as functions of two batches of embeddings.
 
-The student need not copy the teacher's embeddings, only the *relations* among the N items of a batch: their pairwise
+The student need not copy the teacher's embeddings, only the *relations* among the N rows of a batch: their pairwise
 distances (RKD-D) and the angles of their triplets (RKD-A). Both losses ignore translation, rotation and uniform scaling
 of either side, and student and teacher may have different widths.
 
-Everything here is documentation, input checks and a choice of kernel; the arithmetic is in ``rkd_plugin.kernels``.
+This file holds documentation and input checks. The arithmetic is in ``rkd_plugin.kernels``; what several processes
+exchange is in ``rkd_plugin.distributed``.
 
 Reference: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import warnings
-import weakref
+import sys
+from dataclasses import dataclass
+from numbers import Integral, Real
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from rkd_plugin.kernels import chunked, reference
+from rkd_plugin.kernels.choose import choose
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from rkd_plugin.distributed import GlobalBatch
 
 Reduction = Literal["mean", "tuple_mean", "sum", "anchor"]
 Impl = Literal["auto", "reference", "chunked", "fused"]
@@ -32,8 +36,7 @@ Pairs = tuple[Tensor, Tensor]
 Triplets = tuple[Tensor, Tensor, Tensor]
 Gather = Union[bool, "ProcessGroup"]
 
-_KERNELS: dict[str, ModuleType] = {"chunked": chunked, "reference": reference}  # those that run anywhere
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up, not imported
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def rkd_distance_loss(
@@ -54,33 +57,35 @@ def rkd_distance_loss(
 
     with :math:`\mu` the mean distance over all pairs of distinct rows of one side and :math:`\ell_\delta` the Huber
     function. The authors' code takes the mean over all :math:`N^2` pairs, the zero diagonal included, and so does the
-    default; their published weights belong to it. No gradient flows to ``teacher``, and none to a student that has
-    collapsed, whose rows are all equal: no direction parts them, so watch their spread.
+    default; their published weights belong to it. No gradient flows to ``teacher``. None flows to equal rows, since no
+    direction separates them: a student whose rows are all equal does not learn, so watch their spread.
 
     Args:
-        student: embeddings that learn, shape ``(N, D_s)``, floating point.
-        teacher: embeddings to imitate, shape ``(N, D_t)``, floating point, on the same device; row i belongs to row i.
-            The same tensor given to another loss is not looked at again; on a GPU, where a replayed CUDA graph may have
-            written to it unseen, a ``clone()`` is.
+        student: embeddings that learn, shape ``(N, D_s)``, float64, float32, float16 or bfloat16.
+        teacher: embeddings to imitate, shape ``(N, D_t)``, of any of these dtypes, on the student's device; row i is
+            the same example as the student's row i.
         reduction: ``"mean"`` over all ``N^2`` entries; ``"tuple_mean"`` over the ``N (N - 1)`` pairs of distinct rows,
             so that a weight means the same at every batch size; ``"sum"``, the paper's equation; ``"anchor"``, a
             vector ``(N,)`` with the loss of the pairs that start at row i, its mean equal to ``"mean"``.
         huber_delta: where the loss turns from quadratic to linear; positive.
         impl: the kernel: ``"reference"``, ``"chunked"``, ``"fused"``, or ``"auto"``, which takes ``"fused"`` for CUDA
-            tensors where Triton is installed and ``"chunked"`` everywhere else.
-        pairs: ``(from, to)``, index vectors ``(P,)``: only these pairs count, and means are over them. The mean
-            distance still runs over the whole batch.
-        gather: whether the batch is that of all processes of ``torch.distributed``, or of a process group. Each of
-            them calls this and the backward pass, has the value of the whole batch, and ``N`` is its size; its
-            gradient is right for `DistributedDataParallel`, see `rkd_plugin.distributed`.
+            tensors where Triton is installed and ``"chunked"`` everywhere else. For second derivatives and
+            ``torch.func`` transforms, which the fast kernels do not have, choose ``"reference"``.
+        pairs: ``(from, to)``, index vectors ``(P,)``, int64 or int32: only these pairs count, and means are over them.
+            The mean distance still runs over the whole batch.
+        gather: whether the loss is over the batches of all processes of ``torch.distributed``, or of the process group
+            that is passed. Each process calls this function and the backward pass, gets the value of the whole batch,
+            and ``N`` is its size; gradients are right for `DistributedDataParallel`, see `rkd_plugin.distributed`.
 
     Returns:
         A scalar, or ``(N,)`` for ``"anchor"``, in the student's dtype, or float32 where that is narrower.
 
     Raises:
-        TypeError: if an input is no floating point tensor.
-        ValueError: if a batch is not 2-D, the row counts or devices differ, or an option is unknown.
-        RuntimeError: if ``impl`` is ``"fused"`` and cannot run here, or ``gather`` finds no processes.
+        TypeError: if an input is no dense floating-point tensor, an option has the wrong type, or indices are not
+            integers.
+        ValueError: if a batch is not 2-D, the row counts or devices differ, an option has a value that it cannot
+            have, or an index names no row.
+        RuntimeError: if ``impl`` is ``"fused"`` and cannot run here, or ``gather`` finds no process group.
 
     Example:
         A 3-4-5 triangle against three points on a line.
@@ -95,8 +100,8 @@ def rkd_distance_loss(
         >>> rkd_distance_loss(3 * teacher + 1, teacher)  # the same shape: nothing to learn
         tensor(0.)
     """
-    options = (reduction, huber_delta, impl, pairs, None, None, gather)
-    return _losses("rkd_distance_loss", student, teacher, 1.0, 0.0, *options)
+    options = Options(1.0, 0.0, reduction, huber_delta, impl, pairs=pairs, gather=gather)
+    return _loss("rkd_distance_loss", student, teacher, options)
 
 
 def rkd_angle_loss(
@@ -115,21 +120,25 @@ def rkd_angle_loss(
     .. math::
         \frac{1}{N^3}\sum_{i,j,k} \ell_\delta\!\left(\cos\angle s_j s_i s_k,\ \cos\angle t_j t_i t_k\right)
 
-    with the vertex at row i. A triplet that names a row twice adds 0; an arm between two equal rows has no direction,
+    with the vertex at row i. A triplet that names a row twice adds 0. An arm between two equal rows has no direction,
     and its cosines are 0 on that side. ``"chunked"`` and ``"fused"`` need ``O(N^2)`` memory, whatever the width of the
     embeddings.
 
     Args:
-        student: embeddings that learn, shape ``(N, D_s)``, floating point.
-        teacher: embeddings to imitate, shape ``(N, D_t)``, floating point, on the same device; row i belongs to row i.
-        reduction: as in `rkd_distance_loss`, over ``N^3`` entries or ``N (N - 1) (N - 2)`` triplets of distinct rows;
-            ``"anchor"`` holds the loss of the triplets that have their vertex at row i.
+        student: embeddings that learn, shape ``(N, D_s)``, float64, float32, float16 or bfloat16.
+        teacher: embeddings to imitate, shape ``(N, D_t)``, of any of these dtypes, on the student's device; row i is
+            the same example as the student's row i.
+        reduction: ``"mean"`` over all ``N^3`` entries; ``"tuple_mean"`` over the ``N (N - 1) (N - 2)`` triplets of
+            distinct rows; ``"sum"``, the paper's equation; ``"anchor"``, a vector ``(N,)`` with the loss of the
+            triplets that have their vertex at row i, its mean equal to ``"mean"``.
         huber_delta: where the loss turns from quadratic to linear; positive.
-        impl: as in `rkd_distance_loss`.
-        triplets: ``(vertex, arm, arm)``, index vectors ``(T,)``: only these triplets count, and means are over them.
+        impl: the kernel, as in `rkd_distance_loss`; ``"reference"`` needs ``O(N^3)`` memory.
+        triplets: ``(vertex, arm, arm)``, index vectors ``(T,)``, int64 or int32: only these triplets count, and means
+            are over them.
         anchors: how many rows (an integer) or which share of them (a float up to 1) are vertices: drawn anew in each
-            call by PyTorch's generator, and weighted so that the expected loss is that of all. So is the cubic cost.
-        gather: as in `rkd_distance_loss`.
+            call by PyTorch's generator, and weighted so that the expected loss is that of all. The cubic cost falls
+            by the same share.
+        gather: as in `rkd_distance_loss`; neither with ``triplets`` nor with ``pairs``, which name rows of one process.
 
     Returns:
         As `rkd_distance_loss`.
@@ -146,8 +155,8 @@ def rkd_angle_loss(
         >>> rkd_angle_loss(2 * teacher + 1, teacher)
         tensor(0.)
     """
-    options = (reduction, huber_delta, impl, None, triplets, anchors, gather)
-    return _losses("rkd_angle_loss", student, teacher, 0.0, 1.0, *options)
+    options = Options(0.0, 1.0, reduction, huber_delta, impl, triplets=triplets, anchors=anchors, gather=gather)
+    return _loss("rkd_angle_loss", student, teacher, options)
 
 
 def rkd_da_loss(
@@ -167,17 +176,19 @@ def rkd_da_loss(
     """The weighted sum of `rkd_distance_loss` and `rkd_angle_loss` (RKD-DA), the distances computed once for both.
 
     Args:
-        student: embeddings that learn, shape ``(N, D_s)``, floating point.
-        teacher: embeddings to imitate, shape ``(N, D_t)``, floating point, on the same device; row i belongs to row i.
+        student: embeddings that learn, shape ``(N, D_s)``, float64, float32, float16 or bfloat16.
+        teacher: embeddings to imitate, shape ``(N, D_t)``, of any of these dtypes, on the student's device; row i is
+            the same example as the student's row i.
         distance_weight: of the distance term; 0 skips it. The paper: 1 in metric learning, 25 in classification.
         angle_weight: of the angle term; 0 skips it, and its cubic cost. The paper: 2 and 50.
-        reduction: as in `rkd_distance_loss`, for both terms.
+        reduction: ``"mean"``, ``"tuple_mean"``, ``"sum"`` or ``"anchor"``, as in the two losses, for both terms.
         huber_delta: where either loss turns from quadratic to linear; positive.
-        impl: as in `rkd_distance_loss`.
-        pairs: as in `rkd_distance_loss`.
-        triplets: as in `rkd_angle_loss`.
-        anchors: as in `rkd_angle_loss`; distances are between all rows nevertheless.
-        gather: as in `rkd_distance_loss`.
+        impl: the kernel, as in `rkd_distance_loss`.
+        pairs: ``(from, to)`` of the distance term, as in `rkd_distance_loss`.
+        triplets: ``(vertex, arm, arm)`` of the angle term, as in `rkd_angle_loss`.
+        anchors: number or share of the vertices of the angle term, as in `rkd_angle_loss`; the distance term still
+            has all rows.
+        gather: as in `rkd_distance_loss`; neither with ``pairs`` nor with ``triplets``, which name rows of one process.
 
     Returns:
         As `rkd_distance_loss`.
@@ -192,159 +203,187 @@ def rkd_da_loss(
         >>> rkd_da_loss(student, teacher)  # 0.0972 + 2 * 0.1393
         tensor(0.3757)
     """
-    options = (reduction, huber_delta, impl, pairs, triplets, anchors, gather)
-    return _losses("rkd_da_loss", student, teacher, distance_weight, angle_weight, *options)
+    options = Options(distance_weight, angle_weight, reduction, huber_delta, impl, pairs, triplets, anchors, gather)
+    return _loss("rkd_da_loss", student, teacher, options)
 
 
-def _losses(
-    name: str,
-    student: Tensor,
-    teacher: Tensor,
-    distance_weight: float,
-    angle_weight: float,
-    reduction: str,
-    huber_delta: float,
-    impl: str,
-    pairs: Pairs | None,
-    triplets: Triplets | None,
-    anchors: float | None,
-    gather: Gather,
-) -> Tensor:
-    _check(name, student, teacher, reduction, huber_delta, impl)
-    _check_choices(name, pairs, triplets, anchors, gather)
-    kernel = _kernel(name, impl, student.device)
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    batch = own = None
-    if gather is not False:
-        from rkd_plugin import distributed
+@dataclass(frozen=True)
+class Options:
+    """How a loss is computed: the options of `rkd_da_loss`. A term whose weight is 0 is not computed."""
 
-        batch = distributed.gather(name, student, teacher, gather, draws=anchors is not None)
+    distance_weight: float = 1.0
+    angle_weight: float = 2.0
+    reduction: Reduction = "mean"
+    huber_delta: float = 1.0
+    impl: Impl = "auto"
+    pairs: Pairs | None = None
+    triplets: Triplets | None = None
+    anchors: float | None = None
+    gather: Gather = False
+
+    def check(self, name: str) -> None:
+        """Raise in the name of a loss unless each option, but for index vectors, is one that it can have.
+
+        Raises:
+            TypeError: if an option has the wrong type.
+            ValueError: if an option has a value that it cannot have, alone or beside the others.
+        """
+        numbers = {"distance_weight": self.distance_weight, "angle_weight": self.angle_weight}
+        for option, value in numbers.items():
+            if not abs(_number(name, option, value)) <= sys.float_info.max:
+                raise ValueError(f"{name}: expected {option} to be a finite number, got {value!r}")
+        if not 0 < _number(name, "huber_delta", self.huber_delta) <= sys.float_info.max:
+            raise ValueError(f"{name}: expected huber_delta to be positive and finite, got {self.huber_delta!r}")
+        for option, choice, choices in (("reduction", self.reduction, Reduction), ("impl", self.impl, Impl)):
+            if choice not in get_args(choices):
+                raise ValueError(f"{name}: expected {option} to be one of {get_args(choices)}, got {choice!r}")
+        if self.anchors is not None:
+            anchors = _number(name, "anchors", self.anchors)
+            if not (anchors >= 1 if isinstance(anchors, Integral) else 0 < anchors <= 1):
+                raise ValueError(
+                    f"{name}: expected anchors to be a number of rows, an integer from 1 on, or a share of them, a "
+                    f"float above 0 and up to 1.0, got {anchors!r}"
+                )
+            if self.triplets is not None:
+                raise ValueError(f"{name}: expected triplets or anchors, got both; triplets name their own vertices")
+        if not isinstance(self.gather, bool) and not _is_group(self.gather):
+            raise TypeError(f"{name}: expected gather to be True, False or a process group, got {self.gather!r}")
+        if self.gather is not False and (self.pairs is not None or self.triplets is not None):
+            raise ValueError(
+                f"{name}: expected gather=False beside pairs or triplets, which name rows of this process alone, "
+                f"got {self.gather!r}"
+            )
+
+
+def _number(name: str, option: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        advice = "; a number in YAML has a point, as in 1.0e-4" if isinstance(value, str) else ""
+        raise TypeError(f"{name}: expected {option} to be a number, got {value!r}{advice}")
+    return value
+
+
+def _is_group(group: Any) -> bool:
+    """Whether it is a process group, or what ``new_group`` returns to a process that is not in it."""
+    distributed = torch.distributed
+    return distributed.is_available() and (
+        isinstance(group, distributed.ProcessGroup) or group == distributed.GroupMember.NON_GROUP_MEMBER
+    )
+
+
+class Terms(NamedTuple):
+    """Both terms of a loss, times their weights: vectors ``(N,)`` in the precision of the kernel.
+
+    Row i has the pairs that start there, or the triplets that have their vertex there. The vectors are what
+    ``reduction="anchor"`` returns. With any other reduction, the loss is their sum.
+    """
+
+    distance: Tensor | None  # None if its weight is 0
+    angle: Tensor | None
+    zero: Tensor  # what both terms hold too: 0, connected to the student's graph, or NaN for a row that is not finite
+
+
+def relation_terms(name: str, student: Tensor, teacher: Tensor, options: Options) -> Terms:
+    """Both terms from one set of relations and, with ``gather``, from one exchange between processes.
+
+    Args:
+        name: of the loss, for error messages.
+        student: as in `rkd_da_loss`.
+        teacher: as in `rkd_da_loss`.
+        options: as in `rkd_da_loss`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `rkd_da_loss`.
+    """
+    options.check(name)
+    _check_batch(name, student, teacher)
+    pairs = _indices(name, "pairs", options.pairs, 2, student)
+    triplets = _indices(name, "triplets", options.triplets, 3, student)
+    kernel = choose(name, options.impl, student.device)
+    batch = None
+    if options.gather is not False:
+        from rkd_plugin import distributed  # not every build of PyTorch has it
+
+        batch = distributed.gather(name, student, teacher, options.gather, draws=options.anchors is not None)
     if batch is not None:
         student, teacher = batch.student, batch.teacher
-    rows = len(student)
+    teacher, rows = teacher.detach(), len(student)
     # Autocast would take the Gram products and norms down to half precision, where close rows become equal.
     with torch.autocast(student.device.type, enabled=False):
-        # Zero, connected to the graph, and not a number where a lone row is not.
-        total = (student * 0).sum(1, dtype=dtype) + (teacher.detach() * 0).sum(1, dtype=dtype)
-        if batch is not None or anchors is not None:
-            everyone = torch.arange(rows, device=student.device)
-            vertices = everyone if anchors is None else _draw(everyone, anchors, batch and batch.seed)
-            own, starts = (vertices, everyone) if batch is None else (batch.share(vertices), batch.share(everyone))
-            others = torch.ones_like(everyone, dtype=torch.bool).index_fill(0, own, False)
-            order = torch.cat([own, everyone[others]])  # a kernel's vertices are its first rows
-            student, teacher = student[order], teacher[order]
-        ours, theirs = kernel.relations(student), _teacher_relations(kernel, teacher)
-        # The angles first: what the distances keep for their gradient is then not there yet.
-        if angle_weight:
-            sums = kernel.angle(ours, theirs, huber_delta, triplets, None if own is None else len(own))
-            if own is not None:
-                sums = sums.new_zeros(rows).index_add(0, own, sums * (rows / max(len(vertices), 1)))
-            total = total + angle_weight * sums / _count(reduction, rows, 3, triplets)
-        if distance_weight:
-            sums = kernel.distance(ours, theirs, huber_delta, pairs)
-            if own is not None:
-                sums = torch.zeros_like(sums).index_add(0, order, sums)
-                sums = torch.zeros_like(sums).index_add(0, starts, sums[starts])
-            total = total + distance_weight * sums / _count(reduction, rows, 2, pairs)
+        if batch is None and options.anchors is None:
+            distance, angle = _sums(kernel, student, teacher, options, pairs, triplets)
+        else:
+            distance, angle = _share_of_sums(kernel, student, teacher, options, pairs, triplets, batch)
         if batch is not None:
-            total = batch.sum(total)
-        return (total * rows if reduction == "anchor" else total.sum()).to(dtype)
+            distance, angle = batch.sum_terms(distance, angle)
+        zero = (student * 0).sum(1, dtype=_wide(student)) + (teacher * 0).sum(1, dtype=_wide(student))
+        scale = rows if options.reduction == "anchor" else 1
+        if distance is not None:
+            distance = zero + options.distance_weight * distance / _count(options.reduction, rows, 2, pairs) * scale
+        if angle is not None:
+            angle = zero + options.angle_weight * angle / _count(options.reduction, rows, 3, triplets) * scale
+    return Terms(distance, angle, zero)
+
+
+def _loss(name: str, student: Tensor, teacher: Tensor, options: Options) -> Tensor:
+    terms = relation_terms(name, student, teacher, options)
+    total = terms.zero
+    for term in (terms.angle, terms.distance):
+        total = total if term is None else total + term
+    return (total if options.reduction == "anchor" else total.sum()).to(_wide(student))
+
+
+def _sums(
+    kernel: ModuleType,
+    student: Tensor,
+    teacher: Tensor,
+    options: Options,
+    pairs: Pairs | None,
+    triplets: Triplets | None,
+    vertices: int | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Losses of distances ``(N,)`` and of angles ``(vertices,)``, summed over the tuples of each row."""
+    ours, theirs = kernel.relations(student), kernel.relations(teacher)
+    delta = float(options.huber_delta)
+    # The angles first: what the distances keep for their gradient is then not there yet.
+    angle = kernel.angle(ours, theirs, delta, triplets, vertices) if options.angle_weight else None
+    return kernel.distance(ours, theirs, delta, pairs) if options.distance_weight else None, angle
+
+
+def _share_of_sums(
+    kernel: ModuleType,
+    student: Tensor,
+    teacher: Tensor,
+    options: Options,
+    pairs: Pairs | None,
+    triplets: Triplets | None,
+    batch: GlobalBatch | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`_sums` of the vertices that ``anchors`` draws and of this process's share of the rows, ``(N,)`` both."""
+    everyone = torch.arange(len(student), device=student.device)
+    vertices = everyone if options.anchors is None else _draw(everyone, options.anchors, batch and batch.seed)
+    own, starts = (vertices, everyone) if batch is None else (batch.share(vertices), batch.share(everyone))
+    # A kernel's vertices are its first rows. Sorted, since torch.compile cannot know how many a mask selects.
+    order = torch.ones_like(everyone).index_fill(0, own, 0).argsort(stable=True)
+    place = order.argsort()  # of each row in that order
+    if pairs is not None:
+        pairs = place[pairs[0]], place[pairs[1]]
+    distance, angle = _sums(kernel, student[order], teacher[order], options, pairs, triplets, len(own))
+    if angle is not None:
+        angle = pad(angle * (len(everyone) / max(len(vertices), 1)), (0, len(everyone) - len(own)))[place]
+    if distance is not None and batch is not None:
+        distance = torch.zeros_like(distance).index_add(0, starts, distance[place[starts]])
+    elif distance is not None:
+        distance = distance[place]
+    return distance, angle
 
 
 def _draw(rows: Tensor, anchors: float, seed: int | None) -> Tensor:
     """Some of ``rows``, without repetition."""
-    number = anchors if isinstance(anchors, int) else max(round(anchors * len(rows)), 1)
+    number = int(anchors) if isinstance(anchors, Integral) else max(round(float(anchors) * len(rows)), 1)
     if seed is None:
         return torch.randperm(len(rows), device=rows.device)[:number]
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return drawn[:number].to(rows.device)
-
-
-def _kernel(name: str, impl: str, device: torch.device) -> ModuleType:
-    """The file that computes; ``"auto"`` takes one that runs, an explicit choice is kept or refused."""
-    if impl == "auto":
-        impl = "fused" if device.type == "cuda" and _HAS_TRITON and _fused_agrees(device) else "chunked"
-    if impl != "fused":
-        return _KERNELS[impl]
-    if not _HAS_TRITON:
-        raise RuntimeError(f"{name}: impl 'fused' needs Triton, which is not installed; take impl 'chunked'")
-    from rkd_plugin.kernels import fused
-
-    if device.type != "cuda" and not (device.type == "cpu" and fused.INTERPRETED):
-        raise RuntimeError(f"{name}: impl 'fused' needs tensors on a CUDA device, got {device}; take impl 'chunked'")
-    return fused
-
-
-_AGREES: dict[torch.device, bool] = {}
-
-
-def _fused_agrees(device: torch.device) -> bool:
-    """Whether the fused kernel gives on this device what the chunked one gives, found out once with a small batch.
-
-    Triton compiles for each kind of GPU anew, and ``"auto"`` must neither fail nor be wrong on one that nobody tried.
-    """
-    if device in _AGREES:
-        return _AGREES[device]
-    try:
-        from rkd_plugin.kernels import fused
-
-        generator = torch.Generator().manual_seed(0)
-        student, teacher = (torch.randn(40, width, generator=generator).to(device) for width in (3, 5))
-        found = []
-        for kernel in (fused, chunked):
-            with torch.inference_mode(False), torch.enable_grad():
-                leaf = student.detach().clone().requires_grad_()
-                sums = kernel.angle(kernel.relations(leaf), kernel.relations(teacher), 0.5)
-                found.append((sums.detach(), *torch.autograd.grad(sums.sum(), leaf)))
-        # float32 keeps 6e-8, of which sums of 1600 terms lose less than two digits.
-        agrees = all(bool((x - y).abs().max() < 1e-5 * y.abs().max()) for x, y in zip(*found, strict=True))
-        reason = "it gives other values"
-    except Exception as error:  # whatever Triton or a driver may raise
-        agrees, reason = False, f"{type(error).__name__}: {error}"
-    if not agrees:
-        warnings.warn(f"impl 'fused' cannot be used on {device} ({reason}); 'auto' takes 'chunked'", stacklevel=2)
-    _AGREES[device] = agrees
-    return agrees
-
-
-# What torch.compiler.assume_constant_result sets; using that here would load the compiler with the package.
-_fused_agrees._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-class _Kept(NamedTuple):
-    teacher: weakref.ref[Tensor]
-    version: int
-    values: Tensor | None  # a copy, on a CPU
-    kernel: ModuleType
-    relations: Any
-
-    def serves(self, kernel: ModuleType, teacher: Tensor) -> bool:
-        if self.teacher() is not teacher or self.version != teacher._version or self.kernel is not kernel:
-            return False
-        # NumPy and other processes write without a new version. Asking a GPU would wait for it.
-        return self.values is None or torch.equal(self.values, teacher)
-
-
-_KEPT: list[_Kept] = []  # of the last teacher, or nothing
-
-
-def _teacher_relations(kernel: ModuleType, teacher: Tensor) -> Any:
-    """``kernel.relations``, kept for the next loss of the same tensor, as long as that lives and is not written to."""
-    # Where the tensor tells no version, or what is computed now may be replayed or saved later, nothing is kept.
-    passing = torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or teacher.is_inference()
-    if passing or (teacher.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return kernel.relations(teacher.detach())
-    for kept in _KEPT:
-        if kept.serves(kernel, teacher):
-            return kept.relations
-    relations = kernel.relations(teacher.detach())
-
-    def forget(reference: weakref.ref[Tensor]) -> None:
-        _KEPT[:] = [kept for kept in _KEPT if kept.teacher is not reference]
-
-    values = None if teacher.is_cuda else teacher.detach().clone()
-    _KEPT[:] = [_Kept(weakref.ref(teacher, forget), teacher._version, values, kernel, relations)]
-    return relations
 
 
 def _count(reduction: str, rows: int, order: int, tuples: tuple[Tensor, ...] | None) -> int:
@@ -353,44 +392,83 @@ def _count(reduction: str, rows: int, order: int, tuples: tuple[Tensor, ...] | N
         return 1
     if tuples is not None:
         return max(len(tuples[0]), 1)
-    return max(math.perm(rows, order) if reduction == "tuple_mean" else rows**order, 1)
+    return max(math.prod(rows - i for i in range(order)) if reduction == "tuple_mean" else rows**order, 1)
 
 
-def _check_choices(
-    name: str, pairs: Pairs | None, triplets: Triplets | None, anchors: float | None, gather: Gather
-) -> None:
-    if anchors is not None:
-        whole = isinstance(anchors, int) and not isinstance(anchors, bool) and anchors >= 1
-        if not whole and not (isinstance(anchors, float) and 0 < anchors <= 1):
-            raise ValueError(
-                f"{name}: anchors must be a number of rows, at least 1, or a share of them, above 0 and up to 1.0, "
-                f"got {anchors!r}"
-            )
-        if triplets is not None:
-            raise ValueError(f"{name}: triplets name their vertices, so anchors must not be given with them")
-    if gather is not False and (pairs is not None or triplets is not None):
-        raise ValueError(f"{name}: pairs and triplets name rows of this process, so gather must be False with them")
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
-def _check(name: str, student: Tensor, teacher: Tensor, reduction: str, huber_delta: float, impl: str) -> None:
+def _check_batch(name: str, student: Tensor, teacher: Tensor) -> None:
     for side, x in (("student", student), ("teacher", teacher)):
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: {side} must be a tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: {side} must be floating point, got {x.dtype}")
+            raise TypeError(f"{name}: expected {side} to be a tensor, got {type(x).__name__}")
+        _check_dense(name, side, x)
         if x.ndim != 2:
-            raise ValueError(f"{name}: {side} must have shape (N, D), got {tuple(x.shape)}")
+            raise ValueError(f"{name}: expected {side} to have shape (N, D), got {tuple(x.shape)}")
     if len(student) != len(teacher):
         raise ValueError(
-            f"{name}: student and teacher must have one row per example, got {len(student)} and {len(teacher)} rows"
+            f"{name}: expected one row per example in student and teacher, got {len(student)} and {len(teacher)} rows"
         )
     if student.device != teacher.device:
         raise ValueError(
-            f"{name}: student and teacher must be on one device, got {student.device} and {teacher.device}"
+            f"{name}: expected student and teacher on one device, got {student.device} and {teacher.device}"
         )
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"{name}: reduction must be one of {get_args(Reduction)}, got {reduction!r}")
-    if impl not in get_args(Impl):
-        raise ValueError(f"{name}: impl must be one of {get_args(Impl)}, got {impl!r}")
-    if not huber_delta > 0:
-        raise ValueError(f"{name}: huber_delta must be positive, got {huber_delta!r}")
+
+
+def _check_dense(name: str, side: str, x: Tensor) -> None:
+    kind = advice = None
+    if hasattr(x, "full_tensor"):  # of a DTensor, whose class need not be loaded
+        kind, advice = type(x).__name__, f"{side}.full_tensor()"
+    elif x.is_nested:
+        kind, advice = "a nested tensor", "one vector per example"
+    elif x.layout != torch.strided:
+        kind, advice = str(x.layout), f"{side}.to_dense()"
+    elif x.is_quantized:
+        kind, advice = str(x.dtype), f"{side}.dequantize()"
+    elif x.is_complex():
+        kind, advice = str(x.dtype), f"torch.view_as_real({side}).flatten(1), which has the same distances"
+    elif x.dtype not in _DTYPES:
+        kind, advice = str(x.dtype), f"{side}.float()"
+    if kind is not None:
+        raise TypeError(
+            f"{name}: expected {side} to be a dense tensor of float64, float32, float16 or bfloat16, got {kind}; "
+            f"pass {advice}"
+        )
+
+
+def _indices(name: str, option: str, tuples: Any, number: int, student: Tensor) -> Any:
+    """Index vectors as int64, all of them rows of ``student``."""
+    if tuples is None:
+        return None
+    if not isinstance(tuples, tuple | list) or not all(isinstance(index, Tensor) for index in tuples):
+        found = (
+            [type(index).__name__ for index in tuples] if isinstance(tuples, tuple | list) else type(tuples).__name__
+        )
+        raise TypeError(f"{name}: expected {option} to be a tuple of {number} index vectors, got {found}")
+    shapes = [tuple(index.shape) for index in tuples]
+    if len(tuples) != number or any(len(shape) != 1 or shape != shapes[0] for shape in shapes):
+        raise ValueError(f"{name}: expected {option} to be {number} index vectors of one length, got shapes {shapes}")
+    for index in tuples:
+        if index.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name}: expected {option} to be int64 or int32, got {index.dtype}")
+        if index.device != student.device:
+            raise ValueError(f"{name}: expected {option} on the student's device {student.device}, got {index.device}")
+    rows = _known_rows(torch.stack([index.long() for index in tuples]), len(student), f"{name}: expected {option}")
+    return tuple(rows.unbind())
+
+
+# An operator, since torch.compile cannot trace a check of values.
+@torch.library.custom_op("rkd_plugin::known_rows", mutates_args=())
+def _known_rows(indices: Tensor, rows: int, what: str) -> Tensor:
+    # A CUDA graph cannot wait for values; it is captured after calls that could.
+    if indices.numel() and not (indices.is_cuda and torch.cuda.is_current_stream_capturing()):
+        low, high = (int(index) for index in indices.aminmax())
+        if low < 0 or high >= rows:
+            raise ValueError(f"{what} to name rows from 0 to {rows - 1}, got {low if low < 0 else high}")
+    return indices.clone()
+
+
+@_known_rows.register_fake
+def _(indices: Tensor, rows: int, what: str) -> Tensor:
+    return torch.empty_like(indices)
