@@ -359,8 +359,9 @@ def test_pml_records_nothing_unless_told():
 
 
 def test_pmls_multiple_losses_add_up_what_each_makes_of_the_same_embeddings():
-    first, second = Spy(), Spy()
-    both = losses.MultipleLosses({"a": first, "b": second}, miners={"b": lambda *_: "mined"}, weights={"a": 2, "b": 1})
+    first, second, miner = Spy(), Spy(), nn.Identity()
+    miner.forward = lambda *_: "mined"
+    both = losses.MultipleLosses({"a": first, "b": second}, miners={"b": miner}, weights={"a": 2, "b": 1})
     x, labels = torch.ones(4, 2), torch.arange(4)
     is_so = both(x, labels) == 6 and first.args[0] is x and (first.args[2], second.args[2]) == (None, "mined")
     holds(PML, is_so, "MultipleLosses(losses, miners, weights) is a weighted sum", "the documented use of a trunk")

@@ -791,6 +791,24 @@ def test_a_part_of_a_models_output_is_chosen(form, part):
     assert trained_both_ways(student, teacher, student_output=part, teacher_output=part) == plain
 
 
+def test_an_embedder_may_read_all_parts_of_the_trunks_output():
+    student, teacher = nets()
+    by_hand = copy.deepcopy(student)
+
+    class Second(nn.Module):
+        def forward(self, output: tuple[Tensor, Tensor]) -> Tensor:
+            return output[1]
+
+    RKDTrainer(
+        models={"trunk": Parts(student, FORMS["tuple"][0]), "embedder": Second(), "teacher": teacher},
+        loss_funcs={"rkd_loss": RKDDALoss()},
+        **host_arguments(student, sampler=FIRST),
+    ).train()
+    one_step(by_hand, lambda x, data, labels: rkd_plugin.rkd_da_loss(x, taught(teacher, data)))
+    for ours, expected in zip(student.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_part_that_must_be_chosen_or_is_not_there_is_named(side):
     for form in FORMS.values():

@@ -73,7 +73,8 @@ def _teacher_of(func: Any, first: Any = None, *args: Any, **kwargs: Any) -> Tens
         if isinstance(index, tuple) and index and all(isinstance(part, slice) for part in index):
             index = index[0]
         if isinstance(index, slice | list) or (isinstance(index, Tensor) and index.ndim == 1):
-            return first.teacher[index]
+            chosen: Tensor = first.teacher[index]
+            return chosen
     return None
 
 
@@ -93,8 +94,10 @@ def one_tensor(where: str, side: str, output: Any, part: Part = None) -> Tensor:
         output = part(output)
     elif part is not None:
         try:
-            by_attribute = isinstance(part, str) and not isinstance(output, Mapping)
-            output = getattr(output, part) if by_attribute else output[part]
+            if isinstance(part, str) and not isinstance(output, Mapping):
+                output = getattr(output, part)
+            else:
+                output = output[part]
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{where}: expected {side}_output={part!r} to choose a part of the {side}'s output, got "

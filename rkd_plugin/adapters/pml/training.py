@@ -305,7 +305,9 @@ class RKDTrainerMixin(BaseTrainer):
         if self.teacher_bank is None:
             return
         if "teacher" in self.models:
-            raise ValueError("RKDTrainer: expected no teacher beside a teacher_bank, got one; leave one of them out")
+            raise ValueError(
+                f"{type(self).__name__}: expected no teacher beside a teacher_bank, got one; leave one of them out"
+            )
         for name, value in from_bank(
             self.teacher_bank, self.dataset, self.collate_fn, self.data_and_label_getter
         ).items():
@@ -316,8 +318,8 @@ class RKDTrainerMixin(BaseTrainer):
         super().modify_schema()
         if "teacher_optimizer" in self.optimizers:
             raise ValueError(
-                "RKDTrainer: expected no optimiser of the teacher, which is not trained, got a teacher_optimizer; "
-                "remove it from optimizers"
+                f"{type(self).__name__}: expected no optimiser of the teacher, which is not trained, got a "
+                "teacher_optimizer; remove it from optimizers"
             )
         if self.teacher_bank is None:
             self.schema["models"].keys += ["teacher"]
@@ -329,7 +331,7 @@ class RKDTrainerMixin(BaseTrainer):
 
     def initialize_models(self) -> None:
         """Take the teacher out of the host's hands."""
-        _check_losses(self.loss_funcs)
+        _check_losses(type(self).__name__, self.loss_funcs)
         self.teacher = self.models.get("teacher")
         self.models = {name: model for name, model in self.models.items() if name != "teacher"}
         super().initialize_models()
@@ -353,41 +355,47 @@ class RKDTrainerMixin(BaseTrainer):
                 f"{type(self).__name__}: expected the host to compute embeddings by get_trunk_output and "
                 "get_final_embeddings of its result, got none; call them in calculate_loss"
             )
-        student, teacher = [], []
-        for embeddings, data in batches:
-            moved = data if self.teacher is None else c_f.to_device(data, device=self.data_device)
-            student.append(embeddings_of("RKDTrainer", "student", embeddings))
-            teacher.append(_teachers_embeddings("RKDTrainer", self.teacher, moved, self.teacher_output))
+        student = torch.cat([embeddings for embeddings, _ in batches])
+        teacher = torch.cat([self._teachers_embeddings(data) for _, data in batches])
         labels = torch.cat([curr_batch[1]] * len(batches))
-        self.losses["rkd_loss"] = self.loss_funcs["rkd_loss"](torch.cat(student), labels, ref_emb=torch.cat(teacher))
+        self.losses["rkd_loss"] = self.loss_funcs["rkd_loss"](student, labels, ref_emb=teacher)
+
+    def _teachers_embeddings(self, data: Any) -> Tensor:
+        moved = data if self.teacher is None else c_f.to_device(data, device=self.data_device)
+        return _teachers_embeddings(type(self).__name__, self.teacher, moved, self.teacher_output)
 
     def get_trunk_output(self, data: Any) -> Tensor:
         """What the student's trunk gives for a batch; remembered until the end of `calculate_loss`."""
-        output = one_tensor("RKDTrainer", "student", super().get_trunk_output(plain(data)), self.student_output)
+        output: Tensor = super().get_trunk_output(plain(data))
+        if self.student_output is not None:
+            output = one_tensor(type(self).__name__, "student", output, self.student_output)
         self._trunk_outputs.append((output, data))
         return output
 
     def get_final_embeddings(self, base_output: Tensor) -> Tensor:
         """The student's embeddings; those of a trunk's output, not synthetic ones, meet the teacher's."""
         embeddings: Tensor = super().get_final_embeddings(base_output)
-        self._embeddings += [(embeddings, data) for output, data in self._trunk_outputs if output is base_output]
+        for output, data in self._trunk_outputs:
+            if output is base_output:
+                embeddings = embeddings_of(type(self).__name__, "student", embeddings)
+                self._embeddings.append((embeddings, data))
         return embeddings
 
 
-def _check_losses(loss_funcs: dict[str, Any]) -> None:
+def _check_losses(where: str, loss_funcs: dict[str, Any]) -> None:
     for name, loss in loss_funcs.items():
         for part in loss.modules() if isinstance(loss, nn.Module) else ():
             if type(part).__module__ == "rkd_plugin.losses":
                 kind = type(part).__name__
                 raise TypeError(
-                    f"RKDTrainer: expected a loss of PML as {name}, got rkd_plugin.{kind}, which takes no labels; "
+                    f"{where}: expected a loss of PML as {name}, got rkd_plugin.{kind}, which takes no labels; "
                     f"import {kind} from rkd_plugin.adapters.pml"
                 )
     loss = loss_funcs["rkd_loss"]
     parameters = inspect.signature(getattr(loss, "forward", loss)).parameters
     if "ref_emb" not in parameters and not any(x.kind is x.VAR_KEYWORD for x in parameters.values()):
         raise TypeError(
-            f"RKDTrainer: expected an rkd_loss that takes the teacher's embeddings as ref_emb, got "
+            f"{where}: expected an rkd_loss that takes the teacher's embeddings as ref_emb, got "
             f"{type(loss).__name__}; give RKDDALoss of rkd_plugin.adapters.pml, and other losses as metric_loss"
         )
 
