@@ -840,6 +840,8 @@ def test_a_backbone_that_both_share_trains_as_by_hand(way):
     student, _ = nets()
     teacher = nn.Sequential(student[0], nn.Dropout(), nn.Linear(8, 5))
     by_hand, guide = copy.deepcopy((student, teacher))
+    seen = []
+    teacher.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
     arguments = host_arguments(student, sampler=FIRST)
     if way == "trunk":
         trunk = TeacherStudentTrunk(student, teacher)
@@ -853,6 +855,7 @@ def test_a_backbone_that_both_share_trains_as_by_hand(way):
         return rkd_plugin.rkd_da_loss(embeddings, taught(guide, data))
 
     one_step(by_hand, loss)
+    assert seen == [False]  # one pass, without a graph
     assert not torch.equal(student[0][0].weight, nets()[0][0][0].weight)
     for ours, expected in zip(student.state_dict().values(), by_hand.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, expected)  # with BatchNorm's statistics, of one pass in train mode
