@@ -20,19 +20,19 @@ from rkd_plugin.adapters.pml.tensors import Part, TensorWithTeacher, embeddings_
 class TeacherStudentTrunk(nn.Module):
     """A trunk for PML's own trainers whose embeddings bring the teacher's to the losses of this package.
 
-    In train mode it returns the student's embeddings as a `TensorWithTeacher`: `RKDDALoss` and its kin find the
+    In train mode it returns the student's embeddings as a `TensorWithTeacher`: the losses of this package find the
     teacher's embeddings there, everything else (a classifier, a miner, another loss) reads the student's alone. In eval
     mode it returns the student's embeddings as a plain tensor. So the host's ``MultipleLosses`` adds RKD to a loss:
 
         MultipleLosses({"rkd": RKDDALoss(), "task": TripletMarginLoss()}, weights={"rkd": 3, "task": 1})
 
     A ``tuple_miner`` of the trainer mines the student's embeddings for all of them; ``MultipleLosses(miners={"task":
-    ...})`` mines for one. A separate ``embedder`` returns a tensor without a teacher, which the loss refuses: put the
-    embedder into the student, ``nn.Sequential(trunk, embedder)``, or take `RKDTrainer`.
+    ...})`` mines for one. A separate ``embedder`` returns a tensor without a teacher, on which the loss raises: put the
+    embedder into the student, ``nn.Sequential(trunk, embedder)``, or use `RKDTrainer`.
 
     The teacher runs in eval mode and without gradient, and is otherwise left as it is: its training mode and
     ``requires_grad`` are the caller's, and it may share layers with the student. It is no part of ``parameters()`` or
-    ``state_dict()``, yet moves with ``.to()`` and its kin, copies and pickles.
+    ``state_dict()``, yet moves with ``.to()``, ``.cuda()`` and ``.half()``, copies and pickles.
 
     Args:
         student: maps a batch to embeddings ``(N, D_s)``.
@@ -405,8 +405,8 @@ class RKDTrainer(RKDTrainerMixin, MetricLossOnly):
 
     ``models={"trunk": ..., "teacher": ...}``, an ``embedder`` if wanted; ``loss_funcs={"rkd_loss": RKDDALoss()}``, a
     ``metric_loss`` if wanted; ``loss_weights`` for each. ``tuple_miner`` mines the student's embeddings for
-    ``metric_loss``; ``rkd_loss`` always takes the whole batch. `RKDTrainerMixin` says the rest, and does the same for
-    the other trainers of PML.
+    ``metric_loss``; ``rkd_loss`` always takes the whole batch. `RKDTrainerMixin` describes the rest, and does the same
+    for the other trainers of PML.
 
     Args:
         args: the host's.
