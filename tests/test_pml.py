@@ -237,6 +237,11 @@ def index(*rows: float) -> Tensor:
         ((index(0), index(3), index(-1)), ValueError, "rows from 0 to 8, got -1"),
         # Four vectors whose two parts would be of one length when put together.
         ((index(0, 1), index(3), index(0), index(1, 2)), ValueError, r"got shapes \[\(2,\), \(1,\), \(1,\), \(2,\)\]"),
+        (
+            (index(0), index(3), index(0, 4), index(1)),
+            ValueError,
+            r"got shapes \[\(1,\), \(1,\), \(2,\), \(1,\)\]",
+        ),
         ((index(0), index(3)), ValueError, r"3 or 4 index vectors .* got shapes"),
         ((index(0.5), index(3.0), index(1.0)), TypeError, "got torch.float32"),
         (index(0, 3, 1), TypeError, "3 or 4 index vectors .* got Tensor"),  # of a subset_batch_miner
@@ -752,7 +757,7 @@ def test_a_teacher_of_another_dtype(teacher_dtype):
     assert teacher[0].weight.dtype == teacher_dtype
 
 
-def test_the_teachers_dtype_under_autocast_is_left_to_it():
+def test_a_trunk_under_autocast_gives_a_float32_loss():
     student, teacher = nets()
     trunk, data = TeacherStudentTrunk(student, teacher), dataset().embeddings[:24]
     with torch.autocast("cpu", torch.bfloat16):

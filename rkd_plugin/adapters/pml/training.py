@@ -129,12 +129,11 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _as_parameters(data: Any, model: nn.Module) -> Any:
-    """A batch on the device of a model's parameters and, where autocast does not choose it, in their dtype."""
+    """A batch on the device of a model's parameters, and images in their dtype."""
     like = next((x for x in model.parameters() if x.is_floating_point()), None)
     if like is None or not isinstance(data, Tensor):
         return data
-    keeps_dtype = not data.is_floating_point() or torch.is_autocast_enabled(like.device.type)
-    return data.to(like.device, data.dtype if keeps_dtype else like.dtype)
+    return data.to(like.device, like.dtype if data.is_floating_point() else data.dtype)
 
 
 class _CollateWithTeacher:
