@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.transforms import v2
 
 from rkd_plugin import cli
-from rkd_plugin.adapters.pml import FromPacked, RKDDALoss, RKDTrainer, TeacherStudentTrunk, from_bank
+from rkd_plugin.adapters.pml import RKDDALoss, RKDTrainer, TeacherStudentTrunk, from_bank
 from rkd_plugin.experiments import runner
 from rkd_plugin.experiments.bank import Bank, files, views, writing
 from rkd_plugin.experiments.bank.recipes import WithTeacherBank, taught
@@ -767,7 +767,7 @@ class Items(Dataset):
 
 
 def trained(data, teacher=None, bank=None, trunk=False, **options):
-    """The student's weights after PML's trainer with a trunk that packs, or `RKDTrainer`; of a teacher or its bank."""
+    """The student's weights after PML's trainer with a trunk of both, or `RKDTrainer`; of a teacher or its bank."""
     torch.manual_seed(1)
     student = torch.nn.Linear(6, 3)
     options = {"dataset": data, **options}
@@ -775,7 +775,7 @@ def trained(data, teacher=None, bank=None, trunk=False, **options):
         kind, models, loss = (
             MetricLossOnly,
             {"trunk": TeacherStudentTrunk(student, teacher)},
-            {"metric_loss": FromPacked(3, RKDDALoss())},
+            {"metric_loss": RKDDALoss()},
         )
         if bank:
             own = {name: options.pop(name) for name in ("collate_fn", "data_and_label_getter") if name in options}
@@ -836,7 +836,8 @@ def test_a_batch_with_vectors_is_moved_and_cast_as_one(tmp_path):
     data, labels = arguments["data_and_label_getter"](batch)
     assert labels.tolist() == [0, 0, 0, 0]
     moved = c_f.to_device(data, device=torch.device("meta"), dtype=torch.float64)
-    assert [(x.device.type, x.dtype) for x in moved] == [("meta", torch.float64)] * 2
+    assert (moved.device.type, moved.dtype) == ("meta", torch.float64)
+    assert torch.equal(moved.teacher, torch.zeros(4, 5))  # the loss moves it where it is read
 
 
 def test_what_pmls_trainers_refuse_beside_a_bank(tmp_path):

@@ -5,6 +5,7 @@ A host that changes one of these fails here in a sentence, before it fails somew
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from importlib.metadata import version
@@ -357,23 +358,13 @@ def test_pml_records_nothing_unless_told():
     holds(PML, is_so, "statistics are kept where collect_stats is set", "the losses' statistics")
 
 
-def test_pmls_memory_asks_its_class_by_name():
-    asked = []
-
-    class Memory(losses.CrossBatchMemory):
-        @classmethod
-        def check_loss_support(cls, name):
-            asked.append(name)
-
-    Memory(losses.TripletMarginLoss(), 2)
-    if not asked:
-        losses.CrossBatchMemory(losses.TripletMarginLoss(), 2)(torch.randn(2, 2), torch.arange(2))
-    holds(
-        PML,
-        asked == ["TripletMarginLoss"],
-        "CrossBatchMemory.check_loss_support(name) is asked",
-        "_explain_loss_support",
-    )
+def test_pmls_multiple_losses_add_up_what_each_makes_of_the_same_embeddings():
+    first, second, miner = Spy(), Spy(), nn.Identity()
+    miner.forward = lambda *_: "mined"
+    both = losses.MultipleLosses({"a": first, "b": second}, miners={"b": miner}, weights={"a": 2, "b": 1})
+    x, labels = torch.ones(4, 2), torch.arange(4)
+    is_so = both(x, labels) == 6 and first.args[0] is x and (first.args[2], second.args[2]) == (None, "mined")
+    holds(PML, is_so, "MultipleLosses(losses, miners, weights) is a weighted sum", "the documented use of a trunk")
 
 
 def trainer_of(**changes):
@@ -398,14 +389,14 @@ def test_pmls_trainer_knows_no_teacher_and_trains_whatever_it_holds():
         module.eval()
     trainer.set_to_train()
     is_so = all(module.training for module in (*trainer.models.values(), *trainer.loss_funcs.values()))
-    holds(PML, is_so, "set_to_train() sets every model and loss to training mode", "TeacherStudentTrunk and RKDTrainer")
+    holds(PML, is_so, "set_to_train() sets every model and loss to training mode", "RKDTrainerMixin")
     keys = {name: trainer.schema[name].keys for name in ("models", "loss_funcs")}
     is_so = keys == {"models": ["trunk", "embedder"], "loss_funcs": ["metric_loss"]}
     holds(
         PML,
         is_so and trainer.schema["models"].essential == ["trunk"],
         f"its schema lists names, got {keys}",
-        "RKDTrainer",
+        "RKDTrainerMixin",
     )
 
 
@@ -420,31 +411,46 @@ def test_pmls_trainer_asks_for_the_schema_before_it_looks_and_calls_a_loss_with_
             order.append("models")
             super().initialize_models()
 
+        def update_loss_weights(self):
+            order.append("weights")
+
+        def get_trunk_output(self, data):
+            order.append(output := super().get_trunk_output(data))
+            return output
+
+        def get_final_embeddings(self, base_output):
+            order.append(base_output)
+            return super().get_final_embeddings(base_output)
+
     base = trainer_of()
     made = Trainer(
         base.models, base.optimizers, 4, base.loss_funcs, base.dataset, dataloader_num_workers=0, data_device="cpu"
     )
-    holds(PML, order == ["schema", "models"], "modify_schema(), then initialize_models()", "RKDTrainer")
+    holds(PML, order == ["schema", "models"], "modify_schema(), then initialize_models()", "RKDTrainerMixin")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the bar formats a loss that has its graph
         made.train()
     args = made.loss_funcs["metric_loss"].args
     is_so = args[0].shape == (4, 2) and args[1].shape == (4,) and args[2] is None
-    holds(PML, is_so, "a loss is called with embeddings, labels and tuples", "FromPacked")
-    is_so = all(
-        hasattr(made, name) for name in ("compute_embeddings", "maybe_mine_embeddings", "maybe_get_metric_loss")
-    )
-    holds(PML, is_so, "a trainer computes, mines and weighs in methods of its own", "RKDTrainer.calculate_loss")
+    holds(PML, is_so, "a loss is called with embeddings, labels and tuples", "TeacherStudentTrunk")
+    is_so = order[2] == "weights" and order[3] is order[4]
     holds(
-        PML, set(made.losses) == {"metric_loss", "total_loss"}, "losses are kept by name", "RKDTrainer.calculate_loss"
+        PML,
+        is_so,
+        "update_loss_weights(), then get_final_embeddings of what get_trunk_output gave",
+        "RKDTrainerMixin.calculate_loss",
     )
+    is_so = set(made.losses) == {"metric_loss", "total_loss"}
+    holds(PML, is_so, "losses are kept by name", "RKDTrainerMixin.calculate_loss")
 
 
 def test_pmls_distributed_wrapper_takes_its_own_losses_alone():
     with pytest.raises(TypeError, match="must extend BaseMetricLossFunction"):
         DistributedLossWrapper(nn.MSELoss())
+    is_so = inspect.isfunction(DistributedLossWrapper.forward)
+    holds(PML, is_so, "its forward is a function of Python, which a call stack shows", "gather, which refuses it,")
     wrapper, x, teacher = DistributedLossWrapper(Spy()), torch.randn(4, 2), torch.randn(4, 3)
     with pytest.warns(UserWarning, match="non-distributed"):
         wrapper(x, ref_emb=teacher)
-    holds(PML, wrapper.loss.args[3] is teacher, "outside of a process group it calls the loss as it is", "FromPacked")
+    holds(PML, wrapper.loss.args[3] is teacher, "outside of a process group it calls the loss as it is", "the losses")
     holds(PML, not wrapper.efficient, "efficient is False by default", "the losses, which need all rows,")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import itertools
 import math
 import os
 import pickle
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning import losses, miners, reducers, testers, trainers
@@ -24,12 +27,14 @@ from torch import Tensor, nn
 
 import rkd_plugin
 from rkd_plugin.adapters.pml import (
-    FromPacked,
     RKDAngleLoss,
     RKDDALoss,
     RKDDistanceLoss,
     RKDTrainer,
+    RKDTrainerMixin,
     TeacherStudentTrunk,
+    TensorWithTeacher,
+    from_bank,
 )
 
 LOSSES = [RKDDistanceLoss, RKDAngleLoss, RKDDALoss]
@@ -173,10 +178,80 @@ def test_options_reach_the_core():
 def test_a_term_of_weight_zero_is_skipped(monkeypatch):
     student, teacher, labels = batch()
     expected = RKDDistanceLoss()(student, labels, ref_emb=teacher)
-    monkeypatch.setattr("rkd_plugin.adapters.pml.losses.rkd_angle_loss", lambda *_, **__: pytest.fail("was computed"))
+    monkeypatch.setattr("rkd_plugin.kernels.chunked.angle", lambda *_, **__: pytest.fail("was computed"))
     loss = RKDDALoss(angle_weight=0)(student, labels, ref_emb=teacher)
     loss.backward()
     assert loss == expected
+
+
+def test_both_terms_share_one_set_of_relations_and_one_gather(monkeypatch):
+    calls = []
+    for place in ("rkd_plugin.kernels.chunked.relations", "rkd_plugin.distributed.gather"):
+        module, name = place.rsplit(".", 1)
+        original = getattr(importlib.import_module(module), name)
+        monkeypatch.setattr(place, lambda *args, f=original, n=name, **kwargs: calls.append(n) or f(*args, **kwargs))
+    student, teacher, labels = batch()
+    RKDDALoss(gather=True)(student, labels, ref_emb=teacher).backward()
+    assert sorted(calls) == ["gather", "relations", "relations"]  # of student and teacher
+
+
+@dataclass
+class ModelOutput:
+    hidden: Tensor
+    pooled: Tensor
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (lambda x: (x, x), "tuple of Tensor, Tensor"),
+        (lambda x: {"pooled": x}, "dict with 'pooled'"),
+        (lambda x: ModelOutput(x, x), "test_pml.ModelOutput"),
+        (lambda x: x.long(), "a tensor of torch.int64"),
+    ],
+)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_what_is_no_tensor_is_named_with_its_side(side, wrong, named):
+    student, teacher, labels = batch()
+    given = {"student": student, "teacher": teacher}
+    given[side] = wrong(given[side])
+    with pytest.raises(TypeError, match=f"RKDDALoss: expected the {side}'s embeddings as one .*, got .*{named}"):
+        RKDDALoss()(given["student"], labels, ref_emb=given["teacher"])
+
+
+def test_options_are_checked_when_a_loss_is_made():
+    with pytest.raises(TypeError, match="RKDDALoss: expected distance_weight to be a number, got '1e-4'"):
+        RKDDALoss(distance_weight="1e-4")
+    with pytest.raises(ValueError, match="RKDAngleLoss: expected anchors"):
+        RKDAngleLoss(anchors=0)
+
+
+def index(*rows: float) -> Tensor:
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize(
+    ("tuples", "error", "found"),
+    [
+        ((index(0), index(3), index(9)), ValueError, "rows from 0 to 8, got 9"),
+        ((index(0), index(3), index(-1)), ValueError, "rows from 0 to 8, got -1"),
+        # Four vectors whose two parts would be of one length when put together.
+        ((index(0, 1), index(3), index(0), index(1, 2)), ValueError, r"got shapes \[\(2,\), \(1,\), \(1,\), \(2,\)\]"),
+        (
+            (index(0), index(3), index(0, 4), index(1)),
+            ValueError,
+            r"got shapes \[\(1,\), \(1,\), \(2,\), \(1,\)\]",
+        ),
+        ((index(0), index(3)), ValueError, r"3 or 4 index vectors .* got shapes"),
+        ((index(0.5), index(3.0), index(1.0)), TypeError, "got torch.float32"),
+        (index(0, 3, 1), TypeError, "3 or 4 index vectors .* got Tensor"),  # of a subset_batch_miner
+    ],
+)
+@pytest.mark.parametrize("cls", LOSSES)
+def test_tuples_that_do_not_fit_are_one_sentence(cls, tuples, error, found):
+    student, teacher, labels = batch()
+    with pytest.raises(error, match=f"{cls.__name__}: expected .*{found}"):
+        cls()(student, labels, tuples, ref_emb=teacher)
 
 
 @pytest.mark.gpu
@@ -319,18 +394,40 @@ def test_statistics_are_not_computed_unasked(monkeypatch):
     assert not hasattr(loss, "student_mean_distance")
 
 
-def test_cross_batch_memory_says_what_to_use():
-    for cls in LOSSES:
-        with pytest.raises(ValueError, match=rf"{cls.__name__}.*larger batch.*gather=True"):
-            losses.CrossBatchMemory(cls(), embedding_size=5)
+@pytest.mark.parametrize("cls", LOSSES)
+def test_the_hosts_wrappers_without_a_teacher_refuse_our_losses(cls):
+    with pytest.raises(Exception, match=f"CrossBatchMemory not supported for {cls.__name__}"):
+        losses.CrossBatchMemory(cls(), embedding_size=5)
+    with pytest.raises(Exception, match=f"SelfSupervisedLoss not supported for {cls.__name__}"):
+        losses.SelfSupervisedLoss(cls())
+    # The host says so itself: importing the adapter changes nothing in it.
+    assert losses.CrossBatchMemory.check_loss_support.__module__ == losses.CrossBatchMemory.__module__
 
 
-def test_cross_batch_memory_treats_other_losses_as_before():
-    student, _, labels = batch()
-    losses.CrossBatchMemory(losses.ContrastiveLoss(), embedding_size=5)(student, labels).backward()
-    assert student.grad.any()
-    with pytest.raises(Exception, match="not supported for VICRegLoss"):
-        losses.CrossBatchMemory(losses.VICRegLoss(), embedding_size=5)
+class Around(losses.BaseMetricLossFunction):
+    """A loss of a user around one of ours."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
+        return self.inner(embeddings, labels, ref_emb=ref_emb)
+
+
+@pytest.mark.filterwarnings("ignore:DistributedLossWrapper is being used in a non-distributed setting")
+@pytest.mark.parametrize("cls", LOSSES)
+def test_gather_inside_a_wrapper_that_gathers_is_refused(cls):
+    student, teacher, labels = batch()
+    for inner in (cls(gather=True), Around(cls(gather=True))):
+        wrapped = DistributedLossWrapper(inner)
+        with pytest.raises(RuntimeError, match=f"{cls.__name__}: expected gather=False inside DistributedLossWrapper"):
+            wrapped(student, labels, ref_emb=teacher)
+        with pytest.raises(RuntimeError, match="gather=False inside DistributedLossWrapper"):
+            losses.MultipleLosses([wrapped])(TensorWithTeacher.of(student, teacher), labels)
+    expected = cls()(student, labels, ref_emb=teacher)
+    assert DistributedLossWrapper(cls())(student, labels, ref_emb=teacher) == expected
+    assert losses.MultipleLosses([cls(gather=True)])(TensorWithTeacher.of(student, teacher), labels) == expected
 
 
 # Several processes
@@ -353,7 +450,13 @@ def one_of_two(rank: int, folder: str) -> None:
         DistributedLossWrapper(RKDDALoss(), efficient=True)(net(data[mine]), labels[mine], ref_emb=teacher[mine])
     except ValueError as error:
         message = str(error)
-    torch.save({"grad": net.weight.grad, "message": message}, f"{folder}/{rank}.pt")
+    # What find_unused_parameters does to outputs is the most that DDP does to them.
+    twin, guide = global_batch()[0], nn.Linear(6, 5).double()
+    guide.load_state_dict({"weight": torch.eye(5, 6).double(), "bias": torch.zeros(5).double()})
+    trunk = nn.parallel.DistributedDataParallel(TeacherStudentTrunk(twin, guide), find_unused_parameters=True)
+    RKDDALoss(gather=True)(trunk(data[mine])).backward()
+    grads = {"grad": net.weight.grad, "trunk": twin.weight.grad}
+    torch.save({**grads, "message": message}, f"{folder}/{rank}.pt")
     torch.distributed.barrier()  # nobody leaves while another still listens to it
     torch.distributed.destroy_process_group()
     # Python's way out may destroy gloo's threads while they run, which aborts a process whose work is done.
@@ -364,13 +467,69 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path):
     torch.multiprocessing.spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
     net, data, teacher, labels = global_batch()
     RKDDALoss()(net(data), labels, ref_emb=teacher).backward()
+    twin = global_batch()[0]
+    RKDDALoss()(twin(data), ref_emb=data[:, :5]).backward()
     for rank in range(2):
         result = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(result["grad"], net.weight.grad, rtol=0, atol=1e-6)
+        torch.testing.assert_close(result["trunk"], twin.weight.grad, rtol=0, atol=1e-6)
         assert re.search(r"got 6 and 12 rows.*efficient=False", result["message"])
 
 
-# Packed trunk
+# Tensors that bring the teacher's rows
+
+
+def rows_with_teacher() -> TensorWithTeacher:
+    """Row i is i, and so is its teacher's."""
+    numbers = torch.arange(6.0)[:, None]
+    return TensorWithTeacher.of(numbers.expand(6, 4).clone(), numbers.expand(6, 3).clone())
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: x[2:],
+        lambda x: x[torch.tensor([4, 1])],
+        lambda x: x[x[:, 0] > 2],
+        lambda x: x[1:, :2],
+        lambda x: torch.cat([x, x[:1]]),
+        lambda x: torch.cat((x[3:], x), dim=0),
+        lambda x: x.half().clone().to(torch.float64).type(torch.float32),
+        lambda x: x.to("meta").contiguous(),
+    ],
+)
+def test_rows_stay_beside_their_teachers(operation):
+    found = operation(rows_with_teacher())
+    assert isinstance(found, TensorWithTeacher)
+    assert len(found) == len(found.teacher)
+    assert found.is_meta or torch.equal(found[:, 0].float(), found.teacher[:, 0])
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: x.flip(0),
+        lambda x: x[torch.tensor([[0, 1], [2, 3]])],
+        lambda x: x[None],
+        lambda x: x[:, torch.tensor([0])],
+        lambda x: x.t(),
+        lambda x: x.roll(1, 0),
+        lambda x: torch.cat([x, torch.zeros(1, 4)]),
+        lambda x: torch.cat([x, x], 1),
+        lambda x: nn.Linear(4, 2)(x),
+        lambda x: torch.zeros(6, 4).to(x),
+    ],
+)
+def test_what_may_change_rows_brings_no_teacher(operation):
+    assert type(operation(rows_with_teacher())) is Tensor
+
+
+def test_rows_and_teachers_that_differ_in_number_are_an_error():
+    with pytest.raises(ValueError, match="expected one teacher's row for each row, got 3 for 4"):
+        TensorWithTeacher.of(torch.zeros(4, 2), torch.zeros(3, 2))
+
+
+# The trunk for the host's trainers
 
 
 def nets() -> tuple[nn.Module, nn.Module]:
@@ -401,6 +560,12 @@ def same_state(module: nn.Module, state: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
+def taught(teacher: nn.Module, data: Tensor) -> Tensor:
+    """What a teacher gives in eval mode."""
+    with torch.no_grad():
+        return copy.deepcopy(teacher).eval()(data)
+
+
 def one_step(student: nn.Module, loss) -> None:
     """What a trainer should do with the first 24 examples, by hand."""
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
@@ -414,28 +579,53 @@ FIRST = list(range(24))
 
 def test_metric_loss_only_trains_the_student_as_by_hand():
     student, teacher = nets()
-    by_hand, frozen = copy.deepcopy(student), copy.deepcopy(teacher.state_dict())
+    teacher[0].weight.requires_grad_(False)
+    teacher[1].eval()
+    by_hand, before = copy.deepcopy(student), copy.deepcopy(teacher.state_dict())
     trunk = TeacherStudentTrunk(student, teacher)
     miner, task = miners.TripletMarginMiner(type_of_triplets="hard"), losses.TripletMarginLoss()
-    packed = FromPacked(4, RKDDALoss(), task, miner, rkd_weight=3, task_weight=0.5, teacher_dim=5)
+    both = losses.MultipleLosses(
+        {"rkd": RKDDALoss(), "task": task}, miners={"task": miner}, weights={"rkd": 3, "task": 0.5}
+    )
     trainer = trainers.MetricLossOnly(
-        models={"trunk": trunk},
-        loss_funcs={"metric_loss": packed},
-        **host_arguments(trunk, sampler=FIRST),
+        models={"trunk": trunk}, loss_funcs={"metric_loss": both}, **host_arguments(trunk, sampler=FIRST)
     )
     trainer.train(num_epochs=1)
 
     def loss(embeddings: Tensor, data: Tensor, labels: Tensor) -> Tensor:
-        rkd = rkd_plugin.rkd_da_loss(embeddings, teacher.eval()(data))
+        rkd = rkd_plugin.rkd_da_loss(embeddings, taught(teacher, data))
         return 3 * rkd + 0.5 * task(embeddings, labels, miner(embeddings, labels))
 
     one_step(by_hand, loss)
     assert trainer.iterations_per_epoch == 1
     for ours, expected in zip(student.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(ours, expected)
-    assert same_state(teacher, frozen)
-    assert not any(module.training for module in teacher.modules())
+    assert same_state(teacher, before)
+    assert [module.training for module in teacher.modules()] == [True, True, False]
+    assert [parameter.requires_grad for parameter in teacher.parameters()] == [False, True, True, True]
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_tuple_miner_of_the_trainer_mines_the_student_for_all_losses():
+    student, teacher = nets()
+    by_hand = copy.deepcopy(student)
+    miner, rkd, task = miners.TripletMarginMiner(margin=0.5), RKDDALoss(), losses.TripletMarginLoss()
+    trunk = TeacherStudentTrunk(student, teacher)
+    trainers.MetricLossOnly(
+        models={"trunk": trunk},
+        loss_funcs={"metric_loss": losses.MultipleLosses([rkd, task])},
+        mining_funcs={"tuple_miner": miner},
+        **host_arguments(trunk, sampler=FIRST),
+    ).train()
+
+    def loss(embeddings: Tensor, data: Tensor, labels: Tensor) -> Tensor:
+        mined = miner(embeddings, labels)
+        assert 0 < len(mined[0]) < 24 * 5 * 18
+        return rkd(embeddings, labels, mined, ref_emb=taught(teacher, data)) + task(embeddings, labels, mined)
+
+    one_step(by_hand, loss)
+    for ours, expected in zip(student.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_metric_loss_only_learns_from_the_teacher():
@@ -445,11 +635,11 @@ def test_metric_loss_only_learns_from_the_teacher():
 
     def distance_to_teacher() -> float:
         with torch.no_grad():
-            return rkd_plugin.rkd_da_loss(trunk.eval()(data), teacher(data)).item()
+            return rkd_plugin.rkd_da_loss(trunk.eval()(data), taught(teacher, data)).item()
 
     before = distance_to_teacher()
     trainers.MetricLossOnly(
-        models={"trunk": trunk}, loss_funcs={"metric_loss": FromPacked(4, RKDDALoss())}, **host_arguments(trunk)
+        models={"trunk": trunk}, loss_funcs={"metric_loss": RKDDALoss()}, **host_arguments(trunk)
     ).train(num_epochs=15)
     assert distance_to_teacher() < before / 2
 
@@ -460,7 +650,6 @@ def test_trunk_holds_the_teacher_without_owning_it():
     assert [id(p) for p in trunk.parameters()] == [id(p) for p in student.parameters()]
     assert {id(b) for b in trunk.buffers()} == {id(b) for b in student.buffers()}
     assert all(name.startswith("student.") for name in trunk.state_dict())
-    assert not teacher.training
     trunk.double()
     assert teacher[0].weight.dtype == teacher[1].running_mean.dtype == torch.float64
     assert trunk.to(torch.float16).teacher[0].weight.dtype == torch.float16
@@ -477,80 +666,217 @@ def test_trunk_copies_and_pickles_with_its_teacher(way):
     else:
         other = copy.deepcopy(trunk) if way == "deepcopy" else pickle.loads(pickle.dumps(trunk))
     data = torch.randn(8, 6)
-    assert torch.equal(other(data), trunk(data))
+    ours, theirs = other(data), trunk(data)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(ours.teacher, theirs.teacher)
     assert other.teacher is not trunk.teacher
-    other.train()
-    assert not other.teacher.training
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float16, torch.float32)])
-def test_trunk_unifies_dtypes_without_a_gradient_that_overflows(dtypes):
-    class Cast(nn.Module):
-        def __init__(self, dtype: torch.dtype, scale: float):
-            super().__init__()
-            self.weight = nn.Parameter(torch.full((1,), scale, dtype=dtype))
-
-        def forward(self, data: Tensor) -> Tensor:
-            return data.to(self.weight.dtype) * self.weight
-
-    data = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
-    trunk = TeacherStudentTrunk(Cast(dtypes[0], 1e-7), Cast(dtypes[1], 1.0))
-    seen = []
-    trunk.student.register_forward_hook(lambda module, args, out: out.register_hook(seen.append) and None)
-    packed = trunk(data)
-    assert packed.dtype == dtypes[1]
-    assert torch.equal(packed[:, 6:], data.to(dtypes[1]))
-    loss = FromPacked(6, RKDDALoss(), rkd_weight=1e4)(packed)
-    loss.backward()
-    assert seen[0].dtype == dtypes[0]
-    assert seen[0].isfinite().all()
-    assert dtypes[0] != torch.float16 or seen[0].abs().max() == torch.finfo(torch.float16).max
+def test_trunk_under_torch_compile():
+    student, teacher = nets()
+    data = dataset().embeddings[:24]
+    found = torch.compile(TeacherStudentTrunk(copy.deepcopy(student), teacher), backend="eager")(data)
+    torch.testing.assert_close(found.teacher, taught(teacher, data))
+    torch.testing.assert_close(RKDDALoss()(found), RKDDALoss()(student(data), ref_emb=taught(teacher, data)))
 
 
-def test_trunk_names_the_side_that_is_no_vector():
-    with pytest.raises(ValueError, match=r"teacher must return \(N, D\), got \(2, 3, 1\)"):
-        TeacherStudentTrunk(nn.Linear(3, 2), nn.Unflatten(1, (3, 1)))(torch.randn(2, 3))
-
-
-def test_packed_vectors_of_another_width_are_an_error():
+def test_trunk_inside_data_parallel_is_refused():
     trunk = TeacherStudentTrunk(*nets())
-    data = torch.randn(8, 6)
-    with pytest.raises(ValueError, match=r"expected vectors \(N, 4 \+ teacher width\), got \(8, 4\).*train mode"):
-        FromPacked(4, RKDDALoss())(trunk.eval()(data))
-    with pytest.raises(ValueError, match=r"\(N, 3 \+ 5\), got \(8, 9\).*student_dim"):
-        FromPacked(3, RKDDALoss(), teacher_dim=5)(trunk.train()(data))
+    # What torch does to it for several devices, which this machine need not have.
+    with pytest.raises(RuntimeError, match=r"write TeacherStudentTrunk\(DataParallel\(student\), DataParallel\(teach"):
+        trunk._replicate_for_data_parallel()
+    inside = TeacherStudentTrunk(*map(nn.DataParallel, nets()))
+    assert torch.equal(inside(torch.ones(3, 6)).teacher, trunk(torch.ones(3, 6)).teacher)
 
 
-def test_a_tuple_miner_of_the_trainer_is_refused():
-    trunk = TeacherStudentTrunk(*nets())
+def test_a_separate_embedder_loses_the_teacher_which_is_an_error():
+    student, teacher = nets()
+    trunk = TeacherStudentTrunk(student[0], teacher)
     trainer = trainers.MetricLossOnly(
-        models={"trunk": trunk},
-        loss_funcs={"metric_loss": FromPacked(4, RKDDALoss(), losses.TripletMarginLoss())},
-        mining_funcs={"tuple_miner": miners.MultiSimilarityMiner()},
-        **host_arguments(trunk),
+        models={"trunk": trunk, "embedder": student[1]},
+        loss_funcs={"metric_loss": losses.MultipleLosses([RKDDALoss(), losses.TripletMarginLoss()])},
+        **host_arguments(student),
     )
-    with pytest.raises(ValueError, match="task_miner"):
+    with pytest.raises(ValueError, match=r"RKDDALoss: expected the teacher's embeddings, got none; .* embedder inside"):
         trainer.train()
+
+
+def test_embeddings_of_a_trunk_in_eval_mode_bring_no_teacher():
+    trunk = TeacherStudentTrunk(*nets()).eval()
+    assert type(trunk(torch.randn(8, 6))) is Tensor
+    with pytest.raises(ValueError, match="expected the teacher's embeddings, got none"):
+        RKDDALoss()(trunk(torch.randn(8, 6)))
 
 
 def test_a_subset_batch_miner_sees_the_student_alone():
     trunk = TeacherStudentTrunk(*nets())
-    widths = []
+    seen = []
 
     def first_half(embeddings: Tensor, labels: Tensor) -> Tensor:
-        widths.append(embeddings.shape[1])
+        seen.append((type(embeddings), embeddings.shape[1]))
         return torch.arange(len(labels) // 2)
 
     trainers.MetricLossOnly(
         models={"trunk": trunk},
-        loss_funcs={"metric_loss": FromPacked(4, RKDDALoss())},
+        loss_funcs={"metric_loss": RKDDALoss()},
         mining_funcs={"subset_batch_miner": first_half},
         **host_arguments(trunk),
     ).train()
-    assert widths == [4, 4]
+    assert seen == [(Tensor, 4)] * 2
 
 
-@pytest.mark.parametrize("which", ["packed", "trainer"])
+# Both ways to train: the trunk in the host's trainers, and the host's trainers with the mixin
+
+
+def trained_both_ways(student, teacher, rows: int = 24, **options):
+    """The losses of one step of each way; ``options`` are of the trunk and of the trainer."""
+    seen = []
+    hook = {"end_of_iteration_hook": lambda trainer: seen.append(trainer.losses["total_loss"].item())}
+    start = copy.deepcopy(student)
+    trunk = TeacherStudentTrunk(copy.deepcopy(start), teacher, **options)
+    trainers.MetricLossOnly(
+        models={"trunk": trunk}, loss_funcs={"metric_loss": RKDDALoss()}, **host_arguments(trunk, sampler=FIRST, **hook)
+    ).train()
+    RKDTrainer(
+        models={"trunk": student, "teacher": teacher},
+        loss_funcs={"rkd_loss": RKDDALoss()},
+        **host_arguments(student, sampler=FIRST, **hook),
+        **options,
+    ).train()
+    return seen
+
+
+@pytest.mark.parametrize("teacher_dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_teacher_of_another_dtype(teacher_dtype):
+    student, teacher = nets()
+    expected = RKDDALoss()(student(dataset().embeddings[:24]), ref_emb=taught(teacher, dataset().embeddings[:24]))
+    teacher.to(teacher_dtype)
+    # The teacher's own rounding, of inputs up to 6.
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: RTOL}[teacher_dtype]
+    assert trained_both_ways(student, teacher) == [pytest.approx(expected.item(), rel=tolerance)] * 2
+    assert teacher[0].weight.dtype == teacher_dtype
+
+
+def test_a_trunk_under_autocast_gives_a_float32_loss():
+    student, teacher = nets()
+    trunk, data = TeacherStudentTrunk(student, teacher), dataset().embeddings[:24]
+    with torch.autocast("cpu", torch.bfloat16):
+        embeddings = trunk(data)
+        loss = RKDDALoss()(embeddings)
+    assert embeddings.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert student[1].weight.grad.isfinite().all()
+
+
+class Parts(nn.Module):
+    """Returns the embeddings of ``model`` as part of a tuple, dict or dataclass."""
+
+    def __init__(self, model: nn.Module, form):
+        super().__init__()
+        self.model, self.form = model, form
+
+    def forward(self, data: Tensor):
+        return self.form(data, self.model(data))
+
+
+FORMS = {
+    "tuple": (lambda hidden, pooled: (hidden, pooled), [1, -1, lambda output: output[1]]),
+    "dict": (lambda hidden, pooled: {"hidden": hidden, "pooled": pooled}, ["pooled", lambda output: output["pooled"]]),
+    "dataclass": (ModelOutput, ["pooled", lambda output: output.pooled]),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "part"), [(form, part) for form, parts in FORMS.values() for part in parts], ids=lambda x: str(x)[:12]
+)
+def test_a_part_of_a_models_output_is_chosen(form, part):
+    plain = trained_both_ways(*nets())
+    student, teacher = (Parts(net, form) for net in nets())
+    assert trained_both_ways(student, teacher, student_output=part, teacher_output=part) == plain
+
+
+def test_an_embedder_may_read_all_parts_of_the_trunks_output():
+    student, teacher = nets()
+    by_hand = copy.deepcopy(student)
+
+    class Second(nn.Module):
+        def forward(self, output: tuple[Tensor, Tensor]) -> Tensor:
+            return output[1]
+
+    RKDTrainer(
+        models={"trunk": Parts(student, FORMS["tuple"][0]), "embedder": Second(), "teacher": teacher},
+        loss_funcs={"rkd_loss": RKDDALoss()},
+        **host_arguments(student, sampler=FIRST),
+    ).train()
+    one_step(by_hand, lambda x, data, labels: rkd_plugin.rkd_da_loss(x, taught(teacher, data)))
+    for ours, expected in zip(student.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_part_that_must_be_chosen_or_is_not_there_is_named(side):
+    for form in FORMS.values():
+        models = dict(zip(("student", "teacher"), nets(), strict=True))
+        models[side] = Parts(models[side], form[0])
+        ways = [
+            lambda models=models, **options: TeacherStudentTrunk(*models.values(), **options)(torch.randn(8, 6)),
+            lambda models=models, **options: RKDTrainer(
+                models={"trunk": models["student"], "teacher": models["teacher"]},
+                loss_funcs={"rkd_loss": RKDDALoss()},
+                **host_arguments(models["student"]),
+                **options,
+            ).train(),
+        ]
+        for way in ways:
+            with pytest.raises(TypeError, match=f"expected the {side}'s embeddings as one .* {side}_output"):
+                way()
+            with pytest.raises(ValueError, match=rf"expected {side}_output=7 to choose a part of the {side}'s output"):
+                way(**{f"{side}_output": 7})
+
+
+def test_the_side_that_is_no_vector_is_named():
+    with pytest.raises(ValueError, match=r"TeacherStudentTrunk: expected the teacher's .* \(N, D\), got \(2, 3, 1\)"):
+        TeacherStudentTrunk(nn.Linear(3, 2), nn.Unflatten(1, (3, 1)))(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("way", ["trunk", "trainer"])
+def test_a_backbone_that_both_share_trains_as_by_hand(way):
+    student, _ = nets()
+    teacher = nn.Sequential(student[0], nn.Dropout(), nn.Linear(8, 5))
+    by_hand, guide = copy.deepcopy((student, teacher))
+    seen = []
+    teacher.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
+    arguments = host_arguments(student, sampler=FIRST)
+    if way == "trunk":
+        trunk = TeacherStudentTrunk(student, teacher)
+        trainer = trainers.MetricLossOnly(models={"trunk": trunk}, loss_funcs={"metric_loss": RKDDALoss()}, **arguments)
+    else:
+        models = {"trunk": student, "teacher": teacher}
+        trainer = RKDTrainer(models=models, loss_funcs={"rkd_loss": RKDDALoss()}, **arguments)
+    trainer.train()
+
+    def loss(embeddings: Tensor, data: Tensor, labels: Tensor) -> Tensor:
+        return rkd_plugin.rkd_da_loss(embeddings, taught(guide, data))
+
+    one_step(by_hand, loss)
+    assert seen == [False]  # one pass, without a graph
+    assert not torch.equal(student[0][0].weight, nets()[0][0][0].weight)
+    for ours, expected in zip(student.state_dict().values(), by_hand.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, expected)  # with BatchNorm's statistics, of one pass in train mode
+    assert all(parameter.requires_grad for parameter in (*student.parameters(), *teacher.parameters()))
+    assert all(module.training for module in (*student.modules(), *teacher.modules()))
+    assert all(parameter.grad is None for parameter in teacher[2].parameters())
+
+
+def test_the_teachers_mode_is_restored_when_it_fails():
+    student, teacher = nets()
+    with pytest.raises(RuntimeError, match="shapes"):
+        TeacherStudentTrunk(student, nn.Sequential(teacher, nn.Linear(3, 3)))(torch.randn(8, 6))
+    assert all(module.training for module in teacher.modules())
+
+
+@pytest.mark.parametrize("which", ["trunk", "trainer"])
 def test_a_tester_sees_the_student_alone(which):
     student, teacher = nets()
     seen = []
@@ -561,9 +887,9 @@ def test_a_tester_sees_the_student_alone(which):
         accuracy_calculator=AccuracyCalculator(include=("precision_at_1",), k=1, knn_func=CustomKNN(LpDistance())),
         end_of_testing_hook=lambda tester: seen.append(tester.embeddings_and_labels["train"][0]),
     )
-    if which == "packed":
+    if which == "trunk":
         trunk = TeacherStudentTrunk(student, teacher)
-        arguments = {"models": {"trunk": trunk}, "loss_funcs": {"metric_loss": FromPacked(4, RKDDALoss())}}
+        arguments = {"models": {"trunk": trunk}, "loss_funcs": {"metric_loss": RKDDALoss()}}
         trainer = trainers.MetricLossOnly(
             **arguments, **host_arguments(trunk, end_of_epoch_hook=lambda t: test_epoch(t) and None)
         )
@@ -583,12 +909,198 @@ def test_a_tester_sees_the_student_alone(which):
     assert tester.all_accuracies["train"]["precision_at_1_level0"] > 0
 
 
+# Every trainer of the host
+
+
+class TwoStreams(EmbeddingDataset):
+    """Anchors, other images of their classes, and labels."""
+
+    def __getitem__(self, idx):
+        return self.embeddings[idx], self.embeddings[(idx + 4) % len(self)], self.labels[idx]
+
+
+def beside_trunk(host: type, width: int) -> tuple[dict, dict, dict]:
+    """The models, losses and arguments of a host beside trunk, embedder and first metric loss."""
+    triplet, cross_entropy = losses.TripletMarginLoss, nn.CrossEntropyLoss
+    cases = {
+        "MetricLossOnly": lambda: ({}, {}, {}),
+        "TrainWithClassifier": lambda: ({"classifier": nn.Linear(4, 4)}, {"classifier_loss": cross_entropy()}, {}),
+        "CascadedEmbeddings": lambda: (
+            {"classifier_0": nn.Linear(1, 4)},
+            {"metric_loss_1": triplet(), "classifier_loss_0": cross_entropy()},
+            {"embedding_sizes": [1, 3]},
+        ),
+        "TwoStreamMetricLoss": lambda: ({}, {}, {"dataset": TwoStreams(dataset().embeddings, dataset().labels)}),
+        "DeepAdversarialMetricLearning": lambda: (
+            {"classifier": nn.Linear(4, 4), "generator": nn.Linear(3 * width, width)},
+            {"classifier_loss": cross_entropy(), "synth_loss": triplet(), "g_adv_loss": triplet()},
+            {"g_triplets_per_anchor": 2},
+        ),
+    }
+    return cases[host.__name__]()
+
+
+HOSTS = [
+    host
+    for host in vars(trainers).values()
+    if isinstance(host, type) and issubclass(host, trainers.BaseTrainer) and host is not trainers.BaseTrainer
+]
+
+
+def one_host_step(host: type, models: dict, metric_loss: nn.Module, student: nn.Module, rkd_loss=None) -> list[Tensor]:
+    """The student's parameters after one step of a host's trainer."""
+    torch.manual_seed(2)
+    others, more, arguments = beside_trunk(host, 4 if "embedder" not in models else 8)
+    first = "metric_loss_0" if "metric_loss_1" in more else "metric_loss"
+    loss_funcs = {first: metric_loss, **more, **({"rkd_loss": rkd_loss} if rkd_loss else {})}
+    np.random.seed(3)
+    host(
+        models={**models, **others}, loss_funcs=loss_funcs, **host_arguments(student, sampler=FIRST, **arguments)
+    ).train()
+    return [parameter.detach() for parameter in student.parameters()]
+
+
+def assert_steps_differ_by(taught_step: list[Tensor], plain_step: list[Tensor], student: nn.Module, loss: Tensor):
+    """What the teacher adds to a host's step is the step of ``loss``, SGD's rate times its gradient."""
+    grads = torch.autograd.grad(loss, student.parameters(), materialize_grads=True)
+    assert any(grad.abs().max() > 1e-2 for grad in grads)
+    for ours, host, grad in zip(taught_step, plain_step, grads, strict=True):
+        # 1e-6 is a few roundings of parameters up to 1.
+        torch.testing.assert_close(ours - host, -0.1 * grad, rtol=1e-3, atol=1e-6)
+
+
+def streams(host: type) -> list[Tensor]:
+    data = dataset().embeddings
+    return [data[:24], data[4:28]] if host is trainers.TwoStreamMetricLoss else [data[:24]]
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.__name__)
+def test_every_trainer_of_the_host_trains_with_a_teacher_by_the_mixin(host):
+    steps = []
+    for rkd_loss in (RKDDALoss(), None):
+        student, teacher = nets()
+        models = {"trunk": student[0], "embedder": student[1], **({"teacher": teacher} if rkd_loss else {})}
+        kind = type("Taught", (RKDTrainerMixin, host), {}) if rkd_loss else host
+        kind.__name__ = host.__name__
+        steps.append(one_host_step(kind, models, losses.TripletMarginLoss(), student, rkd_loss))
+    student, teacher = nets()
+    data = streams(host)
+    embeddings = torch.cat([student(x) for x in data])
+    loss = rkd_plugin.rkd_da_loss(embeddings, torch.cat([taught(teacher, x) for x in data]))
+    assert_steps_differ_by(*steps, student, loss)
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.__name__)
+def test_every_trainer_of_the_host_trains_with_a_teacher_in_its_trunk(host):
+    steps = []
+    for has_teacher in (True, False):
+        student, teacher = nets()
+        trunk = TeacherStudentTrunk(student, teacher) if has_teacher else student
+        metric_loss = losses.MultipleLosses([losses.TripletMarginLoss(), *([RKDDALoss()] if has_teacher else [])])
+        steps.append(one_host_step(host, {"trunk": trunk}, metric_loss, student))
+    student, teacher = nets()
+    data = streams(host)
+    embeddings, ref_emb = torch.cat([student(x) for x in data]), torch.cat([taught(teacher, x) for x in data])
+    tuples = None
+    if host is trainers.CascadedEmbeddings:  # its first loss gets the first column
+        embeddings = embeddings[:, :1]
+    if host is trainers.TwoStreamMetricLoss:  # which gives each loss the triplets of labels
+        labels = dataset().labels[:24]
+        a, p, n = torch.where((labels[:, None] == labels)[:, :, None] & (labels[:, None] != labels)[:, None])
+        tuples = a, p + 24, n + 24
+    assert_steps_differ_by(*steps, student, RKDDALoss()(embeddings, None, tuples, ref_emb=ref_emb))
+
+
+def test_a_two_stream_trainer_with_a_miner_trains_with_a_teacher_in_its_trunk():
+    student, teacher = nets()
+    trunk = TeacherStudentTrunk(student, teacher)
+    before = copy.deepcopy(student.state_dict())
+    seen = []
+    trainers.TwoStreamMetricLoss(
+        models={"trunk": trunk},
+        loss_funcs={"metric_loss": RKDDALoss()},
+        mining_funcs={"tuple_miner": miners.TripletMarginMiner()},
+        end_of_iteration_hook=lambda trainer: seen.append(trainer.losses["metric_loss"].item()),
+        **host_arguments(trunk, sampler=FIRST, dataset=TwoStreams(dataset().embeddings, dataset().labels)),
+    ).train()
+    assert seen[0] > 0
+    assert not same_state(student, before)
+
+
+def test_a_generator_that_trains_alone_leaves_the_embeddings_alone():
+    student, teacher = nets()
+    frozen = copy.deepcopy(student.state_dict())
+    others, more, arguments = beside_trunk(trainers.DeepAdversarialMetricLearning, 8)
+    seen = []
+
+    class Adversarial(RKDTrainerMixin, trainers.DeepAdversarialMetricLearning):
+        pass
+
+    trainer = Adversarial(
+        g_alone_epochs=1,
+        models={"trunk": student[0], "embedder": student[1], "teacher": teacher, **others},
+        loss_funcs={"metric_loss": losses.TripletMarginLoss(), "rkd_loss": RKDDALoss(), **more},
+        end_of_epoch_hook=lambda t: seen.append((same_parameters(student, frozen), float(t.loss_weights["rkd_loss"]))),
+        **host_arguments(student, **arguments),
+    )
+    trainer.train(num_epochs=2)
+    assert seen == [(True, 1), (False, 1)]
+
+
+def same_parameters(module: nn.Module, state: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, state[name]) for name, value in module.named_parameters())
+
+
+def test_an_order_of_bases_that_hides_one_is_refused():
+    for bases in ((RKDTrainer, trainers.CascadedEmbeddings), (trainers.CascadedEmbeddings, RKDTrainerMixin)):
+        with pytest.raises(TypeError, match=r"Mine: .*write class Mine\(RKDTrainerMixin, CascadedEmbeddings\)"):
+            type("Mine", bases, {})
+    assert issubclass(type("Mine", (RKDTrainer, trainers.TrainWithClassifier), {}), trainers.TrainWithClassifier)
+
+
+def test_a_host_that_computes_embeddings_elsewhere_is_refused():
+    class Elsewhere(trainers.MetricLossOnly):
+        def compute_embeddings(self, data):
+            return self.models["trunk"](data)
+
+    student, teacher = nets()
+    trainer = type("Mine", (RKDTrainerMixin, Elsewhere), {})(
+        models={"trunk": student, "teacher": teacher},
+        loss_funcs={"metric_loss": losses.TripletMarginLoss(), "rkd_loss": RKDDALoss()},
+        **host_arguments(student),
+    )
+    with pytest.raises(RuntimeError, match="Mine: expected the host to compute embeddings by get_trunk_output"):
+        trainer.train()
+
+
+def test_two_streams_cannot_learn_from_a_bank():
+    class BankOfZeros:
+        def over(self, data):
+            return [(data[row], [torch.zeros(5)]) for row in range(len(data))]
+
+    data = TwoStreams(dataset().embeddings, dataset().labels)
+    student, _ = nets()
+    trainer = type("Mine", (RKDTrainerMixin, trainers.TwoStreamMetricLoss), {})(
+        models={"trunk": student},
+        loss_funcs={"rkd_loss": RKDDALoss()},
+        teacher_bank=BankOfZeros(),
+        **host_arguments(student, dataset=data),
+    )
+    with pytest.raises(ValueError, match="from_bank: expected items of one image and its label, got 3 parts"):
+        trainer.train()
+    arguments = from_bank(BankOfZeros(), dataset(), data_and_label_getter=lambda items: ([items[0]], items[1]))
+    with pytest.raises(TypeError, match="from_bank: expected a batch of images as one tensor, got list"):
+        arguments["data_and_label_getter"](arguments["collate_fn"]([arguments["dataset"][0]]))
+
+
 # RKDTrainer
 
 
 def test_rkd_trainer_trains_the_student_as_by_hand():
     student, teacher = nets()
-    by_hand, frozen = copy.deepcopy(student), copy.deepcopy(teacher.train().state_dict())
+    teacher[0].weight.requires_grad_(False)
+    teacher[1].eval()
+    by_hand, before = copy.deepcopy(student), copy.deepcopy(teacher.state_dict())
     miner, task = miners.TripletMarginMiner(type_of_triplets="hard"), losses.TripletMarginLoss()
     models = {"trunk": student[0], "embedder": student[1], "teacher": teacher}
     seen = []
@@ -600,27 +1112,27 @@ def test_rkd_trainer_trains_the_student_as_by_hand():
         end_of_iteration_hook=lambda t: seen.append({name: loss.item() for name, loss in t.losses.items()}),
         **host_arguments(student, sampler=FIRST),
     )
-    assert not teacher.training
     trainer.train(num_epochs=1)
 
     def loss(embeddings: Tensor, data: Tensor, labels: Tensor) -> Tensor:
-        rkd = rkd_plugin.rkd_da_loss(embeddings, teacher(data))
+        rkd = rkd_plugin.rkd_da_loss(embeddings, taught(teacher, data))
         return 3 * rkd + 0.5 * task(embeddings, labels, miner(embeddings, labels))
 
     one_step(by_hand, loss)
     for ours, expected in zip(student.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(ours, expected)
-    assert same_state(teacher, frozen)
-    assert not any(module.training for module in teacher.modules())
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert same_state(teacher, before)
+    assert [module.training for module in teacher.modules()] == [True, True, False]
+    assert [parameter.requires_grad for parameter in teacher.parameters()] == [False, True, True, True]
+    assert all(parameter.grad is None for parameter in teacher.parameters())
     assert seen[0]["total_loss"] == pytest.approx(seen[0]["rkd_loss"] + seen[0]["metric_loss"])
     assert models["teacher"] is trainer.teacher
     assert "teacher" not in trainer.models
 
 
-def test_rkd_trainer_keeps_the_teacher_frozen_whatever_the_host_does():
+def test_rkd_trainer_keeps_the_teacher_as_it_is_whatever_the_host_does():
     student, teacher = nets()
-    frozen = copy.deepcopy(teacher.state_dict())
+    before = copy.deepcopy(teacher.state_dict())
     trainer = RKDTrainer(
         models={"trunk": student, "teacher": teacher},
         loss_funcs={"rkd_loss": RKDDALoss()},
@@ -629,10 +1141,23 @@ def test_rkd_trainer_keeps_the_teacher_frozen_whatever_the_host_does():
     )
     trainer.train(num_epochs=3)
     trainer.set_to_eval()
-    trainer.set_to_train()
-    assert student.training
-    assert not teacher.training
-    assert same_state(teacher, frozen)
+    assert not student.training
+    assert teacher.training
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+    assert same_state(teacher, before)
+
+
+def test_a_subset_batch_miner_of_rkd_trainer_leaves_one_pass_of_the_teacher():
+    student, teacher = nets()
+    seen = []
+    teacher.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    RKDTrainer(
+        models={"trunk": student, "teacher": teacher},
+        loss_funcs={"rkd_loss": RKDDALoss()},
+        mining_funcs={"subset_batch_miner": lambda embeddings, labels: torch.arange(len(labels) // 2)},
+        **host_arguments(student),
+    ).train()
+    assert seen == [12, 12]
 
 
 def test_rkd_trainer_skips_what_has_no_weight():
@@ -648,7 +1173,7 @@ def test_rkd_trainer_skips_what_has_no_weight():
     assert trainer.iterations_per_epoch == 2
 
 
-def test_rkd_trainer_says_what_is_missing_or_too_much():
+def test_rkd_trainer_names_what_is_missing_or_too_much():
     student, teacher = nets()
     rkd = {"rkd_loss": RKDDALoss()}
     with pytest.raises(AssertionError, match='models must contain "teacher"'):
@@ -657,8 +1182,26 @@ def test_rkd_trainer_says_what_is_missing_or_too_much():
     with pytest.raises(AssertionError, match='loss_funcs must contain "rkd_loss"'):
         RKDTrainer(models=both, loss_funcs={"metric_loss": losses.TripletMarginLoss()}, **host_arguments(student))
     optimizers = {"teacher_optimizer": torch.optim.SGD(teacher.parameters(), lr=1)}
-    with pytest.raises(ValueError, match="teacher is frozen"):
+    with pytest.raises(ValueError, match=r"expected no optimiser of the teacher, .* got a teacher_optimizer"):
         RKDTrainer(models=both, loss_funcs=rkd, **{**host_arguments(student), "optimizers": optimizers})
+
+
+@pytest.mark.parametrize(
+    ("loss_funcs", "message"),
+    [
+        ({"rkd_loss": rkd_plugin.RKDDALoss()}, "as rkd_loss, got rkd_plugin.RKDDALoss, .* rkd_plugin.adapters.pml"),
+        (
+            {"rkd_loss": RKDDALoss(), "metric_loss": losses.MultipleLosses([rkd_plugin.RKDAngleLoss()])},
+            "as metric_loss, got rkd_plugin.RKDAngleLoss",
+        ),
+        ({"rkd_loss": nn.MSELoss()}, "rkd_loss that takes the teacher's embeddings as ref_emb, got MSELoss"),
+    ],
+)
+def test_a_loss_that_cannot_be_given_a_teacher_is_named(loss_funcs, message):
+    student, teacher = nets()
+    models = {"trunk": student, "teacher": teacher}
+    with pytest.raises(TypeError, match=f"RKDTrainer: expected .*{message}"):
+        RKDTrainer(models=models, loss_funcs=loss_funcs, **host_arguments(student))
 
 
 def test_rkd_trainer_logs_no_warning_for_what_it_does_not_need(caplog):

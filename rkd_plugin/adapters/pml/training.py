@@ -1,55 +1,81 @@
-"""Two ways to train with a teacher in pytorch-metric-learning."""
+"""Ways to train with a teacher in pytorch-metric-learning: a trunk for its own trainers, and trainers that know one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from pytorch_metric_learning.trainers import MetricLossOnly
+from pytorch_metric_learning.trainers.base_trainer import BaseTrainer
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from rkd_plugin.adapters.pml.losses import widen
+from rkd_plugin.adapters.pml.tensors import Part, TensorWithTeacher, embeddings_of, one_tensor, plain
 
 
 class TeacherStudentTrunk(nn.Module):
-    """A trunk for PML's own trainers that carries the teacher's embeddings to the loss, `FromPacked`.
+    """A trunk for PML's own trainers whose embeddings bring the teacher's to the losses of this package.
 
-    In train mode it returns ``[student | teacher]``, shape ``(N, D_s + D_t)``, in the wider of the two dtypes; in eval
-    mode the student's embeddings alone, ``(N, D_s)``, so that PML's testers, ``InferenceModel`` and
-    ``subset_batch_miner`` see nothing of the teacher. The teacher is frozen: it runs in eval mode without gradient and
-    is no part of ``parameters()`` or ``state_dict()``, yet moves with ``.to()`` and its kin, copies and pickles. A PML
-    ``embedder`` would meet the packed vectors: put it into the student, ``nn.Sequential(trunk, embedder)``.
+    In train mode it returns the student's embeddings as a `TensorWithTeacher`: the losses of this package find the
+    teacher's embeddings there, everything else (a classifier, a miner, another loss) reads the student's alone. In eval
+    mode it returns the student's embeddings as a plain tensor. So the host's ``MultipleLosses`` adds RKD to a loss:
+
+        MultipleLosses({"rkd": RKDDALoss(), "task": TripletMarginLoss()}, weights={"rkd": 3, "task": 1})
+
+    A ``tuple_miner`` of the trainer mines the student's embeddings for all of them; ``MultipleLosses(miners={"task":
+    ...})`` mines for one. A separate ``embedder`` returns a tensor without a teacher, on which the loss raises: put the
+    embedder into the student, ``nn.Sequential(trunk, embedder)``, or use `RKDTrainer`.
+
+    The teacher runs in eval mode and without gradient, and is otherwise left as it is: its training mode and
+    ``requires_grad`` are the caller's, and it may share layers with the student. It is no part of ``parameters()`` or
+    ``state_dict()``, yet moves with ``.to()``, ``.cuda()`` and ``.half()``, copies and pickles.
 
     Args:
         student: maps a batch to embeddings ``(N, D_s)``.
-        teacher: maps the same batch to embeddings ``(N, D_t)``; put into eval mode here. None: its vectors come with
-            the batch, `from_bank`.
+        teacher: maps the same batch to embeddings ``(N, D_t)``. None: its embeddings come with the batch, `from_bank`.
+            A batch of images is given to it in the dtype and on the device of its parameters.
+        student_output: which part of its output are the student's embeddings, if that is a dict, a tuple or a
+            ``ModelOutput``: a name, an index, or a function of the output. None: all of it.
+        teacher_output: the same of the teacher.
 
     Raises:
-        ValueError: when called, if a model does not return ``(N, D)``; or in train mode, if there is neither a teacher
-            nor its vectors, or both.
+        TypeError: when called, if a model returns no floating point tensor; names the side and the type.
+        ValueError: when called, if a model does not return ``(N, D)``, or returns no such part; or in train mode, if
+            there is neither a teacher nor its embeddings, or both.
+        RuntimeError: when called inside ``DataParallel`` on several devices, whose copies would share one teacher; wrap
+            student and teacher instead.
 
     Example:
         >>> import torch
         >>> trunk = TeacherStudentTrunk(torch.nn.Linear(5, 3), torch.nn.Linear(5, 4))
-        >>> trunk(torch.zeros(2, 5)).shape, trunk.eval()(torch.zeros(2, 5)).shape
-        (torch.Size([2, 7]), torch.Size([2, 3]))
+        >>> embeddings = trunk(torch.zeros(2, 5))
+        >>> embeddings.shape, embeddings.teacher.shape
+        (torch.Size([2, 3]), torch.Size([2, 4]))
         >>> list(trunk.state_dict())
         ['student.weight', 'student.bias']
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        student_output: Part = None,
+        teacher_output: Part = None,
+    ) -> None:
         super().__init__()
         self.student = student
         # Inside a tuple the teacher is no submodule: no optimiser, checkpoint or train() reaches it.
-        self._teacher = (teacher.eval() if teacher is not None else None,)
+        self._teacher = (teacher,)
+        self.student_output = student_output
+        self.teacher_output = teacher_output
 
     @property
     def teacher(self) -> nn.Module | None:
-        """The frozen teacher."""
+        """The teacher."""
         return self._teacher[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TeacherStudentTrunk:
@@ -58,121 +84,59 @@ class TeacherStudentTrunk(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def _replicate_for_data_parallel(self) -> TeacherStudentTrunk:
+        raise RuntimeError(
+            "TeacherStudentTrunk: expected no DataParallel around it, got one, whose copies would share one teacher; "
+            "write TeacherStudentTrunk(DataParallel(student), DataParallel(teacher))"
+        )
+
     def forward(self, data: Any) -> Tensor:
-        """A batch -> ``(N, D_s + D_t)`` in train mode, ``(N, D_s)`` in eval mode."""
-        data, teacher = data if isinstance(data, _TaughtBatch) else (data, None)
-        student: Tensor = self.student(data)
+        """A batch -> ``(N, D_s)``, in train mode with the teacher's ``(N, D_t)``."""
+        where = type(self).__name__
+        student = embeddings_of(where, "student", self.student(plain(data)), self.student_output)
         if not self.training:
             return student
-        if self.teacher is not None and teacher is None:
-            with torch.no_grad():
-                teacher = self.teacher(data)
-        elif self.teacher is not None or teacher is None:
-            raise ValueError(
-                "TeacherStudentTrunk: expected either a teacher or batches with its vectors, got "
-                f"{'neither' if teacher is None else 'both'}; give it a teacher, or the trainer **from_bank(...)"
-            )
-        for side, x in (("student", student), ("teacher", teacher)):
-            if x.ndim != 2:
-                raise ValueError(
-                    f"TeacherStudentTrunk: {side} must return (N, D), got {tuple(x.shape)}; pool or flatten it"
-                )
-        return torch.cat([widen(student, teacher.dtype), teacher], 1)
+        return TensorWithTeacher.of(student, _teachers_embeddings(where, self.teacher, data, self.teacher_output))
 
 
-class FromPacked(nn.Module):
-    """The ``metric_loss`` beside a `TeacherStudentTrunk`: unpacks its vectors, adds RKD and a task loss.
-
-    Args:
-        student_dim: ``D_s``, the width of the student's embeddings.
-        rkd_loss: a loss of this file, or its ``DistributedLossWrapper``; gets student, labels and the teacher.
-        task_loss: any PML loss; gets student, labels and what ``task_miner`` finds.
-        task_miner: any PML tuple miner. The trainer's own ``tuple_miner`` would mine packed vectors, and is refused.
-        rkd_weight: of ``rkd_loss``.
-        task_weight: of ``task_loss``.
-        teacher_dim: ``D_t``; if given, the packed width must be exactly ``D_s + D_t``.
-
-    Raises:
-        ValueError: when called with tuples, or with vectors too narrow to be packed, as those of a trunk in eval mode.
-
-    Example:
-        >>> import torch
-        >>> from rkd_plugin.adapters.pml import RKDDALoss
-        >>> _ = torch.manual_seed(0)
-        >>> trunk = TeacherStudentTrunk(torch.nn.Linear(5, 3), torch.nn.Linear(5, 4))
-        >>> loss = FromPacked(3, RKDDALoss())(trunk(torch.randn(8, 5)), torch.arange(8))
-        >>> loss.backward()
-        >>> trunk.student.weight.grad.shape, trunk.teacher.weight.grad
-        (torch.Size([3, 5]), None)
-    """
-
-    def __init__(
-        self,
-        student_dim: int,
-        rkd_loss: nn.Module,
-        task_loss: nn.Module | None = None,
-        task_miner: nn.Module | None = None,
-        rkd_weight: float = 1.0,
-        task_weight: float = 1.0,
-        teacher_dim: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.student_dim = student_dim
-        self.teacher_dim = teacher_dim
-        self.rkd_loss = rkd_loss
-        self.task_loss = task_loss
-        self.task_miner = task_miner
-        self.rkd_weight = rkd_weight
-        self.task_weight = task_weight
-
-    def forward(self, packed: Tensor, labels: Tensor | None = None, indices_tuple: Any = None) -> Tensor:
-        """``(N, D_s + D_t)``, labels ``(N,)`` -> a scalar."""
-        if indices_tuple is not None:
-            raise ValueError(
-                "FromPacked: expected no indices_tuple, got one mined from packed vectors; "
-                "pass the miner as FromPacked(task_miner=...) instead of the trainer's tuple_miner"
-            )
-        width = packed.shape[-1] - self.student_dim
-        if width < 1 or width != (self.teacher_dim or width):
-            raise ValueError(
-                f"FromPacked: expected vectors (N, {self.student_dim} + {self.teacher_dim or 'teacher width'}), got "
-                f"{tuple(packed.shape)}; check student_dim, and that TeacherStudentTrunk is in train mode"
-            )
-        student, teacher = packed[:, : self.student_dim], packed[:, self.student_dim :]
-        loss: Tensor = self.rkd_weight * self.rkd_loss(student, labels, ref_emb=teacher)
-        if self.task_loss is not None:
-            mined = self.task_miner(student, labels) if self.task_miner is not None else None
-            loss = loss + self.task_weight * self.task_loss(student, labels, mined)
-        return loss
+def _teachers_embeddings(where: str, teacher: nn.Module | None, data: Any, part: Part) -> Tensor:
+    """``(N, D_t)``: what comes with the batch from a bank, or the teacher's output, which leaves no trace in it."""
+    from_bank = isinstance(data, TensorWithTeacher)
+    if from_bank is (teacher is not None):
+        raise ValueError(
+            f"{where}: expected either a teacher or batches with its embeddings, got "
+            f"{'both' if from_bank else 'neither'}; give a teacher, or the trainer **from_bank(...)"
+        )
+    if from_bank or teacher is None:
+        embeddings: Tensor = data.teacher
+        return embeddings
+    with torch.no_grad(), _eval_mode(teacher):
+        output = teacher(_as_parameters(data, teacher))
+    return embeddings_of(where, "teacher", output, part)
 
 
-class _TaughtBatch(NamedTuple):
-    """A batch with the teacher's vectors, which PML's trainers move, cast and mine as they do the tensor ``data``."""
-
-    data: Any
-    teacher: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.data.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.data.dtype
-        return dtype
-
-    def to(self, device: torch.device) -> _TaughtBatch:
-        return _TaughtBatch(self.data.to(device), self.teacher.to(device))
-
-    def type(self, dtype: torch.dtype) -> _TaughtBatch:
-        return _TaughtBatch(self.data.type(dtype), self.teacher.type(dtype))
-
-    def __getitem__(self, rows: Any) -> _TaughtBatch:
-        return _TaughtBatch(self.data[rows], self.teacher[rows])
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode in the block; afterwards each module has its mode from before."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
-class _CollateTaught:
+def _as_parameters(data: Any, model: nn.Module) -> Any:
+    """A batch on the device of a model's parameters, and images in their dtype."""
+    like = next((x for x in model.parameters() if x.is_floating_point()), None)
+    if like is None or not isinstance(data, Tensor):
+        return data
+    return data.to(like.device, like.dtype if data.is_floating_point() else data.dtype)
+
+
+class _CollateWithTeacher:
     """Collates pairs of an item and its vectors; a class, so that processes that load data can be sent it."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
@@ -189,7 +153,7 @@ def from_bank(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     data_and_label_getter: Callable[[Any], tuple[Any, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Arguments of PML's ``MetricLossOnly`` with which its batches bring a `TeacherStudentTrunk` the teacher's vectors.
+    """Arguments of PML's trainers with which a batch brings the teacher's embeddings from a bank.
 
     They are those of the images that the host's sampler draws, by their index in ``dataset``.
 
@@ -204,8 +168,9 @@ def from_bank(
         ``dataset``, ``collate_fn`` and ``data_and_label_getter``.
 
     Raises:
-        TypeError: if that is no bank, such as the path of one.
-        ValueError: if the bank is of another data set; of a batch, if it is of several modules.
+        TypeError: if that is no bank, such as the path of one; of a batch, if its data are no tensor.
+        ValueError: if the bank is of another data set; of a batch, if the bank is of several modules, or if an item has
+            not one image and one label, as for ``TwoStreamMetricLoss``, whose second images have no row in a bank.
 
     Example:
         >>> import tempfile
@@ -220,7 +185,7 @@ def from_bank(
         ...         models={"trunk": TeacherStudentTrunk(student)},
         ...         optimizers={"trunk_optimizer": torch.optim.Adam(student.parameters())},
         ...         batch_size=8,
-        ...         loss_funcs={"metric_loss": FromPacked(3, RKDDALoss())},
+        ...         loss_funcs={"metric_loss": RKDDALoss()},
         ...         **from_bank(Bank(file.name), EmbeddingDataset(torch.randn(16, 5), torch.arange(16))),
         ...         dataloader_num_workers=0,
         ...         data_device="cpu",
@@ -239,39 +204,218 @@ def from_bank(
             raise ValueError(
                 f"from_bank: expected a teacher_bank of one module, got {len(vectors)}; write one of that alone"
             )
-        data, labels = data_and_label_getter(items) if data_and_label_getter else items
-        return _TaughtBatch(data, vectors[0]), labels
+        parts = data_and_label_getter(items) if data_and_label_getter else items
+        if len(parts) != 2:
+            raise ValueError(
+                f"from_bank: expected items of one image and its label, got {len(parts)} parts, and a bank has one "
+                "row an item; give a teacher instead of a bank"
+            )
+        data, labels = parts
+        if not isinstance(data, Tensor):
+            raise TypeError(
+                f"from_bank: expected a batch of images as one tensor, got {type(data).__name__}; choose it in "
+                "data_and_label_getter"
+            )
+        return TensorWithTeacher.of(data, vectors[0]), labels
 
     return {
         "dataset": teacher_bank.over(dataset),
-        "collate_fn": _CollateTaught(collate_fn or default_collate),
+        "collate_fn": _CollateWithTeacher(collate_fn or default_collate),
         "data_and_label_getter": getter,
     }
 
 
-class RKDTrainer(MetricLossOnly):
-    """PML's ``MetricLossOnly`` with a frozen ``teacher`` among the models and an ``rkd_loss`` among the losses.
+class RKDTrainerMixin(BaseTrainer):
+    """Adds a teacher and a loss of its own for RKD to any trainer of PML; `RKDTrainer` is ``MetricLossOnly`` with it.
 
-    ``models={"trunk": ..., "teacher": ...}``, an ``embedder`` if wanted; ``loss_funcs={"rkd_loss": RKDDALoss()}``, a
-    ``metric_loss`` if wanted; ``loss_weights`` for each. The teacher sees the same batches. ``tuple_miner`` mines the
-    student's embeddings for ``metric_loss``; ``rkd_loss`` always takes the whole batch. Other arguments are the host's.
+    Write it first: ``class RKDWithClassifier(RKDTrainerMixin, TrainWithClassifier): pass``. It takes the arguments of
+    that trainer, with ``models={"trunk": ..., "teacher": ..., ...}``, ``loss_funcs={"rkd_loss": RKDDALoss(), ...}``
+    and, if wanted, ``loss_weights``, of which ``rkd_loss`` is one. ``rkd_loss`` compares the embeddings that the host
+    computes of each batch, behind an ``embedder`` if there is one, with the teacher's of the same batch, whatever a
+    ``tuple_miner`` finds: the batches of both streams together in ``TwoStreamMetricLoss``, the whole embedding in
+    ``CascadedEmbeddings``, real images alone in ``DeepAdversarialMetricLearning``. A ``metric_loss`` may be left out
+    where the host allows it.
 
-    The teacher is put into eval mode, needs no gradient and no optimiser, and is kept as ``trainer.teacher``, outside
-    ``trainer.models``, whose members the host sets to train mode, optimises and writes to disk.
-
-    With ``teacher_bank``, such as ``rkd_plugin.experiments.bank.Bank("dino.npy")``, there is no teacher among the
-    models: its vectors are read, of the images that the host's sampler draws by their index in ``dataset``.
+    The teacher runs in eval mode and without gradient, and is otherwise left as it is: its training mode and
+    ``requires_grad`` are the caller's, and it may share layers with the student. It needs no optimiser, and is kept as
+    ``trainer.teacher``, outside ``trainer.models``, whose members the host sets to train mode, optimises and writes to
+    disk.
 
     Args:
         args: the host's.
-        teacher_bank: see `from_bank`.
+        teacher_bank: such as ``rkd_plugin.experiments.bank.Bank("dino.npy")`` instead of a teacher, see `from_bank`.
+        student_output: which part of its output are the trunk's embeddings, if that is a dict, a tuple or a
+            ``ModelOutput``: a name, an index, or a function of the output. None: all of it. A tester of the host needs
+            a trunk that returns a tensor.
+        teacher_output: the same of the teacher.
         kwargs: the host's.
 
     Raises:
         AssertionError: from the host, if a model or loss is missing or unknown.
-        TypeError: if the bank is none, such as the path of one.
+        TypeError: if ``rkd_loss`` takes no ``ref_emb``, or a loss is one of ``rkd_plugin`` instead of
+            ``rkd_plugin.adapters.pml``; if the bank is none, such as the path of one; if the order of base classes
+            hides the host's trainer; in training, if a model returns no floating point tensor.
         ValueError: if the teacher is given an optimiser; if there are a bank and a teacher; if the bank is of another
-            data set, or of several modules.
+            data set, or of several modules; in training, if a model does not return ``(N, D)``, or no such part.
+        RuntimeError: in training, if the host computes no embeddings by ``get_trunk_output`` and
+            ``get_final_embeddings``.
+
+    Example:
+        >>> from pytorch_metric_learning.trainers import TwoStreamMetricLoss
+        >>> class RKDTwoStream(RKDTrainerMixin, TwoStreamMetricLoss):
+        ...     pass
+    """
+
+    models: dict[str, nn.Module]
+    dataset: Any
+    collate_fn: Any
+    data_and_label_getter: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = list(cls.__mro__)
+        hosts = [base for base in order if "calculate_loss" in vars(base) and not issubclass(base, RKDTrainerMixin)]
+        hidden = next((base for base in hosts if not issubclass(hosts[0], base)), None)
+        if hidden or order.index(hosts[0]) < order.index(RKDTrainerMixin):
+            host = (hidden or hosts[0]).__name__
+            raise TypeError(
+                f"{cls.__name__}: expected RKDTrainerMixin and then {host}, got an order of bases in which one hides "
+                f"the other; write class {cls.__name__}(RKDTrainerMixin, {host})"
+            )
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher_bank: Any = None,
+        student_output: Part = None,
+        teacher_output: Part = None,
+        **kwargs: Any,
+    ) -> None:
+        self.teacher_bank = teacher_bank
+        self.student_output = student_output
+        self.teacher_output = teacher_output
+        self._trunk_outputs: list[tuple[Tensor, Any]] = []
+        self._embeddings: list[tuple[Tensor, Any]] = []
+        super().__init__(*args, **kwargs)
+
+    def custom_setup(self) -> None:
+        """Have the batches bring the bank's vectors."""
+        super().custom_setup()
+        if self.teacher_bank is None:
+            return
+        if "teacher" in self.models:
+            raise ValueError(
+                f"{type(self).__name__}: expected no teacher beside a teacher_bank, got one; leave one of them out"
+            )
+        for name, value in from_bank(
+            self.teacher_bank, self.dataset, self.collate_fn, self.data_and_label_getter
+        ).items():
+            setattr(self, name, value)
+
+    def modify_schema(self) -> None:
+        """Add the teacher and its loss to what the host accepts and requires."""
+        super().modify_schema()
+        if "teacher_optimizer" in self.optimizers:
+            raise ValueError(
+                f"{type(self).__name__}: expected no optimiser of the teacher, which is not trained, got a "
+                "teacher_optimizer; remove it from optimizers"
+            )
+        if self.teacher_bank is None:
+            self.schema["models"].keys += ["teacher"]
+            self.schema["models"].essential += ["teacher"]
+        self.schema["loss_funcs"].keys += ["rkd_loss"]
+        self.schema["loss_funcs"].essential += ["rkd_loss"]
+        self.schema["loss_funcs"].important = []  # metric_loss is a choice here, and missing without a warning
+        self.schema["optimizers"].important = [f"{name}_optimizer" for name in self.models if name != "teacher"]
+
+    def initialize_models(self) -> None:
+        """Take the teacher out of the host's hands."""
+        _check_losses(type(self).__name__, self.loss_funcs)
+        self.teacher = self.models.get("teacher")
+        self.models = {name: model for name, model in self.models.items() if name != "teacher"}
+        super().initialize_models()
+
+    def update_loss_weights(self) -> None:
+        """Keep the weight of ``rkd_loss``, which a host's schedule of its own losses sets to 0."""
+        weight = self.loss_weights["rkd_loss"]
+        super().update_loss_weights()
+        self.loss_weights["rkd_loss"] = weight
+
+    def calculate_loss(self, curr_batch: tuple[Any, Tensor]) -> None:
+        """Fill ``self.losses`` for one batch."""
+        self._trunk_outputs, self._embeddings = [], []
+        super().calculate_loss(curr_batch)
+        batches, self._trunk_outputs, self._embeddings = self._embeddings, [], []
+        # The one host that trains without embeddings of a batch, its generator alone, has do_metric.
+        if self.loss_weights["rkd_loss"] <= 0 or not getattr(self, "do_metric", True):
+            return
+        if not batches:
+            raise RuntimeError(
+                f"{type(self).__name__}: expected the host to compute embeddings by get_trunk_output and "
+                "get_final_embeddings of its result, got none; call them in calculate_loss"
+            )
+        student = torch.cat([embeddings for embeddings, _ in batches])
+        teacher = torch.cat([self._teachers_embeddings(data) for _, data in batches])
+        labels = torch.cat([curr_batch[1]] * len(batches))
+        self.losses["rkd_loss"] = self.loss_funcs["rkd_loss"](student, labels, ref_emb=teacher)
+
+    def _teachers_embeddings(self, data: Any) -> Tensor:
+        moved = data if self.teacher is None else c_f.to_device(data, device=self.data_device)
+        return _teachers_embeddings(type(self).__name__, self.teacher, moved, self.teacher_output)
+
+    def get_trunk_output(self, data: Any) -> Tensor:
+        """What the student's trunk gives for a batch; remembered until the end of `calculate_loss`."""
+        output: Tensor = super().get_trunk_output(plain(data))
+        if self.student_output is not None:
+            output = one_tensor(type(self).__name__, "student", output, self.student_output)
+        self._trunk_outputs.append((output, data))
+        return output
+
+    def get_final_embeddings(self, base_output: Tensor) -> Tensor:
+        """The student's embeddings; those of a trunk's output, not synthetic ones, meet the teacher's."""
+        embeddings: Tensor = super().get_final_embeddings(base_output)
+        for output, data in self._trunk_outputs:
+            if output is base_output:
+                embeddings = embeddings_of(type(self).__name__, "student", embeddings)
+                self._embeddings.append((embeddings, data))
+        return embeddings
+
+
+def _check_losses(where: str, loss_funcs: dict[str, Any]) -> None:
+    for name, loss in loss_funcs.items():
+        for part in loss.modules() if isinstance(loss, nn.Module) else ():
+            if type(part).__module__ == "rkd_plugin.losses":
+                kind = type(part).__name__
+                raise TypeError(
+                    f"{where}: expected a loss of PML as {name}, got rkd_plugin.{kind}, which takes no labels; "
+                    f"import {kind} from rkd_plugin.adapters.pml"
+                )
+    loss = loss_funcs["rkd_loss"]
+    parameters = inspect.signature(getattr(loss, "forward", loss)).parameters
+    if "ref_emb" not in parameters and not any(x.kind is x.VAR_KEYWORD for x in parameters.values()):
+        raise TypeError(
+            f"{where}: expected an rkd_loss that takes the teacher's embeddings as ref_emb, got "
+            f"{type(loss).__name__}; give RKDDALoss of rkd_plugin.adapters.pml, and other losses as metric_loss"
+        )
+
+
+class RKDTrainer(RKDTrainerMixin, MetricLossOnly):
+    """PML's ``MetricLossOnly`` with a ``teacher`` among the models and an ``rkd_loss`` among the losses.
+
+    ``models={"trunk": ..., "teacher": ...}``, an ``embedder`` if wanted; ``loss_funcs={"rkd_loss": RKDDALoss()}``, a
+    ``metric_loss`` if wanted; ``loss_weights`` for each. ``tuple_miner`` mines the student's embeddings for
+    ``metric_loss``; ``rkd_loss`` always takes the whole batch. `RKDTrainerMixin` describes the rest, and does the same
+    for the other trainers of PML.
+
+    Args:
+        args: the host's.
+        teacher_bank: instead of a teacher, see `from_bank`.
+        student_output: which part of the trunk's output are its embeddings; see `RKDTrainerMixin`.
+        teacher_output: the same of the teacher.
+        kwargs: the host's.
+
+    Raises:
+        AssertionError, TypeError, ValueError, RuntimeError: as `RKDTrainerMixin`.
 
     Example:
         >>> import torch
@@ -288,64 +432,4 @@ class RKDTrainer(MetricLossOnly):
         ...     data_device="cpu",
         ... )
         >>> trainer.train(num_epochs=1)
-        >>> student.training, teacher.training
-        (True, False)
     """
-
-    models: dict[str, nn.Module]
-    dataset: Any
-    collate_fn: Any
-    data_and_label_getter: Any
-
-    def __init__(self, *args: Any, teacher_bank: Any = None, **kwargs: Any) -> None:
-        self.teacher_bank = teacher_bank
-        super().__init__(*args, **kwargs)
-
-    def custom_setup(self) -> None:
-        """Have the batches bring the bank's vectors."""
-        super().custom_setup()
-        if self.teacher_bank is None:
-            return
-        if "teacher" in self.models:
-            raise ValueError("RKDTrainer: expected no teacher beside a teacher_bank, got one; leave one of them out")
-        for name, value in from_bank(
-            self.teacher_bank, self.dataset, self.collate_fn, self.data_and_label_getter
-        ).items():
-            setattr(self, name, value)
-
-    def modify_schema(self) -> None:
-        """Add the teacher and its loss to what the host accepts and requires."""
-        if "teacher_optimizer" in self.optimizers:
-            raise ValueError("RKDTrainer: the teacher is frozen, got a teacher_optimizer; remove it from optimizers")
-        if self.teacher_bank is None:
-            self.schema["models"].keys += ["teacher"]
-            self.schema["models"].essential += ["teacher"]
-        self.schema["loss_funcs"].keys += ["rkd_loss"]
-        self.schema["loss_funcs"].essential += ["rkd_loss"]
-        self.schema["loss_funcs"].important = []  # metric_loss is a choice here, and missing without a warning
-        self.schema["optimizers"].important = [f"{name}_optimizer" for name in self.models if name != "teacher"]
-
-    def initialize_models(self) -> None:
-        """Freeze the teacher and take it out of the host's hands."""
-        # A bank's vectors come with the batch.
-        teacher = self.models["teacher"] if self.teacher_bank is None else nn.Identity()
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.models = {name: model for name, model in self.models.items() if name != "teacher"}
-        super().initialize_models()
-
-    def calculate_loss(self, curr_batch: tuple[Any, Tensor]) -> None:
-        """Fill ``self.losses`` for one batch."""
-        data, labels = curr_batch
-        embeddings = self.compute_embeddings(data)
-        if "metric_loss" in self.loss_funcs:
-            indices_tuple = self.maybe_mine_embeddings(embeddings, labels)
-            self.losses["metric_loss"] = self.maybe_get_metric_loss(embeddings, labels, indices_tuple)
-        if self.loss_weights["rkd_loss"] > 0:
-            known = data if self.teacher_bank is None else data.teacher
-            teacher = self.teacher(c_f.to_device(known, device=self.data_device, dtype=self.dtype))
-            self.losses["rkd_loss"] = self.loss_funcs["rkd_loss"](embeddings, labels, ref_emb=teacher)
-
-    def get_trunk_output(self, data: Any) -> Tensor:
-        """What the student's trunk says of a batch."""
-        output: Tensor = super().get_trunk_output(data if self.teacher_bank is None else data.data)
-        return output
