@@ -8,16 +8,17 @@ torchdistill's own ``RKDLoss`` stays as it is.
 
 from __future__ import annotations
 
-import copyreg
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchdistill.common.main_util import set_seed
+from torchdistill.common.module_util import get_module
 from torchdistill.core.interfaces.pre_epoch_proc import (
     default_pre_epoch_process_with_teacher,
     default_pre_epoch_process_without_teacher,
@@ -28,23 +29,14 @@ from torchdistill.core.interfaces.registry import (
     register_forward_proc_func,
     register_pre_epoch_proc_func,
 )
-from torchdistill.datasets.wrapper import BaseDatasetWrapper
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, register_mid_level_loss
 from torchdistill.models.registry import AUXILIARY_MODEL_WRAPPER_DICT, register_auxiliary_model_wrapper
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
 from rkd_plugin import losses
 
-
-def _wrapped(dataset: Any) -> BaseDatasetWrapper:
-    return BaseDatasetWrapper(dataset)
-
-
-# A loader's process that is not forked meets this first, and the host's own module needs torchvision before it.
-copyreg.pickle(BaseDatasetWrapper, lambda wrapper: (_wrapped, (wrapper.org_dataset,)))
-
 IO = Literal["input", "output"]
-Pool = Literal["avg", "flatten"]
+Pool = Literal["auto", "avg", "avg_channels_last", "mean", "cls", "last", "flatten"]
 Hooked = Mapping[str, Mapping[str, Any]]
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -83,8 +75,110 @@ def find_hooked(io_dict: Hooked, side: str, path: str, io: str) -> Tensor:
     return value
 
 
+@contextmanager
+def reading(model: nn.Module, reads: Iterable[tuple[str, str]]) -> Iterator[dict[tuple[str, str], Any]]:
+    """Within the block, a forward pass of ``model`` fills the dictionary with what the modules take or return.
+
+    Args:
+        model: of which the modules are.
+        reads: pairs of a module's path, ``"."`` for the model, and ``"input"`` or ``"output"``.
+    """
+    values: dict[tuple[str, str], Any] = {}
+
+    def keep(read: tuple[str, str]) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            values[read] = inputs[0] if read[1] == "input" else output
+
+        return hook
+
+    with ExitStack() as hooks:
+        for path, io in reads:
+            module = model if path == "." else get_module(model, path)
+            hooks.enter_context(module.register_forward_hook(keep((path, io))))
+        yield values
+
+
+class _Pooling(NamedTuple):
+    shape: str
+    ndims: range
+    apply: Callable[[Tensor], Tensor]
+
+
+_POOLINGS = {
+    "avg": _Pooling("(N, C, L), (N, C, H, W) or (N, C, D, H, W)", range(3, 6), lambda maps: maps.flatten(2).mean(2)),
+    "avg_channels_last": _Pooling(
+        "(N, H, W, C) or (N, D, H, W, C)", range(4, 6), lambda maps: maps.flatten(1, -2).mean(1)
+    ),
+    "mean": _Pooling("tokens (N, T, D)", range(3, 4), lambda tokens: tokens.mean(1)),
+    "cls": _Pooling("tokens (N, T, D)", range(3, 4), lambda tokens: tokens[:, 0]),
+    "last": _Pooling("tokens (N, T, D)", range(3, 4), lambda tokens: tokens[:, -1]),
+    "flatten": _Pooling("(N, ...)", range(3, 64), lambda values: values.flatten(1)),
+}
+
+
+def pooling(value: Tensor, pool: Pool = "auto") -> Pool | None:
+    """The pooling that makes vectors of a module's input or output, never ``"auto"``; None for vectors.
+
+    Raises:
+        ValueError: if ``pool`` does not fit the shape, or is ``"auto"`` and the shape does not tell which axis holds
+            the channels.
+    """
+    shape = tuple(value.shape)
+    if len(shape) < 3:
+        return None
+    if pool == "auto":
+        if len(shape) == 3:
+            raise ValueError(
+                f"expected a pool for the three axes {shape}, got 'auto'; set pool to 'mean', 'cls' or 'last' for "
+                "tokens (N, T, D), or to 'avg' for (N, C, L)"
+            )
+        if is_channels_last(shape):
+            raise ValueError(
+                f"expected a feature map (N, C, H, W), got {shape}, whose channels seem to be last; set pool to "
+                "'avg_channels_last', or to 'avg' if axis 1 holds the channels"
+            )
+        pool = "avg"
+    if len(shape) not in _POOLINGS[pool].ndims:
+        fitting = [repr(name) for name, known in _POOLINGS.items() if len(shape) in known.ndims]
+        raise ValueError(
+            f"pool {pool!r}: expected {_POOLINGS[pool].shape}, got {shape}; set pool to one of {', '.join(fitting)}"
+        )
+    return pool
+
+
+def is_channels_last(shape: Sequence[int]) -> bool:
+    """Whether a map of four or five axes looks like ``(N, H, W, C)``: most are square, and have more channels."""
+    return shape[-3] == shape[-2] != shape[-1]
+
+
+def pooled(value: Tensor, pool: Pool = "auto") -> Tensor:
+    """``(N, D)``: a module's input or output as the vectors that a loss compares; see `RKDDistanceLoss` for ``pool``.
+
+    Raises:
+        ValueError: see `pooling`.
+
+    Example:
+        >>> tokens = torch.arange(12.).reshape(1, 3, 4)
+        >>> pooled(tokens, "cls"), pooled(tokens, "mean"), pooled(tokens, "avg")
+        (tensor([[0., 1., 2., 3.]]), tensor([[4., 5., 6., 7.]]), tensor([[1.5000, 5.5000, 9.5000]]))
+    """
+    name = pooling(value, pool)
+    return value if name is None else _POOLINGS[name].apply(value)
+
+
+def pool_of(pool: Any, side: str) -> Any:
+    """The pool of ``"student"`` or ``"teacher"``, where `HookedLoss` may have been given one for each."""
+    return pool.get(side, "auto") if isinstance(pool, Mapping) else pool
+
+
 class HookedLoss(nn.Module):
     """Finds student and teacher embeddings in the host's dictionaries, for the loss of two tensors it is mixed into."""
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "student_output_path": "student_module_path",
+        "teacher_output_path": "teacher_module_path",
+    }
+    """Arguments of torchdistill's losses, and what they are called here."""
 
     def __init__(
         self,
@@ -92,17 +186,26 @@ class HookedLoss(nn.Module):
         teacher_module_path: str | None = None,
         student_module_io: IO = "output",
         teacher_module_io: IO = "output",
-        pool: Pool = "avg",
+        pool: Pool | Mapping[str, Pool] = "auto",
         l2_normalize: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
         name = type(self).__name__
+        for old, new in self.renamed.items():
+            if old in options:
+                raise TypeError(
+                    f"{name}: expected none of the arguments of torchdistill's losses, got {old}; use {new}"
+                )
+        super().__init__(**options)
         if options.get("reduction") == "anchor":
             raise ValueError(f"{name}: torchdistill sums scalar terms, so reduction must not be 'anchor'")
-        if pool not in get_args(Pool):
-            raise ValueError(f"{name}: pool must be one of {get_args(Pool)}, got {pool!r}")
-        self.pool = pool
+        sides = ("student", "teacher")
+        if isinstance(pool, Mapping) and not set(pool) <= set(sides):
+            raise ValueError(f"{name}: pool must be for 'student' and 'teacher', got {', '.join(map(repr, pool))}")
+        self.pools = {side: pool_of(pool, side) for side in sides}
+        for value in self.pools.values():
+            if value not in get_args(Pool):
+                raise ValueError(f"{name}: pool must be one of {get_args(Pool)}, got {value!r}")
         self.l2_normalize = l2_normalize
         self.paths = {"student": student_module_path, "teacher": teacher_module_path}
         self.ios = {"student": student_module_io, "teacher": teacher_module_io}
@@ -119,21 +222,32 @@ class HookedLoss(nn.Module):
         return loss
 
     def embeddings(self, side: str, source: Tensor | Hooked) -> Tensor:
-        """``(N, D)``: what the loss compares of a side's hooked module, pooled and scaled as the options say."""
+        """``(N, D)``: what the loss compares of a side's hooked module, pooled and scaled as the options say.
+
+        Raises:
+            TypeError: if the module's output is not one tensor.
+            ValueError: if the module is not hooked, or `pool` does not fit its shape.
+        """
         path = self.paths[side]
         if isinstance(source, Mapping):
             if path is None:
                 raise ValueError(f"{side}_module_path must name one of {list(source)}, and was not given")
             source = find_hooked(source, side, path, self.ios[side])
-        if source.ndim > 2:
-            source = source.flatten(1) if self.pool == "flatten" else source.flatten(2).mean(2)
+        try:
+            vectors = pooled(source, self.pools[side])
+        except ValueError as error:
+            raise ValueError(f"the {side}: {error}") from error
         # In half precision a length may overflow.
-        return normalize(source.to(torch.promote_types(source.dtype, torch.float32))) if self.l2_normalize else source
+        return (
+            normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32))) if self.l2_normalize else vectors
+        )
 
     def extra_repr(self) -> str:
         """The options, as they were passed."""
-        places = ", ".join(f"{side}={self.paths[side]!r} {self.ios[side]}" for side in self.paths)
-        return f"{places}, pool={self.pool!r}, l2_normalize={self.l2_normalize}, {super().extra_repr()}"
+        places = ", ".join(
+            f"{side}={self.paths[side]!r} {self.ios[side]} pool={self.pools[side]!r}" for side in self.paths
+        )
+        return f"{places}, l2_normalize={self.l2_normalize}, {super().extra_repr()}"
 
 
 @mid_level_loss
@@ -145,7 +259,15 @@ class RKDDistanceLoss(HookedLoss, losses.RKDDistanceLoss):
         teacher_module_path: the teacher's.
         student_module_io: ``'input'`` or ``'output'`` of that module.
         teacher_module_io: likewise.
-        pool: feature maps ``(N, C, ...)`` become ``(N, C)`` by ``'avg'``, or ``(N, C * ...)`` by ``'flatten'``.
+        pool: what makes vectors ``(N, D)`` of larger outputs; one name, or a name a side, ``{student: ..., teacher: ...}``:
+
+            * ``'avg'``: the mean over the positions of maps ``(N, C, L)``, ``(N, C, H, W)`` or ``(N, C, D, H, W)``.
+            * ``'avg_channels_last'``: the same of maps ``(N, H, W, C)`` or ``(N, D, H, W, C)``, as in a Swin block.
+              This is an order of axes, not ``torch.channels_last``, the memory format.
+            * ``'mean'``, ``'cls'``, ``'last'``: the mean, the first or the last of tokens ``(N, T, D)``, padding
+              included.
+            * ``'flatten'``: all numbers in a row, as torchdistill's ``RKDLoss`` does it.
+            * ``'auto'``: ``'avg'`` for four axes and more; three axes, and maps ``(N, S, S, C)``, raise.
         l2_normalize: whether both sides' rows are then scaled to length 1, as the authors' code does for image
             classification.
         options: ``reduction``, ``huber_delta``, ``impl``, ``gather``; for RKDAngleLoss and RKDDALoss also ``anchors``;
@@ -153,8 +275,10 @@ class RKDDistanceLoss(HookedLoss, losses.RKDDistanceLoss):
             processes, see `rkd_plugin.distributed`.
 
     Raises:
-        TypeError: for an unknown option, or a module whose output is no tensor.
-        ValueError: if a module is not hooked (naming those that are), or the batches differ in length.
+        TypeError: for an unknown option (naming the one of torchdistill's ``RKDLoss`` that it replaces), or a module
+            whose output is no tensor.
+        ValueError: if a module is not hooked (naming those that are), ``pool`` does not fit its shape, or the batches
+            differ in length.
 
     Example:
         >>> import torch
@@ -164,15 +288,37 @@ class RKDDistanceLoss(HookedLoss, losses.RKDDistanceLoss):
         tensor(0.0972)
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {
+        **HookedLoss.renamed,
+        "dist_factor": "the term's weight",
+        "angle_factor": "RKDDALoss",
+    }
+
 
 @mid_level_loss
 class RKDAngleLoss(HookedLoss, losses.RKDAngleLoss):
     """See `rkd_plugin.rkd_angle_loss`; arguments as `RKDDistanceLoss`."""
 
+    renamed: ClassVar[Mapping[str, str]] = {
+        **HookedLoss.renamed,
+        "dist_factor": "RKDDALoss",
+        "angle_factor": "the term's weight",
+    }
+
 
 @mid_level_loss
 class RKDDALoss(HookedLoss, losses.RKDDALoss):
-    """See `rkd_plugin.rkd_da_loss`; arguments as `RKDDistanceLoss`."""
+    """See `rkd_plugin.rkd_da_loss`; arguments as `RKDDistanceLoss`.
+
+    torchdistill's ``RKDLoss`` calls the weights ``dist_factor`` and ``angle_factor``, and flattens feature maps, which
+    are averaged here: ``pool: flatten`` gives its numbers.
+    """
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        **HookedLoss.renamed,
+        "dist_factor": "distance_weight",
+        "angle_factor": "angle_weight",
+    }
 
 
 _TRAINED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
