@@ -3,6 +3,7 @@
 Losses (mid-level): ``RKDDistanceLoss``, ``RKDAngleLoss``, ``RKDDALoss`` on any pair of hooked modules, and ``PMLLoss``,
 any loss of pytorch-metric-learning. Model wrapper: ``TrainedWith``, for a loss that has parameters. Forward processes,
 for teachers: ``forward_in_eval_mode``, and ``no_forward`` for a stage without one. Pre-epoch process: ``seeded_epoch``.
+In place of a teacher, the precomputed outputs of a teacher bank: ``BankTeacher`` and ``WithTeacherBank``.
 torchdistill's own ``RKDLoss`` stays as it is.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import torch
@@ -29,11 +31,19 @@ from torchdistill.core.interfaces.registry import (
     register_forward_proc_func,
     register_pre_epoch_proc_func,
 )
+from torchdistill.datasets.registry import DATASET_WRAPPER_DICT, register_dataset_wrapper
+from torchdistill.datasets.wrapper import BaseDatasetWrapper
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, register_mid_level_loss
-from torchdistill.models.registry import AUXILIARY_MODEL_WRAPPER_DICT, register_auxiliary_model_wrapper
+from torchdistill.models.registry import (
+    AUXILIARY_MODEL_WRAPPER_DICT,
+    MODEL_DICT,
+    register_auxiliary_model_wrapper,
+    register_model,
+)
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
 from rkd_plugin import losses
+from rkd_plugin.teacher_bank import Bank
 
 IO = Literal["input", "output"]
 Pool = Literal["auto", "avg", "avg_channels_last", "mean", "cls", "last", "flatten"]
@@ -60,6 +70,8 @@ mid_level_loss = _register(register_mid_level_loss, MIDDLE_LEVEL_LOSS_DICT)
 _forward_proc = _register(register_forward_proc_func, FORWARD_PROC_FUNC_DICT)
 _pre_epoch_proc = _register(register_pre_epoch_proc_func, PRE_EPOCH_PROC_FUNC_DICT)
 _model_wrapper = _register(register_auxiliary_model_wrapper, AUXILIARY_MODEL_WRAPPER_DICT)
+_model = _register(register_model, MODEL_DICT)
+_dataset_wrapper = _register(register_dataset_wrapper, DATASET_WRAPPER_DICT)
 
 
 def find_hooked(io_dict: Hooked, side: str, path: str, io: str) -> Tensor:
@@ -259,7 +271,7 @@ class RKDDistanceLoss(HookedLoss, losses.RKDDistanceLoss):
         teacher_module_path: the teacher's.
         student_module_io: ``'input'`` or ``'output'`` of that module.
         teacher_module_io: likewise.
-        pool: what makes vectors ``(N, D)`` of larger outputs; one name, or a name a side, ``{student: ..., teacher: ...}``:
+        pool: what makes vectors ``(N, D)`` of larger outputs; one name, or ``{student: ..., teacher: ...}``:
 
             * ``'avg'``: the mean over the positions of maps ``(N, C, L)``, ``(N, C, H, W)`` or ``(N, C, D, H, W)``.
             * ``'avg_channels_last'``: the same of maps ``(N, H, W, C)`` or ``(N, D, H, W, C)``, as in a Swin block.
@@ -413,6 +425,74 @@ class PMLLoss(nn.Module):
                     raise
                 raise FloatingPointError("PMLLoss: expected finite embeddings, got NaN or Inf") from error
         return loss
+
+
+_VECTORS = "teacher_bank"  # the key under which the host's dictionary brings them
+
+
+@_dataset_wrapper
+class WithTeacherBank(BaseDatasetWrapper):
+    """torchdistill's wrapper of a data set that is trained on, with a bank's vectors for `BankTeacher`.
+
+    ``rkd run`` names both where ``recipe.teacher_bank`` is set; a YAML for torchdistill's own scripts does it itself::
+
+        models.teacher_model:     {key: BankTeacher, kwargs: {bank: PATH}}
+        train.teacher:            {forward_proc: forward_batch_supp_dict, requires_grad: False}
+        train.train_data_loader:  dataset_wrapper: {key: WithTeacherBank, kwargs: {bank: PATH}}
+
+    Args:
+        org_dataset: given by torchdistill.
+        bank: path of a `Bank`.
+
+    Raises:
+        FileNotFoundError: if there is no bank.
+        ValueError: if it is of other data; see `Bank.over`.
+    """
+
+    def __init__(self, org_dataset: Any, bank: str | Path) -> None:
+        super().__init__(org_dataset)
+        self.with_teacher = Bank(bank).over(org_dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any, dict[str, Any]]:
+        """Image, label, and the host's dictionary with the vectors."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any, dict[str, Any]]]:
+        """PyTorch's hook: the items of a batch."""
+        return [(*item, {_VECTORS: vectors}) for item, vectors in self.with_teacher.__getitems__(indices)]
+
+
+@_model
+class BankTeacher(AuxiliaryModelWrapper):
+    """In place of a teacher: its modules' inputs and outputs are what a bank holds of them; see `WithTeacherBank`.
+
+    Args:
+        bank: path of a `Bank`.
+        module_path: of an array alone, whose place it takes: a module of the teacher ...
+        module_io: ... and its ``"input"`` or ``"output"``.
+    """
+
+    def __init__(self, bank: str | Path, module_path: str = ".", module_io: IO = "output") -> None:
+        super().__init__()
+        arrays = Bank(bank).arrays
+        self.places = [(array.path, array.io) for array in arrays] if arrays else [(module_path, module_io)]
+        self.vectors: Sequence[Tensor] = ()
+
+    def forward(self, sample_batch: Tensor, supplement: Mapping[str, Any]) -> Tensor | None:
+        """The teacher's output ``(N, D)``, None if the bank holds that of other modules alone."""
+        if _VECTORS not in supplement:
+            raise ValueError("BankTeacher: expected a data set wrapped in WithTeacherBank; name it as dataset_wrapper")
+        self.vectors = [vectors.to(sample_batch.device, non_blocking=True) for vectors in supplement[_VECTORS]]
+        return dict(zip(self.places, self.vectors, strict=True)).get((".", "output"))
+
+    def secondary_forward(self, io_dict: dict[str, dict[str, Any]]) -> None:
+        """The host's hook, which finds here what its hooks would keep of a network."""
+        # Nothing is kept where the stage's forward process was `no_forward`.
+        for (path, io), vectors in zip(self.places, self.vectors, strict=False):
+            io_dict.setdefault(path, {})[io] = vectors
+
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Nothing is worth it."""
 
 
 @_forward_proc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 import re
@@ -21,12 +22,12 @@ from torchdistill.core.distillation import get_distillation_box
 from torchdistill.core.training import get_training_box
 from torchdistill.datasets.registry import BATCH_SAMPLER_DICT
 from torchdistill.datasets.util import build_data_loader
+from torchdistill.datasets.wrapper import BaseDatasetWrapper
 from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
 from rkd_plugin.adapters.torchdistill import seed_epoch
 from rkd_plugin.experiments import processes
-from rkd_plugin.experiments.bank.recipes import learn_from_bank
 from rkd_plugin.experiments.datasets.folders import files_of
 from rkd_plugin.experiments.features import compared
 from rkd_plugin.experiments.few_shot import episode_accuracies
@@ -34,7 +35,16 @@ from rkd_plugin.experiments.files import load_weights, read_checkpoint
 from rkd_plugin.experiments.metrics import EVALUATORS, Layer, check_classes, embed
 from rkd_plugin.experiments.recipe import Recipe, read
 from rkd_plugin.experiments.recipe.schema import stages
+from rkd_plugin.experiments.recipe.teacher_bank import learn_from_bank
 from rkd_plugin.experiments.samplers import SharedBatchSampler
+
+
+def _wrapped(dataset: Any) -> BaseDatasetWrapper:
+    return BaseDatasetWrapper(dataset)
+
+
+# A loader's process that is not forked meets this first, and the host's own module needs torchvision before it.
+copyreg.pickle(BaseDatasetWrapper, lambda wrapper: (_wrapped, (wrapper.org_dataset,)))
 
 
 class Experiment:

@@ -1,99 +1,24 @@
-"""A recipe that learns from a bank: what it reads of its teacher, what does not fit, and torchdistill's components.
-
-``recipe.teacher_bank`` makes `rkd run` put these components into what torchdistill builds; a YAML for torchdistill's
-own scripts names them itself, and this module under ``dependencies``::
-
-    models.teacher_model:             {key: BankTeacher, kwargs: {bank: PATH}}
-    train.teacher:                    {forward_proc: forward_batch_supp_dict, requires_grad: False}
-    train.train_data_loader:          dataset_wrapper: {key: WithTeacherBank, kwargs: {bank: PATH}}
-"""
+"""A recipe that learns from a teacher bank: what it reads of its teacher, what does not fit, what is put in place."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
-from torch import Tensor
-from torchdistill.datasets.registry import register_dataset_wrapper
-from torchdistill.datasets.wrapper import BaseDatasetWrapper
-from torchdistill.models.registry import register_model
-from torchdistill.models.wrapper import AuxiliaryModelWrapper
-
-from rkd_plugin.experiments.bank.files import Bank
 from rkd_plugin.experiments.files import read_checkpoint
 from rkd_plugin.experiments.recipe.errors import Problem
 from rkd_plugin.experiments.recipe.module_paths import loss_paths, mapping
 from rkd_plugin.experiments.recipe.schema import has_teacher, stages
+from rkd_plugin.teacher_bank import Bank
+from rkd_plugin.teacher_bank.fingerprint import of_weights
 
 SETTING = "recipe.teacher_bank"
 _REBUILT = ("sequential", "auxiliary_model_wrapper", "adaptations")  # of train.teacher: modules that it lacks itself
 
 
-@register_dataset_wrapper
-class WithTeacherBank(BaseDatasetWrapper):
-    """torchdistill's wrapper of a data set that is trained on, with a bank's vectors for `BankTeacher`.
-
-    Args:
-        org_dataset: given by torchdistill.
-        bank: path of a `Bank`.
-
-    Raises:
-        FileNotFoundError: if there is no bank.
-        ValueError: if it is of other data; see `Taught`.
-    """
-
-    def __init__(self, org_dataset: Any, bank: str | Path) -> None:
-        super().__init__(org_dataset)
-        self.taught = Bank(bank).over(org_dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any, dict[str, Any]]:
-        """Image, label, and the host's dictionary with the vectors."""
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any, dict[str, Any]]]:
-        """PyTorch's hook: the items of a batch."""
-        return [(*item, {SETTING: vectors}) for item, vectors in self.taught.__getitems__(indices)]
-
-
-@register_model
-class BankTeacher(AuxiliaryModelWrapper):
-    """In place of a teacher: its modules' inputs and outputs are what a bank holds of them.
-
-    Args:
-        bank: path of a `Bank`.
-        module_path: of an array that others made, whose place it takes: a module of the teacher ...
-        module_io: ... and its ``"input"`` or ``"output"``.
-    """
-
-    def __init__(self, bank: str | Path, module_path: str = ".", module_io: str = "output") -> None:
-        super().__init__()
-        arrays = Bank(bank).arrays
-        self.places = [(array.path, array.io) for array in arrays] if arrays else [(module_path, module_io)]
-        self.vectors: Sequence[Tensor] = ()
-
-    def forward(self, sample_batch: Tensor, supplement: Mapping[str, Any]) -> Tensor | None:
-        """The teacher's output ``(N, D)``, None if the bank holds that of other modules alone."""
-        if SETTING not in supplement:
-            raise ValueError("BankTeacher: expected a data set wrapped in WithTeacherBank; name it as dataset_wrapper")
-        self.vectors = [vectors.to(sample_batch.device, non_blocking=True) for vectors in supplement[SETTING]]
-        return dict(zip(self.places, self.vectors, strict=True)).get((".", "output"))
-
-    def secondary_forward(self, io_dict: dict[str, dict[str, Any]]) -> None:
-        """The host's hook, which finds here what its hooks would keep of a network."""
-        # Nothing is kept where the stage's forward process was `no_forward`.
-        for (path, io), vectors in zip(self.places, self.vectors, strict=False):
-            io_dict.setdefault(path, {})[io] = vectors
-
-    def compile(self, *_: Any, **__: Any) -> None:
-        """Nothing is worth it."""
-
-
-def taught(data: Mapping[Any, Any]) -> dict[tuple[str, str], set[str | None]]:
+def teacher_reads(data: Mapping[Any, Any]) -> dict[tuple[str, str], set[str | None]]:
     """What the losses of a recipe read of its teacher, module and ``"input"`` or ``"output"``, and how they pool it."""
     found: dict[tuple[str, str], set[str | None]] = {}
     for path, stage in stages(data).items():
@@ -138,7 +63,7 @@ def rebuilt(data: Mapping[Any, Any]) -> list[str]:
 
 
 def _misfits(bank: Bank, data: Mapping[Any, Any]) -> Iterator[str]:
-    reads = taught(data)
+    reads = teacher_reads(data)
     if bank.arrays is None:
         if len(reads) != 1:
             yield f"is one array, but the losses read {_names(reads)} of the teacher; write a bank with `rkd embed`"
@@ -146,8 +71,12 @@ def _misfits(bank: Bank, data: Mapping[Any, Any]) -> Iterator[str]:
     if bank.header["teacher"]["model"] != identity(mapping(data["models"]["teacher_model"])):
         yield "is of another teacher: its key or its kwargs differ; write one of this teacher with `rkd embed`"
     held = {(array.path, array.io): array.pool for array in bank.arrays}
-    # What was no map is not pooled, however a loss would do it.
-    missing = [read for read, pools in reads.items() if read not in held or (held[read] and pools != {held[read]})]
+    # What was a vector is not pooled, however a loss would do it; and 'auto' is 'avg' wherever it does not raise.
+    missing = [
+        read
+        for read, pools in reads.items()
+        if read not in held or (held[read] and {"avg" if pool == "auto" else pool for pool in pools} != {held[read]})
+    ]
     if missing:
         yield f"lacks what the losses read of the teacher, {_names(missing)}; write one with `rkd embed`"
 
@@ -161,15 +90,6 @@ def identity(model: Mapping[str, Any]) -> dict[str, Any]:
     known = {"key": model.get("key"), "kwargs": model.get("kwargs"), "repo_or_dir": model.get("repo_or_dir")}
     identified: dict[str, Any] = json.loads(json.dumps(known, sort_keys=True, default=repr))
     return identified
-
-
-def weights_of(state: Mapping[str, Any]) -> str:
-    """SHA-256 of a ``state_dict``: names, dtypes, shapes and values."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha.hexdigest()
 
 
 def learn_from_bank(config: dict[str, Any], data: Mapping[Any, Any]) -> None:
@@ -187,13 +107,15 @@ def learn_from_bank(config: dict[str, Any], data: Mapping[Any, Any]) -> None:
     checkpoint = config["models"]["teacher_model"].get("src_ckpt")
     # Without it the bank is taken at its word: whoever has the vectors need not have the network.
     if bank.header and checkpoint and Path(checkpoint).is_file():
-        found = weights_of(read_checkpoint(Path(checkpoint), "model")["model"])
+        found = of_weights(read_checkpoint(Path(checkpoint), "model")["model"])
         if found != bank.header["teacher"]["weights"]:
             raise ValueError(
                 f"the teacher bank {path} is of another teacher: its weights are not those of {checkpoint}; write one "
                 "of that checkpoint with `rkd embed`, or give its own"
             )
-    place = dict(zip(("module_path", "module_io"), next(iter(taught(data))), strict=True)) if not bank.arrays else {}
+    place = (
+        dict(zip(("module_path", "module_io"), next(iter(teacher_reads(data))), strict=True)) if not bank.arrays else {}
+    )
     config["models"]["teacher_model"] = {"key": "BankTeacher", "kwargs": {"bank": path, **place}}
     for stage in stages(config).values():
         is_silent = stage["teacher"].get("forward_proc") == "no_forward"
