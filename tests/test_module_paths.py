@@ -5,12 +5,13 @@ import torch
 from torch import nn
 from torchdistill.models.registry import MODEL_DICT
 
+import rkd_plugin.adapters.torchdistill  # noqa: F401  registers the losses
 from rkd_plugin.experiments.recipe.module_paths import check_module_paths
 from rkd_plugin.experiments.recipe.walking import Walk
 
 
-def found(model, path, loss="RKDDALoss", **kwargs):
-    """The problems of the student's side of a loss between two models of one kind."""
+def walked(model, path, loss="RKDDALoss", **kwargs):
+    """What is found of a loss between two models of one kind."""
     known = {"key": model, "kwargs": {}}
     side = {"forward_hook": {"output": [path]}}
     criterion = {"key": loss, "kwargs": {"student_module_path": path, "teacher_module_path": path, **kwargs}}
@@ -24,7 +25,12 @@ def found(model, path, loss="RKDDALoss", **kwargs):
     }
     walk = Walk(data)
     check_module_paths(walk)
-    return [message for place, message in walk.found if place.endswith("student_module_path")]
+    return walk
+
+
+def found(*args, **kwargs):
+    """The problems of the student's side."""
+    return [text for place, text in walked(*args, **kwargs).found if place.endswith("student_module_path")]
 
 
 class Sequences(nn.Module):
@@ -66,6 +72,14 @@ def test_a_pool_that_does_not_fit_a_module_is_known_before(model, path, pool, mo
     problems = found(model, path, pool=pool)
     assert len(problems) == (expected is not None), problems
     assert expected is None or expected in problems[0]
+
+
+def test_a_map_that_torchdistill_would_flatten_is_noted():
+    for path, pool, count in (("layer4", "auto", 2), ("layer4", "avg", 0), ("avgpool", "auto", 0)):
+        walk = walked("resnet18", path, pool=pool)
+        assert not walk.found
+        assert len(walk.notes) == count
+        assert all(text.endswith("RKDLoss flattens; set pool to 'avg' or 'flatten'") for _, text in walk.notes)
 
 
 def test_a_model_that_takes_no_images_is_not_guessed_at(monkeypatch):

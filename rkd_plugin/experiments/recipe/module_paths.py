@@ -6,13 +6,12 @@ import functools
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, get_args
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rkd_plugin.adapters.torchdistill import IO, Pool, is_channels_last, pool_of, pooling, reading
 from rkd_plugin.experiments.recipe.errors import suggest
 from rkd_plugin.experiments.recipe.schema import has_teacher, mid_level_losses, model_builders, stages
 from rkd_plugin.experiments.recipe.signatures import arguments
@@ -178,16 +177,21 @@ def _term_paths(term: Mapping[Any, Any], place: str) -> Iterator[Read]:
     kwargs, place = mapping(criterion.get("kwargs")), f"{place}.criterion.kwargs"
     loss = mid_level_losses().get(str(criterion.get("key")))
     known = arguments(loss).named if loss else {}
-    pool = kwargs.get("pool", known["pool"].default) if "pool" in known else None
+    default_pool = known["pool"].default if "pool" in known else None
+    pool = kwargs.get("pool", default_pool) if "pool" in known else None
+
+    def pool_of(side: str) -> Any:
+        return pool.get(side, default_pool) if isinstance(pool, dict) else pool
+
     for key in sorted({*kwargs, *known}, key=str):
         if not (match := _SIDED.fullmatch(str(key))):
             continue
         io = str(key).removesuffix("path") + "io"
         default_io = known[io].default if io in known and not known[io].required else "output"
         if key in kwargs:
-            yield Read(f"{place}.{key}", match[1], kwargs[key], kwargs.get(io, default_io), pool_of(pool, match[1]))
+            yield Read(f"{place}.{key}", match[1], kwargs[key], kwargs.get(io, default_io), pool_of(match[1]))
         elif not known[key].required and known[key].default is None:
-            yield Read(f"{place}.{key}", match[1], None, "output", pool_of(pool, match[1]))
+            yield Read(f"{place}.{key}", match[1], None, "output", pool_of(match[1]))
     yield from _pair_paths(kwargs, place)
     if "criterion" in kwargs:  # a loss around another one
         yield from _term_paths(kwargs, place)
@@ -224,12 +228,26 @@ def _check_pools(walk: Walk, model: nn.Module, reads: list[Read]) -> None:
     pooled = [
         read
         for read in reads
-        if read.pool in get_args(Pool)
-        and read.io in get_args(IO)
+        if isinstance(read.pool, str)
         and isinstance(read.path, str)
+        and read.io in ("input", "output")
         and (read.path == "." or _reaches(model, read.path))
     ]
-    values = _forward(model, {(read.path, read.io) for read in pooled})
+    if not pooled:
+        return
+    # A loss that pools is there: what would register it, were it not a dependency of the recipe, has been imported.
+    from rkd_plugin.adapters.torchdistill import is_channels_last, pooling, reading
+
+    values: Mapping[tuple[str, str], Any] = {}
+    for image in _images(model):
+        try:
+            with torch.no_grad(), torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with reading(model.eval(), {(read.path, read.io) for read in pooled}) as values:
+                    model(image)
+        except Exception:  # another size, another kind of input, or values that decide what is computed
+            continue
+        break
     for read in pooled:
         value = values.get((read.path, read.io))
         if not isinstance(value, Tensor):
@@ -237,9 +255,17 @@ def _check_pools(walk: Walk, model: nn.Module, reads: list[Read]) -> None:
         where = f"the {read.io} of the {read.side}'s {read.path!r}"
         try:
             name = pooling(value, read.pool)
+        except KeyError:  # no such pool, which the argument's type tells
+            continue
         except ValueError as error:
             walk.report(read.place, f"{where}: {error}")
             continue
+        if read.pool == "auto" and name == "avg" and value[0, 0].numel() > 1:
+            walk.note(
+                read.place,
+                f"{where} is a map {tuple(value.shape)}, which is averaged over its positions, and which "
+                "torchdistill's RKDLoss flattens; set pool to 'avg' or 'flatten'",
+            )
         last = is_channels_last(value.shape) if value.ndim > 3 else _normalizes(model, value.shape[-1])
         # The images are square here, and so are the maps.
         first = value.ndim > 3 and value.shape[-1] == value.shape[-2] != value.shape[1]
@@ -254,22 +280,13 @@ def _check_pools(walk: Walk, model: nn.Module, reads: list[Read]) -> None:
             )
 
 
-def _forward(model: nn.Module, reads: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], Any]:
-    """What modules give for two images of a size that the model takes; nothing if none is found."""
-    if not reads:
-        return {}
+def _images(model: nn.Module) -> Iterator[Tensor]:
+    """Two images without memory, of sizes that a model may take."""
     channels = next((weight.shape[1] for weight in model.parameters() if weight.ndim == 4), 3)
     # torchvision's transformers, and all networks of timm, take images of one size.
     own = (getattr(model, "image_size", None), *mapping(getattr(model, "default_cfg", None)).get("input_size", ())[-1:])
-    for size in (*(size for size in own if isinstance(size, int)), 224, 64, 32):
-        try:
-            with torch.no_grad(), torch.device("meta"), warnings.catch_warnings(), reading(model.eval(), reads) as seen:
-                warnings.simplefilter("ignore")
-                model(torch.empty(2, channels, size, size))
-        except Exception:  # another size, another kind of input, or values that decide what is computed
-            continue
-        return seen
-    return {}
+    for size in dict.fromkeys((*(size for size in own if isinstance(size, int)), 224, 64, 32)):
+        yield torch.empty(2, channels, size, size, device="meta")
 
 
 def _normalizes(model: nn.Module, width: int) -> bool:
