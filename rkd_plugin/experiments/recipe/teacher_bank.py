@@ -68,17 +68,29 @@ def _misfits(bank: Bank, data: Mapping[Any, Any]) -> Iterator[str]:
         if len(reads) != 1:
             yield f"is one array, but the losses read {_names(reads)} of the teacher; write a bank with `rkd embed`"
         return
-    if bank.header["teacher"]["model"] != identity(mapping(data["models"]["teacher_model"])):
-        yield "is of another teacher: its key or its kwargs differ; write one of this teacher with `rkd embed`"
-    held = {(array.path, array.io): array.pool for array in bank.arrays}
+    held, own = bank.header["teacher"]["model"], identity(mapping(data["models"]["teacher_model"]))
+    if held != own:
+        differing = "; ".join(_differences(held, own, "models.teacher_model"))
+        yield f"is of another teacher: {differing}; write one of this teacher with `rkd embed`"
+    pooled = {(array.path, array.io): array.pool for array in bank.arrays}
     # What was a vector is not pooled, however a loss would do it; and 'auto' is 'avg' wherever it does not raise.
     missing = [
         read
         for read, pools in reads.items()
-        if read not in held or (held[read] and {"avg" if pool == "auto" else pool for pool in pools} != {held[read]})
+        if read not in pooled
+        or (pooled[read] and {"avg" if pool == "auto" else pool for pool in pools} != {pooled[read]})
     ]
     if missing:
         yield f"lacks what the losses read of the teacher, {_names(missing)}; write one with `rkd embed`"
+
+
+def _differences(held: Any, own: Any, path: str) -> Iterator[str]:
+    """Where two descriptions of a network differ."""
+    if isinstance(held, dict) and isinstance(own, dict):
+        for key in {**held, **own}:
+            yield from _differences(held.get(key), own.get(key), f"{path}.{key}")
+    elif held != own:
+        yield f"{path} was {held!r} and is {own!r}"
 
 
 def _names(reads: Any) -> str:
