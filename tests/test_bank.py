@@ -376,6 +376,7 @@ def two_processes(tmp_path, *recipes):
     return [process.returncode for process in started], errors
 
 
+@pytest.mark.slow
 def test_processes_take_turns_with_shards(teacher, whole, tmp_path):
     codes, errors = two_processes(tmp_path, digits(teacher), digits(teacher))
     assert codes == [0, 0], errors
@@ -384,6 +385,13 @@ def test_processes_take_turns_with_shards(teacher, whole, tmp_path):
     assert [max(map(int, re.findall(r"/(\d+) ", text)), default=0) for text in errors] == [7 * 64 + 5, 0]
 
 
+def test_a_rank_with_another_bank_is_named():
+    writing._check_same([{"data": "a", "teacher": "b"}] * 3)
+    with pytest.raises(ValueError, match="expected the same bank from every process, got other teacher on rank 2 than"):
+        writing._check_same([{"data": "a", "teacher": "b"}] * 2 + [{"data": "a", "teacher": "c"}])
+
+
+@pytest.mark.slow
 def test_processes_with_other_teachers_write_no_bank(teacher, tmp_path):
     model = Experiment(read("quickstart/teacher", ["recipe.seed=5"])).student
     write_checkpoint(tmp_path / "other.pt", {"model": model.state_dict()})
@@ -554,25 +562,26 @@ def test_a_shard_is_checked_when_a_row_of_it_is_read_first(bank):
 
 
 CUT = """
-import os, sys, numpy as np, torch
+import os, sys
 from rkd_plugin.teacher_bank import Bank
-bank = Bank(sys.argv[1])
-bank.read([0])
-os.truncate(sys.argv[2], 4096)
-try:
-    bank.read([bank.count - 1])
-except ValueError as error:
-    print(error)
+for path in sys.argv[1:]:
+    bank = Bank(path)
+    bank.read([0])
+    os.truncate(path + "/0.npy" if os.path.isdir(path) else path, 4096)
+    try:
+        bank.read([bank.count - 1])
+    except ValueError as error:
+        print(error)
 """
 
 
-@pytest.mark.parametrize("form", ["folder", "npy", "safetensors", "pt"])
-def test_a_file_that_is_cut_under_a_reader_is_one_sentence(form, bank, tmp_path):
-    path = bank if form == "folder" else saved(tmp_path, form, torch.ones(2**12, 64))
-    cut = bank / "0.npy" if form == "folder" else path
-    done = python(CUT, path, cut)
+def test_a_file_that_is_cut_under_a_reader_is_one_sentence(bank, tmp_path):
+    paths = [bank, *(saved(tmp_path, form, torch.ones(2**12, 64)) for form in ("npy", "safetensors", "pt"))]
+    done = python(CUT, *paths)  # reading the map of a file that was cut ends the process
     assert done.returncode == 0, (done.returncode, done.stderr)
-    assert f"{path} cannot be used as a teacher bank: {cut.name} was cut while it was read; " in done.stdout
+    for path, text in zip(paths, done.stdout.splitlines(), strict=True):
+        name = "0.npy" if path == bank else path.name
+        assert text.startswith(f"{path} cannot be used as a teacher bank: {name} was cut while it was read; ")
 
 
 def test_rows_from_the_end_and_beyond(bank):

@@ -80,7 +80,9 @@ class Bank:
                 return
         elif not isinstance(source, Tensor | np.ndarray):
             raise TypeError(f"Bank: expected a path, a tensor or an array, got {type(source).__name__}; give one")
-        self.count = self._opened().count
+        external = self._opened()
+        assert isinstance(external, ArrayReader)  # as there is no header
+        self.count = external.count
 
     def __str__(self) -> str:
         return "in memory" if self.path is None else str(self.path)

@@ -77,7 +77,8 @@ class Layout(NamedTuple):
 
 def shard_rows(widths: Sequence[int], dtype: str) -> int:
     """How many rows a shard should have."""
-    return min(max(SHARD // (max(widths) * np.dtype(DTYPES[dtype]).itemsize), 1), LARGEST_SHARD)
+    row = max(widths) * np.dtype(DTYPES[dtype]).itemsize
+    return int(min(max(SHARD // row, 1), LARGEST_SHARD))
 
 
 def check_regular(path: Path) -> None:
@@ -146,7 +147,7 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: Any) -> Rows:
 
 def checksum(block: Array) -> int:
     """What is kept of the rows of a shard; 0 stands for rows that were never written."""
-    return WRITTEN | zlib.crc32(np.ascontiguousarray(block))
+    return WRITTEN | zlib.crc32(np.ascontiguousarray(block).data)
 
 
 class ShardReader:

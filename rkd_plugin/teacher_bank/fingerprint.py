@@ -21,9 +21,9 @@ CLOSE = 0.01  # of the standard deviation: what another version of a decoder may
 
 def digest(content: Any) -> str:
     """SHA-256 of an array, or of anything that JSON can hold."""
-    if not isinstance(content, np.ndarray):
-        content = json.dumps(content, sort_keys=True).encode()
-    return hashlib.sha256(content).hexdigest()
+    is_array = isinstance(content, np.ndarray)
+    encoded = content.tobytes() if is_array else json.dumps(content, sort_keys=True).encode()
+    return hashlib.sha256(encoded).hexdigest()
 
 
 def of_weights(state: Mapping[str, Any]) -> str:
