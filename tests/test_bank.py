@@ -538,7 +538,7 @@ def test_a_header_of_wrong_types_is_one_sentence(place, bank):
 
 def test_other_images_of_a_header_are_other_data(bank):
     header_changed(bank, "data.images", [{"index": 0, "shape": [1, 8, 8], "mean": float("nan"), "std": 0.1}])
-    with pytest.raises(ValueError, match="is of other data: image 0 looks otherwise"):
+    with pytest.raises(ValueError, match="is of other data: image 0 looks different"):
         Bank(bank).over(Digits(classes=range(5)))
 
 
@@ -607,7 +607,7 @@ class Inverted(Digits):
 OTHER = {
     "count": (lambda: Digits(classes=range(6)), "it has 901 images, the data set 1083"),
     "labels": (Relabelled, "its labels differ"),
-    "images": (lambda: Inverted(classes=range(5)), "image 0 looks otherwise"),
+    "images": (lambda: Inverted(classes=range(5)), "image 0 looks different"),
     "order": (lambda: Subset(Digits(range(5)), range(900, -1, -1)), "its labels differ"),
 }
 
@@ -678,7 +678,7 @@ def test_check_tells_what_is_wrong_and_opens_the_header_alone(bank, tmp_path, ca
     )
     assert "a text was expected" in problem("recipe.teacher_bank=3")["recipe.teacher_bank"]
     alone = problem(f"recipe.teacher_bank={bank}", name="quickstart/student")["recipe.teacher_bank"]
-    assert alone.startswith("there is no teacher that it could stand for")
+    assert alone.startswith("there is no teacher that it could replace")
     hooked = problem(
         f"recipe.teacher_bank={bank}", "train.criterion.kwargs.sub_terms.rkd.criterion.kwargs.teacher_module_path=x"
     )

@@ -27,6 +27,7 @@ from torchdistill.models.registry import get_model
 
 import rkd_plugin
 from rkd_plugin.adapters import torchdistill as adapter
+from rkd_plugin.adapters.torchdistill import registering
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FUNCTIONS = {
@@ -213,7 +214,7 @@ def test_names_that_others_hold_are_left_alone(monkeypatch):
 
     monkeypatch.setitem(MIDDLE_LEVEL_LOSS_DICT, "RKDDALoss", RKDDALoss)
     with pytest.raises(ValueError, match=r"'RKDDALoss' is already .*RKDDALoss; register that one under another key"):
-        adapter._register(register_mid_level_loss, MIDDLE_LEVEL_LOSS_DICT)(adapter.RKDDALoss)
+        registering.keeping_others(register_mid_level_loss, MIDDLE_LEVEL_LOSS_DICT)(adapter.RKDDALoss)
     assert MIDDLE_LEVEL_LOSS_DICT["RKDDALoss"] is RKDDALoss
 
 

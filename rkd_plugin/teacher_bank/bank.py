@@ -37,16 +37,16 @@ class Bank:
     A folder and an array in ``.npy`` or ``.safetensors`` are memory-mapped, by each process anew.
 
     Args:
-        source: a folder; or an array ``(N, D)`` of floating point, which tells nothing of its data and teacher but its
-            shape: a tensor, an array of NumPy, an ``.npy`` file, or an ``.npz``, ``.safetensors``, ``.pt`` or ``.pth``
-            file that holds one alone. ``~`` is the user's home.
+        source: a folder; or an array ``(N, D)`` of floating point, of which nothing but its shape is known: a tensor,
+            an array of NumPy, an ``.npy`` file, or an ``.npz``, ``.safetensors``, ``.pt`` or ``.pth`` file that holds
+            one alone. ``~`` is the user's home.
 
     Attributes:
         path: of the folder or file, None for an array in memory.
         count: ``N``, the items of the data set.
         views: how many views of each item it holds, 0 for the one of a transform that draws no random numbers.
-        arrays: a `Stored` for each array; None for an array alone, which stands for whatever is read.
-        header: what ``bank.json`` tells, empty for an array alone.
+        arrays: a `Stored` for each array; None for an array alone, which is used for whatever module a loss reads.
+        header: the content of ``bank.json``, empty for an array alone.
 
     Raises:
         FileNotFoundError: if there is nothing at ``source``.
@@ -227,7 +227,7 @@ def _checked(values: Any, is_bfloat16: bool = False) -> Any:
 
     Args:
         values: a tensor or an array.
-        is_bfloat16: whether uint16 stands for it.
+        is_bfloat16: whether uint16 holds the bits of bfloat16.
     """
     if isinstance(values, Tensor):
         values = values.detach().cpu()

@@ -61,7 +61,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, header: Mapping[str, Any]) -> Layout:
-        """As a header tells it."""
+        """As a header describes it."""
         rows = max(header["views"], 1) * header["data"]["count"]
         return cls(rows, [array["width"] for array in header["arrays"]], header["dtype"], header["shard_rows"])
 
@@ -146,7 +146,7 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: Any) -> Rows:
 
 
 def checksum(block: Array) -> int:
-    """What is kept of the rows of a shard; 0 stands for rows that were never written."""
+    """The checksum of the rows of a shard, never 0, which marks rows that were not written."""
     return WRITTEN | zlib.crc32(np.ascontiguousarray(block).data)
 
 
@@ -276,7 +276,7 @@ def decoded(values: Array | Tensor) -> Tensor:
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """What ``bank.json`` tells, once it is known to be whole.
+    """The content of ``bank.json``, checked.
 
     Raises:
         FileNotFoundError: if there is none.

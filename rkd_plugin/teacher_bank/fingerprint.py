@@ -1,4 +1,4 @@
-"""What tells data and weights from others, short enough to be kept beside what was computed from them."""
+"""Fingerprints of data and weights, short enough to keep beside what was computed from them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def of_weights(state: Mapping[str, Any]) -> str:
 
 
 def of_data(dataset: Any, seed: int) -> dict[str, Any]:
-    """What tells a data set from others, as JSON can hold it: labels, names of files, transform, a few images.
+    """Labels, names of files, transform and statistics of a few images of a data set, as JSON can hold them.
 
     Args:
         dataset: it may wrap, cut or join others.
@@ -58,7 +58,7 @@ def of_data(dataset: Any, seed: int) -> dict[str, Any]:
 
 
 def difference(held: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """What two data sets of one length differ in, by their `of_data`; empty if in nothing that is known."""
+    """The first difference of two data sets of one length, by their `of_data`; empty if none is known."""
     for what, words in (("labels", "its labels differ"), ("files", "its files, or their order, differ")):
         if held[what] != found[what]:
             return words
@@ -70,7 +70,7 @@ def difference(held: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         allowed = CLOSE * was["std"]
         # What is no number is not close either.
         if not all(abs(was[name] - now[name]) <= allowed or was[name] == now[name] for name in ("mean", "std")):
-            return f"image {now['index']} looks otherwise"
+            return f"image {now['index']} looks different"
     return ""
 
 

@@ -255,7 +255,7 @@ def _check_pools(walk: Walk, model: nn.Module, reads: list[Read]) -> None:
         where = f"the {read.io} of the {read.side}'s {read.path!r}"
         try:
             name = pooling(value, read.pool)
-        except KeyError:  # no such pool, which the argument's type tells
+        except KeyError:  # no such pool, which the check of arguments reports
             continue
         except ValueError as error:
             walk.report(read.place, f"{where}: {error}")

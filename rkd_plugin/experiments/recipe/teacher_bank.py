@@ -34,7 +34,7 @@ def problems(data: Mapping[Any, Any]) -> Iterator[Problem]:
     if not isinstance(path, str):
         return
     if not has_teacher(data):
-        yield SETTING, "there is no teacher that it could stand for: `models.teacher_model` is missing"
+        yield SETTING, "there is no teacher that it could replace: `models.teacher_model` is missing"
         return
     try:
         bank = Bank(path)
