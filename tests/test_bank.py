@@ -372,7 +372,7 @@ def two_processes(tmp_path, *recipes):
         )
         for rank in range(2)
     ]  # fmt: skip
-    errors = [process.communicate(timeout=120)[1] for process in started]
+    errors = [process.communicate(timeout=300)[1] for process in started]
     return [process.returncode for process in started], errors
 
 

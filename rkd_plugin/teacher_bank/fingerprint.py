@@ -32,7 +32,7 @@ def of_weights(state: Mapping[str, Any]) -> str:
     for name, value in sorted(state.items()):
         tensor = torch.as_tensor(value).detach().cpu()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
