@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--data", metavar="ID", help="a data set of the recipe (default: the one that it trains on)")
     embed.add_argument("--dtype", default="float32", help="of the files: float32 (default), float16 or bfloat16")
     embed.add_argument("--views", type=int, default=0, metavar="K", help="of each image, where transforms are random")
-    embed.add_argument("--verify", type=Path, metavar="BANK", help="hold every row of this bank against its checksum")
+    embed.add_argument("--verify", type=Path, metavar="BANK", help="check every row of this bank")
 
     bench = verb(
         "bench", _bench, "time and memory of the losses beside torchdistill's own, or a recipe's training step",
@@ -238,18 +238,18 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    from rkd_plugin.experiments.bank import writing
+    from rkd_plugin.experiments.embed import embed, verify
     from rkd_plugin.experiments.processes import joined, rank
     from rkd_plugin.experiments.recipe import read
 
     if options.verify:
-        print(f"{options.verify}: {sum(writing.verified(options.verify))} rows are as they were written")
+        print(f"{options.verify}: {sum(verify(options.verify))} rows are as they were written")
         return 0
     if not options.recipe or not options.out:
         raise ValueError("expected a recipe and --out BANK, or --verify BANK; see `rkd embed --help`")
     recipe = read(options.recipe, options.overrides)
     with joined():
-        bank = writing.embed(recipe, options.out, options.data, options.dtype, options.views)
+        bank = embed(recipe, options.out, options.data, options.dtype, options.views)
         if rank() > 0:
             return 0
     for array in bank.arrays or ():

@@ -14,7 +14,13 @@ from torchdistill.losses.mid_level import ATLoss
 
 from rkd_plugin import rkd_angle_loss, rkd_distance_loss
 from rkd_plugin.adapters.torchdistill import PMLLoss, TrainedWith
-from rkd_plugin.experiments.baselines import DarkRankLoss, DistanceWeightedNegatives, HardDarkRank, HintRegressors
+from rkd_plugin.experiments.baselines import (
+    DarkRankLoss,
+    DistanceWeightedNegatives,
+    HardDarkRank,
+    HintRegressor,
+    HintRegressors,
+)
 
 
 def sphere(rows, dim, spread=0.7):
@@ -331,3 +337,11 @@ def test_a_loss_with_proxies_trains_beside_the_model():
     box.post_forward_process(box.forward_process(torch.randn(8, 3, 6, 6), torch.arange(8) // 2, None))
     moved = {name for name, value in box.model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == set(before)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 5), (4, 5, 5, 6), (4, 5)])
+def test_a_hint_guesses_no_axis_of_channels(shape):
+    with pytest.raises(
+        ValueError, match=r"HintRegressor: expected feature maps \(N, 6, H, W\) or vectors \(N, 6\), got"
+    ):
+        HintRegressor(6, 3, init_range=0.1)(torch.zeros(shape))

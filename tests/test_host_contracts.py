@@ -26,6 +26,7 @@ from torchdistill.common.main_util import import_dependencies, load_ckpt
 from torchdistill.core.distillation import DistillationBox, get_distillation_box
 from torchdistill.core.interfaces.registry import FORWARD_PROC_FUNC_DICT, PRE_EPOCH_PROC_FUNC_DICT
 from torchdistill.core.training import get_training_box
+from torchdistill.losses.mid_level import RKDLoss
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, get_high_level_loss, register_mid_level_loss
 from torchdistill.models.registry import AUXILIARY_MODEL_WRAPPER_DICT
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
@@ -264,6 +265,18 @@ def test_torchdistill_executes_what_a_checkpoint_holds_and_goes_on_without_one(t
     holds("torchdistill", is_so, "load_ckpt executes what a file holds", "Experiment, which reads weights itself,")
     is_so = load_ckpt(str(tmp_path / "none.pt"), model=net()) == (None, None)
     holds("torchdistill", is_so, "a missing checkpoint is no error", "Experiment, which makes it one,")
+
+
+def test_torchdistills_own_loss_names_its_arguments_and_flattens_maps():
+    names = {"student_output_path", "teacher_output_path", "dist_factor", "angle_factor"}
+    is_so = names <= set(inspect.signature(RKDLoss).parameters)
+    holds("torchdistill", is_so, f"RKDLoss takes {names}", "the hints for moving to RKDDALoss")
+    maps = torch.randn(6, 4, 5, 5), torch.randn(6, 3, 5, 5)
+    loss = RKDLoss("a", "a", 1.0, 2.0, "mean")
+    values = [
+        loss(*({"a": {"output": part}} for part in parts)) for parts in (maps, [part.flatten(1) for part in maps])
+    ]
+    holds("torchdistill", torch.equal(*values), "RKDLoss flattens maps", "what the documentation of `pool` tells of it")
 
 
 def test_torchdistills_simple_loss_wrapper_passes_two_tensors():

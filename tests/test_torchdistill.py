@@ -1,6 +1,8 @@
 """The adapter as torchdistill uses it: registries, boxes, hooks, wrappers, and the flow of its example scripts."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from torchdistill.models.registry import get_model
 
 import rkd_plugin
 from rkd_plugin.adapters import torchdistill as adapter
+from rkd_plugin.adapters.torchdistill import registering
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FUNCTIONS = {
@@ -57,13 +60,76 @@ def test_value_is_the_functions(key, io_dicts):
     assert torch.equal(loss(*io_dicts, torch.zeros(6)), expected)
 
 
-@pytest.mark.parametrize(("pool", "view"), [("avg", lambda x: x.mean((2, 3))), ("flatten", lambda x: x.flatten(1))])
-def test_feature_maps_are_pooled_or_flattened(pool, view, io_dicts):
+POOLED = {
+    "auto": ((6, 8, 4, 5), lambda x: x.mean((2, 3))),
+    "avg": ((6, 8, 5, 5), lambda x: x.mean((2, 3))),
+    "avg of (N, C, L)": ((6, 8, 5), lambda x: x.mean(2)),
+    "avg of (N, C, D, H, W)": ((6, 8, 3, 4, 5), lambda x: x.mean((2, 3, 4))),
+    "avg_channels_last": ((6, 5, 5, 8), lambda x: x.mean((1, 2))),
+    "avg_channels_last of (N, D, H, W, C)": ((6, 3, 5, 5, 8), lambda x: x.mean((1, 2, 3))),
+    "mean": ((6, 5, 8), lambda x: x.mean(1)),
+    "cls": ((6, 5, 8), lambda x: x[:, 0]),
+    "last": ((6, 5, 8), lambda x: x[:, 4]),
+    "flatten": ((6, 8, 5, 5), lambda x: x.reshape(6, 200)),
+}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_outputs_are_pooled_as_named(name, io_dicts):
+    shape, view = POOLED[name]
+    student, teacher = io_dicts[0]["."]["output"], torch.randn(shape)
+    io_dicts[1]["conv"]["input"] = teacher
     loss = mid_level_loss(
-        "RKDDALoss", student_module_path="conv", teacher_module_path="conv", teacher_module_io="input", pool=pool
+        "RKDDALoss",
+        student_module_path=".",
+        teacher_module_path="conv",
+        teacher_module_io="input",
+        pool=name.split()[0],
     )
-    expected = rkd_plugin.rkd_da_loss(view(io_dicts[0]["conv"]["output"]), view(io_dicts[1]["conv"]["input"]))
+    torch.testing.assert_close(loss(*io_dicts), rkd_plugin.rkd_da_loss(student, view(teacher)))
+
+
+def test_each_side_has_a_pool_of_its_own(io_dicts):
+    io_dicts[1]["block"] = {"output": torch.randn(6, 5, 8)}
+    loss = mid_level_loss(
+        "RKDDALoss", student_module_path="conv", teacher_module_path="block", pool={"student": "avg", "teacher": "cls"}
+    )
+    expected = rkd_plugin.rkd_da_loss(io_dicts[0]["conv"]["output"].mean((2, 3)), io_dicts[1]["block"]["output"][:, 0])
     torch.testing.assert_close(loss(*io_dicts), expected)
+
+
+def test_a_rotated_vision_transformer_is_at_distance_zero():
+    # Averages of a LayerNorm's outputs over the channels are all 0: their relations are noise.
+    network = get_image_classification_model({"key": "vit_b_32", "kwargs": {"image_size": 32}}).eval()
+    network.encoder.layers = network.encoder.layers[:1]
+    with torch.no_grad():
+        tokens = network.encoder(torch.randn(8, 2, 768))
+    rotation = torch.linalg.qr(torch.randn(768, 768)).Q
+    io_dicts = {"ln": {"output": tokens}}, {"ln": {"output": tokens @ rotation}}
+    for pool in ("mean", "cls", "last"):
+        loss = mid_level_loss("RKDDALoss", student_module_path="ln", teacher_module_path="ln", pool=pool)
+        assert loss(*io_dicts) < 1e-8
+    loss = mid_level_loss("RKDDALoss", student_module_path="ln", teacher_module_path="ln")
+    with pytest.raises(
+        ValueError, match=r"the student: expected a pool for the three axes \(8, 2, 768\), got 'auto'; set"
+    ):
+        loss(*io_dicts)
+
+
+UNFIT = {
+    "auto of (6, 7, 7, 8)": r"expected a feature map .*, got \(6, 7, 7, 8\), whose channels seem to be last",
+    "auto of (6, 2, 7, 7, 8)": r"got \(6, 2, 7, 7, 8\), whose channels seem to be last; set pool to",
+    "cls of (6, 8, 7, 7)": r"pool 'cls': expected tokens .* set pool to one of 'avg', 'avg_channels_last', 'flatten'",
+    "avg_channels_last of (6, 7, 8)": r"set pool to one of 'avg', 'mean', 'cls', 'last', 'flatten'",
+    "avg of (6, 2, 2, 2, 2, 8)": "pool 'avg': expected .* set pool to one of 'flatten'",
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_pool_that_does_not_fit_is_refused(name):
+    pool, shape = name.split(" of ")
+    with pytest.raises(ValueError, match=UNFIT[name]):
+        adapter.pooled(torch.zeros(eval(shape)), pool)
 
 
 @every_loss
@@ -87,7 +153,12 @@ def test_works_through_the_hosts_simple_loss_wrapper(key, io_dicts):
     ("kwargs", "error", "message"),
     [
         ({"huber": 1.0}, TypeError, "unexpected keyword argument 'huber'"),
-        ({"pool": "max"}, ValueError, r"pool must be one of \('avg', 'flatten'\), got 'max'"),
+        ({"pool": "max"}, ValueError, r"pool must be one of \('auto', 'avg', .*, 'flatten'\), got 'max'"),
+        ({"pool": {"student": "avg", "teacher": "max"}}, ValueError, "pool must be one of .* got 'max'"),
+        ({"pool": {"pupil": "avg"}}, ValueError, "pool must be for 'student' and 'teacher', got 'pupil'"),
+        ({"dist_factor": 1.0}, TypeError, "got dist_factor; use distance_weight"),
+        ({"angle_factor": 1.0}, TypeError, "got angle_factor; use angle_weight"),
+        ({"student_output_path": "."}, TypeError, "got student_output_path; use student_module_path"),
         ({"student_module_io": "out"}, ValueError, r"student_module_io must be one of .*, got 'out'"),
         ({"reduction": "anchor"}, ValueError, "torchdistill sums scalar terms"),
     ],
@@ -118,7 +189,7 @@ def test_a_missing_hook_names_what_is_there(student, teacher, message, io_dicts)
 def test_batches_of_different_length_name_the_paths(io_dicts):
     loss = mid_level_loss("RKDDALoss", student_module_path="conv", teacher_module_path=".")
     io_dicts[1]["."]["output"] = torch.zeros(5, 7)
-    with pytest.raises(ValueError, match=r"student='conv' output, teacher='\.' output.*got 6 and 5 rows"):
+    with pytest.raises(ValueError, match=r"student='conv' output.* teacher='\.' output.*got 6 and 5 rows"):
         loss(*io_dicts)
 
 
@@ -143,7 +214,7 @@ def test_names_that_others_hold_are_left_alone(monkeypatch):
 
     monkeypatch.setitem(MIDDLE_LEVEL_LOSS_DICT, "RKDDALoss", RKDDALoss)
     with pytest.raises(ValueError, match=r"'RKDDALoss' is already .*RKDDALoss; register that one under another key"):
-        adapter._register(register_mid_level_loss, MIDDLE_LEVEL_LOSS_DICT)(adapter.RKDDALoss)
+        registering.keeping_others(register_mid_level_loss, MIDDLE_LEVEL_LOSS_DICT)(adapter.RKDDALoss)
     assert MIDDLE_LEVEL_LOSS_DICT["RKDDALoss"] is RKDDALoss
 
 
@@ -357,3 +428,12 @@ def test_every_term_reaches_the_student(io_dicts):
     io_dicts[0]["."]["output"].requires_grad_()
     criterion({"student": io_dicts[0], "teacher": io_dicts[1]}, {}, None).backward()
     assert io_dicts[0]["."]["output"].grad.abs().sum() > 0
+
+
+def test_importing_the_adapter_patches_nothing():
+    code = (
+        "import copyreg; before = dict(copyreg.dispatch_table); import rkd_plugin.adapters.torchdistill; "
+        "changed = {k for k, v in copyreg.dispatch_table.items() if before.get(k) is not v}; "
+        "assert not [kind for kind in changed if kind.__module__.startswith('torchdistill')], changed"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -128,7 +128,11 @@ class DarkRankLoss(HookedLoss, HardDarkRank):
 
 
 class HintRegressor(nn.Conv2d):
-    """A 1 x 1 convolution without bias: feature maps ``(N, C, H, W)``, or vectors ``(N, C)``, in another width."""
+    """A 1 x 1 convolution without bias: feature maps ``(N, C, H, W)``, or vectors ``(N, C)``, in another width.
+
+    Raises:
+        ValueError: of features of another shape, whose axis of channels would be a guess.
+    """
 
     def __init__(self, student_width: int, teacher_width: int, *, init_range: float) -> None:
         super().__init__(student_width, teacher_width, 1, bias=False)
@@ -136,6 +140,11 @@ class HintRegressor(nn.Conv2d):
 
     def forward(self, features: Tensor) -> Tensor:
         """The student's features in the teacher's width."""
+        if features.ndim not in (2, 4) or features.shape[1] != self.in_channels:
+            raise ValueError(
+                f"HintRegressor: expected feature maps (N, {self.in_channels}, H, W) or vectors (N, {self.in_channels})"
+                f", got {tuple(features.shape)}; hook another module, or change `channels`"
+            )
         return super().forward(features) if features.ndim == 4 else linear(features, self.weight.flatten(1))
 
 

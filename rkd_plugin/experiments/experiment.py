@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 import re
@@ -20,22 +21,31 @@ from torchdistill.core.distillation import get_distillation_box
 from torchdistill.core.training import get_training_box
 from torchdistill.datasets.registry import BATCH_SAMPLER_DICT
 from torchdistill.datasets.util import build_data_loader
+from torchdistill.datasets.wrapper import BaseDatasetWrapper
 from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
 from rkd_plugin.adapters.torchdistill import seed_epoch
 from rkd_plugin.experiments import processes
-from rkd_plugin.experiments.bank.recipes import learn_from_bank
 from rkd_plugin.experiments.checkpoints import load_weights, read_weights
 from rkd_plugin.experiments.features import compared
 from rkd_plugin.experiments.few_shot import episode_accuracies
 from rkd_plugin.experiments.metrics import EVALUATORS, Layer, check_classes, embed, in_eval_mode, named_channels
 from rkd_plugin.experiments.recipe import Recipe, configs_root, read
 from rkd_plugin.experiments.recipe.schema import stages
+from rkd_plugin.experiments.recipe.teacher_bank import learn_from_bank
 from rkd_plugin.experiments.samplers import SharedBatchSampler
 from rkd_plugin.teacher_bank.labels import class_names, item_name, labels_of, unwrapped
 
 PLAIN = {"forward_batch_only", "forward_in_eval_mode"}  # forward processes that give a model the images alone
+
+
+def _wrapped(dataset: Any) -> BaseDatasetWrapper:
+    return BaseDatasetWrapper(dataset)
+
+
+# A loader's process that is not forked meets this first, and the host's own module needs torchvision before it.
+copyreg.pickle(BaseDatasetWrapper, lambda wrapper: (_wrapped, (wrapper.org_dataset,)))
 
 
 class Experiment:

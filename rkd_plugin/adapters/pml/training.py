@@ -158,7 +158,7 @@ def from_bank(
     They are those of the images that the host's sampler draws, by their index in ``dataset``.
 
     Args:
-        teacher_bank: such as ``rkd_plugin.experiments.bank.Bank("dino.npy")``, whose ``over(dataset)`` is a data set of
+        teacher_bank: such as ``rkd_plugin.teacher_bank.Bank("dino.npy")``, whose ``over(dataset)`` is a data set of
             pairs of the item and a list of one vector.
         dataset: as the trainer would be given it; testers and hooks still take it so.
         collate_fn: as the trainer would be given it.
@@ -177,7 +177,7 @@ def from_bank(
         >>> import numpy as np
         >>> from pytorch_metric_learning.utils.common_functions import EmbeddingDataset
         >>> from rkd_plugin.adapters.pml import RKDDALoss
-        >>> from rkd_plugin.experiments.bank import Bank
+        >>> from rkd_plugin.teacher_bank import Bank
         >>> with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         ...     np.save(file.name, np.random.randn(16, 4).astype(np.float32))
         ...     student = torch.nn.Linear(5, 3)
@@ -195,7 +195,7 @@ def from_bank(
     if not hasattr(teacher_bank, "over"):
         raise TypeError(
             f"from_bank: expected a teacher_bank such as Bank('dino.npy'), got {type(teacher_bank).__name__}; open it "
-            "with rkd_plugin.experiments.bank.Bank"
+            "with rkd_plugin.teacher_bank.Bank"
         )
 
     def getter(batch: tuple[Any, list[Tensor]]) -> tuple[Any, Any]:
@@ -243,7 +243,7 @@ class RKDTrainerMixin(BaseTrainer):
 
     Args:
         args: the host's.
-        teacher_bank: such as ``rkd_plugin.experiments.bank.Bank("dino.npy")`` instead of a teacher, see `from_bank`.
+        teacher_bank: such as ``rkd_plugin.teacher_bank.Bank("dino.npy")`` instead of a teacher, see `from_bank`.
         student_output: which part of its output are the trunk's embeddings, if that is a dict, a tuple or a
             ``ModelOutput``: a name, an index, or a function of the output. None: all of it. A tester of the host needs
             a trunk that returns a tensor.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rkd_plugin.experiments.bank.recipes import problems as bank_problems
 from rkd_plugin.experiments.recipe.errors import Problem
 from rkd_plugin.experiments.recipe.module_paths import check_module_paths
 from rkd_plugin.experiments.recipe.reading import Recipe, number_strings
 from rkd_plugin.experiments.recipe.schema import check_recipe
 from rkd_plugin.experiments.recipe.tags import check_tags
+from rkd_plugin.experiments.recipe.teacher_bank import problems as bank_problems
 from rkd_plugin.experiments.recipe.walking import Walk
 
 

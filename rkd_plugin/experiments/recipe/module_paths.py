@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rkd_plugin.experiments.recipe.errors import suggest
 from rkd_plugin.experiments.recipe.schema import has_teacher, mid_level_losses, model_builders, stages
@@ -34,12 +34,18 @@ def check_module_paths(walk: Walk) -> None:
             sides = {"student": ("model", student)}
         for name, model in sides.values():
             _check_side(walk, mapping(stage.get(name)), f"{path}.{name}", model)
-        for place, side, module_path, io, _ in loss_paths(stage, path):
+        reads = list(loss_paths(stage, path))
+        for place, side, module_path, io, _ in reads:
             if side not in sides:
                 walk.report(place, "there is no teacher: `models.teacher_model` is missing")
                 continue
             name = sides[side][0]
             _check_hooked(walk, place, module_path, io, mapping(stage.get(name)), f"{path}.{name}")
+        for side, (name, model) in sides.items():
+            config = mapping(stage.get(name))
+            # These add modules, or rename them.
+            if model is not None and not config.get("auxiliary_model_wrapper") and not config.get("sequential"):
+                _check_pools(walk, model, [read for read in reads if read.side == side])
         for place, group in _mappings(mapping(stage.get("optimizer")), f"{path}.optimizer"):
             if "module" in group:
                 _check_path(walk, f"{place}.module", group["module"], teacher if group.get("is_teacher") else student)
@@ -144,13 +150,16 @@ def _reaches(module: Any, path: str) -> bool:
 
 
 class Read(NamedTuple):
-    """What a loss reads: where the recipe says so, whose module, its input or output, and how the loss pools maps."""
+    """What a loss reads: where the recipe names it, whose module, its input or output, and how the loss pools it.
+
+    ``pool`` is None for a loss that takes what the module gives, and pools nothing itself.
+    """
 
     place: str
     side: str
     path: Any
     io: Any
-    pool: str | None = None
+    pool: Any = None
 
 
 def loss_paths(stage: Mapping[Any, Any], path: str) -> Iterator[Read]:
@@ -168,16 +177,21 @@ def _term_paths(term: Mapping[Any, Any], place: str) -> Iterator[Read]:
     kwargs, place = mapping(criterion.get("kwargs")), f"{place}.criterion.kwargs"
     loss = mid_level_losses().get(str(criterion.get("key")))
     known = arguments(loss).named if loss else {}
-    pool = kwargs.get("pool", known["pool"].default) if "pool" in known else None
+    default_pool = known["pool"].default if "pool" in known else None
+    pool = kwargs.get("pool", default_pool) if "pool" in known else None
+
+    def pool_of(side: str) -> Any:
+        return pool.get(side, default_pool) if isinstance(pool, dict) else pool
+
     for key in sorted({*kwargs, *known}, key=str):
         if not (match := _SIDED.fullmatch(str(key))):
             continue
         io = str(key).removesuffix("path") + "io"
         default_io = known[io].default if io in known and not known[io].required else "output"
         if key in kwargs:
-            yield Read(f"{place}.{key}", match[1], kwargs[key], kwargs.get(io, default_io), pool)
+            yield Read(f"{place}.{key}", match[1], kwargs[key], kwargs.get(io, default_io), pool_of(match[1]))
         elif not known[key].required and known[key].default is None:
-            yield Read(f"{place}.{key}", match[1], None, "output", pool)
+            yield Read(f"{place}.{key}", match[1], None, "output", pool_of(match[1]))
     yield from _pair_paths(kwargs, place)
     if "criterion" in kwargs:  # a loss around another one
         yield from _term_paths(kwargs, place)
@@ -207,3 +221,74 @@ def _check_hooked(walk: Walk, place: str, module_path: Any, io: Any, side: Mappi
     hooked = [name for _, name in _texts(mapping(side.get("forward_hook")).get(io), "")]
     if module_path not in hooked and (module_path, io) != (".", "output"):
         walk.report(place, f"the {io} of {module_path!r} is not kept: list it in {path}.forward_hook.{io}")
+
+
+def _check_pools(walk: Walk, model: nn.Module, reads: list[Read]) -> None:
+    """Report pools that do not fit what the modules give, as one forward pass without memory or numbers finds it."""
+    pooled = [
+        read
+        for read in reads
+        if isinstance(read.pool, str)
+        and isinstance(read.path, str)
+        and read.io in ("input", "output")
+        and (read.path == "." or _reaches(model, read.path))
+    ]
+    if not pooled:
+        return
+    # A loss that pools is there: what would register it, were it not a dependency of the recipe, has been imported.
+    from rkd_plugin.adapters.torchdistill import is_channels_last, pooling, reading
+
+    values: Mapping[tuple[str, str], Any] = {}
+    for image in _images(model):
+        try:
+            with torch.no_grad(), torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with reading(model.eval(), {(read.path, read.io) for read in pooled}) as values:
+                    model(image)
+        except Exception:  # another size, another kind of input, or values that decide what is computed
+            continue
+        break
+    for read in pooled:
+        value = values.get((read.path, read.io))
+        if not isinstance(value, Tensor):
+            continue
+        where = f"the {read.io} of the {read.side}'s {read.path!r}"
+        try:
+            name = pooling(value, read.pool)
+        except KeyError:  # no such pool, which the check of arguments reports
+            continue
+        except ValueError as error:
+            walk.report(read.place, f"{where}: {error}")
+            continue
+        if read.pool == "auto" and name == "avg" and value[0, 0].numel() > 1:
+            walk.note(
+                read.place,
+                f"{where} is a map {tuple(value.shape)}, which is averaged over its positions, and which "
+                "torchdistill's RKDLoss flattens; set pool to 'avg' or 'flatten'",
+            )
+        last = is_channels_last(value.shape) if value.ndim > 3 else _normalizes(model, value.shape[-1])
+        # The images are square here, and so are the maps.
+        first = value.ndim > 3 and value.shape[-1] == value.shape[-2] != value.shape[1]
+        if (name == "avg" and last) or (name == "avg_channels_last" and first):
+            others = (
+                {True: "'avg_channels_last'", False: "'mean', 'cls' or 'last'"}[value.ndim > 3] if last else "'avg'"
+            )
+            walk.report(
+                read.place,
+                f"{where}: expected channels in {'axis 1' if last else 'the last axis'} for pool {name!r}, got "
+                f"{tuple(value.shape)}, whose channels are {'last' if last else 'axis 1'}; set pool to {others}",
+            )
+
+
+def _images(model: nn.Module) -> Iterator[Tensor]:
+    """Two images without memory, of sizes that a model may take."""
+    channels = next((weight.shape[1] for weight in model.parameters() if weight.ndim == 4), 3)
+    # torchvision's transformers, and all networks of timm, take images of one size.
+    own = (getattr(model, "image_size", None), *mapping(getattr(model, "default_cfg", None)).get("input_size", ())[-1:])
+    for size in dict.fromkeys((*(size for size in own if isinstance(size, int)), 224, 64, 32)):
+        yield torch.empty(2, channels, size, size, device="meta")
+
+
+def _normalizes(model: nn.Module, width: int) -> bool:
+    """Whether a model has a LayerNorm over a last axis of this width."""
+    return any(type(m) is nn.LayerNorm and tuple(m.normalized_shape) == (width,) for m in model.modules())

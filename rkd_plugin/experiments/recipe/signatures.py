@@ -124,7 +124,9 @@ def bind(
         elif key in passed or key in taken or key in all_arguments.positional[:given]:
             report(f"{path}.kwargs.{key}", f"{name} gets this argument already")
         elif not left.is_open:
-            report(f"{path}.kwargs.{key}", f"{name} has no such argument{suggest(str(key), left.named)}")
+            new = getattr(component, "renamed", {}).get(key)
+            hint = f"; use {new}" if new else suggest(str(key), left.named)
+            report(f"{path}.kwargs.{key}", f"{name} has no such argument{hint}")
     for key, argument in left.named.items():
         if argument.required and key not in kwargs:
             report(f"{path}.kwargs.{key}", f"required by {name}, but missing")

@@ -21,11 +21,16 @@ class Walk:
 
     data: Mapping[Any, Any]
     found: dict[Problem, None] = field(default_factory=dict)
+    notes: dict[Problem, None] = field(default_factory=dict)
     visited: set[tuple[int, Spec]] = field(default_factory=set)
 
     def report(self, path: str, message: str) -> None:
         """Add a problem."""
         self.found[path, message] = None
+
+    def note(self, path: str, message: str) -> None:
+        """Add what runs, but may not be meant."""
+        self.notes[path, message] = None
 
     def visit(self, spec: Spec, value: Any, path: str) -> None:
         """Look at a value; what several aliases share is looked at once, and what torchdistill computes is not."""

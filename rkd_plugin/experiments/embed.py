@@ -1,43 +1,43 @@
-"""Writing a bank: what a recipe's losses read of its teacher, for every image of a data set."""
+"""Writing a teacher bank: what a recipe's losses read of its teacher, for every item of a data set."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchdistill.common.module_util import get_module
 from tqdm import tqdm
 
-from rkd_plugin.adapters.torchdistill import RKDDALoss
+from rkd_plugin.adapters.torchdistill import Pool, pooled, pooling, reading
 from rkd_plugin.environment import environment
 from rkd_plugin.experiments import processes
-from rkd_plugin.experiments.bank.files import (
+from rkd_plugin.experiments.experiment import Experiment
+from rkd_plugin.experiments.files import alone_in, write_json
+from rkd_plugin.experiments.recipe import Recipe
+from rkd_plugin.experiments.recipe.schema import stages
+from rkd_plugin.experiments.recipe.teacher_bank import SETTING, identity, rebuilt, teacher_reads
+from rkd_plugin.teacher_bank import Bank
+from rkd_plugin.teacher_bank.files import (
     DTYPES,
     FORMAT,
     HEADER,
     UNFINISHED,
     VERSION,
-    Bank,
-    checksums,
+    Layout,
+    ShardReader,
+    ShardWriter,
     decoded,
-    digest,
     encoded,
-    maps,
     read_header,
+    read_json,
+    shard_rows,
 )
-from rkd_plugin.experiments.bank.recipes import SETTING, identity, rebuilt, taught, weights_of
-from rkd_plugin.experiments.bank.views import check_repeats, described, draws, image, items
-from rkd_plugin.experiments.experiment import Experiment
-from rkd_plugin.experiments.files import write_json
-from rkd_plugin.experiments.recipe import Recipe
-from rkd_plugin.experiments.recipe.schema import stages
+from rkd_plugin.teacher_bank.fingerprint import digest, of_data, of_weights
+from rkd_plugin.teacher_bank.views import check_repeats, draws, image, items
 
 BATCH = 128  # images, where the recipe does not say how many it trains on at once
 Reader = Callable[[Tensor], list[Tensor]]
@@ -62,13 +62,15 @@ def embed(recipe: Recipe, folder: Path, dataset_id: str | None = None, dtype: st
     Raises:
         RecipeError: if the recipe has problems.
         ValueError: if the recipe has no such teacher or data set, a loss reads what a bank cannot hold, the data set
-            draws random numbers and ``views`` is 0, a view cannot be drawn again, or a vector is not finite in that
-            dtype.
-        FileExistsError: if the folder holds another bank.
+            draws random numbers and ``views`` is 0, a view cannot be drawn again, a vector is not finite in that
+            dtype, or the processes have other recipes, data or teachers.
+        FileExistsError: if the folder holds another bank, or files of those names that are of none.
+        BlockingIOError: if another `rkd embed` writes there.
+        OSError: if the disk has no room for all rows.
     """
     recipe.validate()
-    reads = taught(recipe.data)
-    _check(recipe, reads, dtype, views)
+    reads = teacher_reads(recipe.data)
+    _check_recipe(recipe, reads, dtype, views)
     experiment = Experiment(recipe)
     name, loader = _data(recipe, experiment, dataset_id)
     dataset = experiment.config["datasets"][name]
@@ -89,24 +91,28 @@ def embed(recipe: Recipe, folder: Path, dataset_id: str | None = None, dtype: st
         "dtype": dtype,
         "views": views,
         "seed": seed,
+        "shard_rows": shard_rows([array["width"] for array in arrays], dtype),
         "arrays": arrays,
-        "data": {"dataset_id": name, **described(dataset, seed)},
+        "data": {"dataset_id": name, **of_data(dataset, seed)},
         "teacher": {
             "model": identity(recipe.data["models"]["teacher_model"]),
-            "weights": weights_of(teacher.state_dict()),
+            "weights": of_weights(teacher.state_dict()),
             "precision": experiment.settings.get("precision", "float32"),
         },
     }
-    if processes.of_first(lambda: _is_new(folder, header)):
-        options = loader["kwargs"]
-        size = options.get("batch_size") or (loader.get("batch_sampler") or {}).get("kwargs", {}).get("batch_size")
-        _write(folder, header, _Rows(dataset, views, seed), read, size or BATCH, options.get("num_workers", 0))
-        where = environment(experiment.device.type)
-        processes.of_first(lambda: _finish(folder, header, where))
+    _check_same(processes.of_each({name: digest(value) for name, value in header.items()}))
+    with ExitStack() as held:
+        processes.of_first(lambda: held.enter_context(alone_in(folder)))
+        if processes.of_first(lambda: _is_new(folder, header)):
+            options = loader["kwargs"]
+            size = options.get("batch_size") or (loader.get("batch_sampler") or {}).get("kwargs", {}).get("batch_size")
+            _write(folder, header, _Rows(dataset, views, seed), read, size or BATCH, options.get("num_workers", 0))
+            where = environment(experiment.device.type)
+            processes.of_first(lambda: _finish(folder, header, where))
     return Bank(folder)
 
 
-def _check(recipe: Recipe, reads: Any, dtype: str, views: int) -> None:
+def _check_recipe(recipe: Recipe, reads: Any, dtype: str, views: int) -> None:
     if recipe.settings.get("teacher_bank"):
         raise ValueError(f"{SETTING}: expected none, as its teacher is to be run, got a bank; set it to null")
     if not reads:
@@ -117,6 +123,16 @@ def _check(recipe: Recipe, reads: Any, dtype: str, views: int) -> None:
         raise ValueError(f"expected a dtype out of {', '.join(DTYPES)}, got {dtype!r}")
     if views < 0:
         raise ValueError(f"expected a number of views of at least 0, got {views}")
+
+
+def _check_same(digests: Sequence[dict[str, str]]) -> None:
+    """Raise if a process would write rows of another bank than the first one, by the digests of their headers."""
+    for rank, own in enumerate(digests):
+        if other := [name for name in own if own[name] != digests[0].get(name)]:
+            raise ValueError(
+                f"expected the same bank from every process, got other {', '.join(other)} on rank {rank} than on rank "
+                "0; start all with the same recipe, overrides, data and teacher"
+            )
 
 
 def _data(recipe: Recipe, experiment: Experiment, dataset_id: str | None) -> tuple[str, dict[str, Any]]:
@@ -133,45 +149,36 @@ def _data(recipe: Recipe, experiment: Experiment, dataset_id: str | None) -> tup
 
 
 def _reader(
-    experiment: Experiment, teacher: nn.Module, reads: dict[tuple[str, str], set[str | None]], first: Tensor
+    experiment: Experiment, teacher: nn.Module, reads: dict[tuple[str, str], set[Any]], first: Tensor
 ) -> tuple[Reader, list[dict[str, Any]]]:
     """What turns a batch of images into rows of each array, and the arrays, found out with one image."""
 
     @torch.no_grad()
-    def raw(images: Tensor) -> list[Any]:
-        seen: dict[tuple[str, str], Any] = {}
-
-        def keep(read: tuple[str, str]) -> Callable[..., None]:
-            def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-                seen[read] = inputs[0] if read[1] == "input" else output
-
-            return hook
-
-        with ExitStack() as hooks, experiment.precision():
-            for path, io in reads:
-                module = teacher if path == "." else get_module(teacher, path)
-                hooks.enter_context(module.register_forward_hook(keep((path, io))))
+    def values_of(images: Tensor) -> list[Any]:
+        with reading(teacher, reads) as seen, experiment.precision():
             teacher(experiment.place(images))
         return [seen[read] for read in reads]
 
     arrays = []
-    pools: list[RKDDALoss] = []
-    for ((path, io), ways), value in zip(reads.items(), raw(first[None]), strict=True):
-        name = f"the {io} of the teacher's {path!r}"
+    pools: list[Pool] = []
+    for ((path, io), ways), value in zip(reads.items(), values_of(first[None]), strict=True):
+        where = f"the {io} of the teacher's {path!r}"
         if not isinstance(value, Tensor) or value.ndim < 2:
-            raise ValueError(f"{name}: expected a tensor (N, ...) for a bank, got {type(value).__name__}")
-        pool: Any = None if value.ndim == 2 else next(iter(ways)) if len(ways) == 1 else None
-        if value.ndim > 2 and pool is None:
+            raise ValueError(f"{where}: expected a tensor (N, ...) for a bank, got {type(value).__name__}")
+        names = {None if way is None else pooling(value, way) for way in ways}
+        if value.ndim > 2 and (None in names or len(names) > 1):
             raise ValueError(
-                f"{name}: expected vectors for a bank, or maps that every loss pools alike, got "
+                f"{where}: expected vectors for a bank, or maps that every loss pools alike, got "
                 f"{tuple(value.shape)} for a loss that reads maps; train that one with the teacher itself"
             )
-        pools.append(RKDDALoss(pool=pool or "avg"))
-        arrays.append({"path": path, "io": io, "pool": pool, "width": pools[-1].embeddings("teacher", value).shape[1]})
-    return (
-        lambda images: [p.embeddings("teacher", value) for p, value in zip(pools, raw(images), strict=True)],
-        arrays,
-    )
+        pool: Any = next(iter(names)) if value.ndim > 2 else None
+        pools.append(pool or "auto")
+        arrays.append({"path": path, "io": io, "pool": pool, "width": pooled(value, pools[-1]).shape[1]})
+
+    def read(images: Tensor) -> list[Tensor]:
+        return [pooled(value, pool) for value, pool in zip(values_of(images), pools, strict=True)]
+
+    return read, arrays
 
 
 class _Rows(Dataset[tuple[int, Any]]):
@@ -192,31 +199,38 @@ class _Rows(Dataset[tuple[int, Any]]):
 
 def _is_new(folder: Path, header: dict[str, Any]) -> bool:
     """Whether there is something to write; the files are then there, with room for all rows."""
-    total = max(header["views"], 1) * header["data"]["count"]
-    held = read_header(folder) if (folder / HEADER).is_file() else None
-    if held is None and (folder / UNFINISHED).is_file():
-        held = json.loads((folder / UNFINISHED).read_text(encoding="utf-8"))
-    if held is not None and any(held.get(name) != value for name, value in header.items()):
-        differing = [name for name, value in header.items() if held.get(name) != value]
-        raise FileExistsError(
-            f"{folder} holds another teacher bank, of other {', '.join(differing)}; give this one another folder, "
-            "or delete that one"
-        )
-    if held is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, array in enumerate(header["arrays"]):
-            maps(folder, number, "w+", dtype=DTYPES[header["dtype"]], shape=(total, array["width"]))
-        write_json(folder / UNFINISHED, header)  # last: where it is, the files have their size
-    return not (folder / HEADER).is_file()
+    is_done = (folder / HEADER).exists()
+    if is_done or (folder / UNFINISHED).exists():
+        held = read_header(folder) if is_done else read_json(folder / UNFINISHED)
+        known = held if isinstance(held, dict) else {}
+        if differing := [name for name, value in header.items() if known.get(name) != value]:
+            raise FileExistsError(
+                f"{folder} holds another teacher bank, of other {', '.join(differing)}; give this one another folder, "
+                "or delete that one"
+            )
+    elif found := sorted(path.name for path in folder.glob("*.npy")):
+        raise FileExistsError(f"expected no arrays in {folder}, found {found[0]}, of no bank; give another folder")
+    else:
+        write_json(folder / UNFINISHED, header)
+    if not is_done:
+        ShardWriter(folder, Layout.of(header)).allocate()
+    return not is_done
 
 
 def _write(folder: Path, header: dict[str, Any], rows: _Rows, read: Reader, size: int, workers: int) -> None:
-    files = [maps(folder, number, "r+") for number in range(len(header["arrays"]))]
-    shards = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
-    shards = shards[processes.rank() :: processes.count()]
-    todo = [shard for shard in shards if not all(_is_written(vectors, sums, shard) for vectors, sums in files)]
+    layout = Layout.of(header)
+    held, writer = ShardReader(folder, layout), ShardWriter(folder, layout)
+    step = max(size // layout.shard_rows, 1)
+    batches = [range(start, min(start + step, layout.shards)) for start in range(0, layout.shards, step)]
+    batches = batches[processes.rank() :: processes.count()]
+    # A batch is computed as a whole: its rows would be rounded otherwise in a smaller one.
+    todo = [
+        range(layout.shard(batch[0]).start, layout.shard(batch[-1]).stop)
+        for batch in batches
+        if not all(map(held.is_whole, batch))
+    ]
     loader = DataLoader(rows, batch_sampler=todo, num_workers=workers)  # type: ignore[arg-type]
-    count = sum(map(len, shards))
+    count = sum(layout.shard(batch[-1]).stop - layout.shard(batch[0]).start for batch in batches)
     with tqdm(
         total=count,
         initial=count - sum(map(len, todo)),
@@ -225,42 +239,34 @@ def _write(folder: Path, header: dict[str, Any], rows: _Rows, read: Reader, size
         disable=processes.rank() > 0,
     ) as bar:
         for numbers, images in loader:
-            chosen = slice(int(numbers[0]), int(numbers[-1]) + 1)
-            for number, ((vectors, sums), tensor) in enumerate(zip(files, read(images), strict=True)):
-                block = encoded(tensor, header["dtype"])
+            first, last = int(numbers[0]), int(numbers[-1])
+            blocks = [encoded(tensor, header["dtype"]) for tensor in read(images)]
+            for number, block in enumerate(blocks):
                 if not bool(decoded(block).isfinite().all()):  # float16 ends at 65504
                     raise ValueError(
-                        f"expected finite vectors, got NaN or Inf in array {number}, rows {chosen.start} to "
-                        f"{chosen.stop - 1}, as {header['dtype']}; take --dtype bfloat16 or float32, or another teacher"
+                        f"expected finite vectors, got NaN or Inf in array {number}, rows {first} to {last}, as "
+                        f"{header['dtype']}; take --dtype bfloat16 or float32, or another teacher"
                     )
-                vectors[chosen] = block
-                sums[chosen] = checksums(block)  # after the rows: a row whose checksum fits is whole
+            writer.write(first, blocks)
             bar.update(len(numbers))
-    for pair in files:
-        for array in pair:
-            array.flush()  # type: ignore[attr-defined]
     processes.of_each(None)  # waits for all
 
 
-def _is_written(vectors: Any, sums: Any, shard: range) -> bool:
-    rows = slice(shard.start, shard.stop)
-    return bool(sums[rows].all()) and bool((checksums(vectors[rows]) == sums[rows]).all())
-
-
 def _finish(folder: Path, header: dict[str, Any], where: dict[str, Any]) -> None:
-    """Hold the rows of all processes against their checksums, and write the header that makes them a bank."""
-    files = [maps(folder, number) for number in range(len(header["arrays"]))]
-    whole = {**header, "environment": where, "sums": [digest(np.asarray(sums)) for _, sums in files]}
-    for vectors, sums in files:
-        for start in range(0, len(sums), BATCH):
-            shard = range(start, min(start + BATCH, len(sums)))
-            if not _is_written(vectors, sums, shard):
-                raise ValueError(f"rows {start} to {shard.stop - 1} of {folder} were not written; run this again")
+    """Check the shards of all processes, and write the header that makes them a bank."""
+    layout = Layout.of(header)
+    held = ShardReader(folder, layout)
+    for shard in range(layout.shards):
+        if not held.is_whole(shard):
+            rows = layout.shard(shard)
+            raise ValueError(f"rows {rows.start} to {rows.stop - 1} of {folder} were not written; run this again")
+    ShardWriter(folder, layout).flush()
+    whole = {**header, "environment": where, "checksums": digest(held.sums)}
     write_json(folder / HEADER, {**whole, "checksum": digest(whole)})
     (folder / UNFINISHED).unlink()
 
 
-def verified(path: Path) -> Iterator[int]:
+def verify(path: Path) -> Iterator[int]:
     """See `Bank.verify`, with a progress bar."""
     bank = Bank(path)
     with tqdm(total=max(bank.views, 1) * bank.count, desc=f"verifying {path}", unit="row") as bar:

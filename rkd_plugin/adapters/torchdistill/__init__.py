@@ -1,0 +1,50 @@
+"""What a torchdistill experiment names in YAML once it lists ``dependencies: ['rkd_plugin.adapters.torchdistill']``.
+
+Losses (mid-level): ``RKDDistanceLoss``, ``RKDAngleLoss``, ``RKDDALoss`` on any pair of hooked modules, and ``PMLLoss``,
+any loss of pytorch-metric-learning. Model wrapper: ``TrainedWith``, for a loss that has parameters. Forward processes,
+for teachers: ``forward_in_eval_mode``, and ``no_forward`` for a stage without one. Pre-epoch process: ``seeded_epoch``.
+In place of a teacher, the precomputed outputs of a teacher bank: ``BankTeacher`` and ``WithTeacherBank``.
+torchdistill's own ``RKDLoss`` stays as it is.
+"""
+
+import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
+
+from rkd_plugin.adapters.torchdistill.bank import BankTeacher, WithTeacherBank
+from rkd_plugin.adapters.torchdistill.hooks import (
+    IO,
+    Hooked,
+    Pool,
+    find_hooked,
+    is_channels_last,
+    pooled,
+    pooling,
+    reading,
+)
+from rkd_plugin.adapters.torchdistill.losses import HookedLoss, RKDAngleLoss, RKDDALoss, RKDDistanceLoss
+from rkd_plugin.adapters.torchdistill.pml import PMLLoss, TrainedWith
+from rkd_plugin.adapters.torchdistill.processes import forward_in_eval_mode, no_forward, seed_epoch, seeded_epoch
+from rkd_plugin.adapters.torchdistill.registering import mid_level_loss
+
+__all__ = [
+    "IO",
+    "BankTeacher",
+    "Hooked",
+    "HookedLoss",
+    "PMLLoss",
+    "Pool",
+    "RKDAngleLoss",
+    "RKDDALoss",
+    "RKDDistanceLoss",
+    "TrainedWith",
+    "WithTeacherBank",
+    "find_hooked",
+    "forward_in_eval_mode",
+    "is_channels_last",
+    "mid_level_loss",
+    "no_forward",
+    "pooled",
+    "pooling",
+    "reading",
+    "seed_epoch",
+    "seeded_epoch",
+]

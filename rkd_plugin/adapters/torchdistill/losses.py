@@ -1,0 +1,164 @@
+"""The losses of `rkd_plugin.losses` between any two hooked modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from rkd_plugin import losses
+from rkd_plugin.adapters.torchdistill.hooks import IO, Hooked, Pool, find_hooked, pooled
+from rkd_plugin.adapters.torchdistill.registering import mid_level_loss
+
+
+class HookedLoss(nn.Module):
+    """Finds student and teacher embeddings in the host's dictionaries, for the loss of two tensors it is mixed into."""
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "student_output_path": "student_module_path",
+        "teacher_output_path": "teacher_module_path",
+    }
+    """Arguments of torchdistill's losses, and what they are called here."""
+
+    def __init__(
+        self,
+        student_module_path: str | None = None,
+        teacher_module_path: str | None = None,
+        student_module_io: IO = "output",
+        teacher_module_io: IO = "output",
+        pool: Pool | Mapping[str, Pool] = "auto",
+        l2_normalize: bool = False,
+        **options: Any,
+    ) -> None:
+        name = type(self).__name__
+        for old, new in self.renamed.items():
+            if old in options:
+                raise TypeError(
+                    f"{name}: expected none of the arguments of torchdistill's losses, got {old}; use {new}"
+                )
+        super().__init__(**options)
+        if options.get("reduction") == "anchor":
+            raise ValueError(f"{name}: torchdistill sums scalar terms, so reduction must not be 'anchor'")
+        sides = ("student", "teacher")
+        if isinstance(pool, Mapping) and not set(pool) <= set(sides):
+            raise ValueError(f"{name}: pool must be for 'student' and 'teacher', got {', '.join(map(repr, pool))}")
+        self.pools = {side: pool.get(side, "auto") if isinstance(pool, Mapping) else pool for side in sides}
+        for value in self.pools.values():
+            if value not in get_args(Pool):
+                raise ValueError(f"{name}: pool must be one of {get_args(Pool)}, got {value!r}")
+        self.l2_normalize = l2_normalize
+        self.paths = {"student": student_module_path, "teacher": teacher_module_path}
+        self.ios = {"student": student_module_io, "teacher": teacher_module_io}
+        for side, io in self.ios.items():
+            if io not in get_args(IO):
+                raise ValueError(f"{name}: {side}_module_io must be one of {get_args(IO)}, got {io!r}")
+
+    def forward(self, student: Tensor | Hooked, teacher: Tensor | Hooked, *_: Any) -> Tensor:
+        """The host's dictionaries, or, under ``SimpleLossWrapper``, two tensors; further arguments are not needed."""
+        try:
+            loss: Tensor = super().forward(self.embeddings("student", student), self.embeddings("teacher", teacher))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self}: {error}") from error
+        return loss
+
+    def embeddings(self, side: str, source: Tensor | Hooked) -> Tensor:
+        """``(N, D)``: what the loss compares of a side's hooked module, pooled and scaled as the options say.
+
+        Raises:
+            TypeError: if the module's output is not one tensor.
+            ValueError: if the module is not hooked, or `pool` does not fit its shape.
+        """
+        path = self.paths[side]
+        if isinstance(source, Mapping):
+            if path is None:
+                raise ValueError(f"{side}_module_path must name one of {list(source)}, and was not given")
+            source = find_hooked(source, side, path, self.ios[side])
+        try:
+            vectors = pooled(source, self.pools[side])
+        except ValueError as error:
+            raise ValueError(f"the {side}: {error}") from error
+        # In half precision a length may overflow.
+        return (
+            normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32))) if self.l2_normalize else vectors
+        )
+
+    def extra_repr(self) -> str:
+        """The options, as they were passed."""
+        places = ", ".join(
+            f"{side}={self.paths[side]!r} {self.ios[side]} pool={self.pools[side]!r}" for side in self.paths
+        )
+        return f"{places}, l2_normalize={self.l2_normalize}, {super().extra_repr()}"
+
+
+@mid_level_loss
+class RKDDistanceLoss(HookedLoss, losses.RKDDistanceLoss):
+    """See `rkd_plugin.rkd_distance_loss`; between any two hooked modules, of any widths.
+
+    Args:
+        student_module_path: the student's hooked module, ``'.'`` for its output. Needed but under SimpleLossWrapper.
+        teacher_module_path: the teacher's.
+        student_module_io: ``'input'`` or ``'output'`` of that module.
+        teacher_module_io: likewise.
+        pool: what makes vectors ``(N, D)`` of larger outputs; one name, or ``{student: ..., teacher: ...}``:
+
+            * ``'avg'``: the mean over the positions of maps ``(N, C, L)``, ``(N, C, H, W)`` or ``(N, C, D, H, W)``.
+            * ``'avg_channels_last'``: the same of maps ``(N, H, W, C)`` or ``(N, D, H, W, C)``, as in a Swin block.
+              This is an order of axes, not ``torch.channels_last``, the memory format.
+            * ``'mean'``, ``'cls'``, ``'last'``: the mean, the first or the last of tokens ``(N, T, D)``, padding
+              included.
+            * ``'flatten'``: all numbers in a row, as torchdistill's ``RKDLoss`` does it.
+            * ``'auto'``: ``'avg'`` for four axes and more; three axes, and maps ``(N, S, S, C)``, raise.
+        l2_normalize: whether both sides' rows are then scaled to length 1, as the authors' code does for image
+            classification.
+        options: ``reduction``, ``huber_delta``, ``impl``, ``gather``; for RKDAngleLoss and RKDDALoss also ``anchors``;
+            for RKDDALoss also ``distance_weight``, ``angle_weight``. ``gather: true`` compares the batch of all
+            processes, see `rkd_plugin.distributed`.
+
+    Raises:
+        TypeError: for an unknown option (naming the one of torchdistill's ``RKDLoss`` that it replaces), or a module
+            whose output is no tensor.
+        ValueError: if a module is not hooked (naming those that are), ``pool`` does not fit its shape, or the batches
+            differ in length.
+
+    Example:
+        >>> import torch
+        >>> student = {"fc": {"output": torch.tensor([[0., 0.], [1., 0.], [2., 0.]])}}
+        >>> teacher = {"layer4": {"output": torch.tensor([[0., 0.], [4., 0.], [0., 3.]])}}
+        >>> RKDDistanceLoss(student_module_path="fc", teacher_module_path="layer4")(student, teacher)
+        tensor(0.0972)
+    """
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        **HookedLoss.renamed,
+        "dist_factor": "the term's weight",
+        "angle_factor": "RKDDALoss",
+    }
+
+
+@mid_level_loss
+class RKDAngleLoss(HookedLoss, losses.RKDAngleLoss):
+    """See `rkd_plugin.rkd_angle_loss`; arguments as `RKDDistanceLoss`."""
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        **HookedLoss.renamed,
+        "dist_factor": "RKDDALoss",
+        "angle_factor": "the term's weight",
+    }
+
+
+@mid_level_loss
+class RKDDALoss(HookedLoss, losses.RKDDALoss):
+    """See `rkd_plugin.rkd_da_loss`; arguments as `RKDDistanceLoss`.
+
+    torchdistill's ``RKDLoss`` calls the weights ``dist_factor`` and ``angle_factor``, and flattens feature maps, which
+    are averaged here: ``pool: flatten`` gives its numbers.
+    """
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        **HookedLoss.renamed,
+        "dist_factor": "distance_weight",
+        "angle_factor": "angle_weight",
+    }

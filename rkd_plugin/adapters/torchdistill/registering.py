@@ -1,0 +1,46 @@
+"""torchdistill's registries, without overwriting what others registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torchdistill.core.interfaces.registry import (
+    FORWARD_PROC_FUNC_DICT,
+    PRE_EPOCH_PROC_FUNC_DICT,
+    register_forward_proc_func,
+    register_pre_epoch_proc_func,
+)
+from torchdistill.datasets.registry import DATASET_WRAPPER_DICT, register_dataset_wrapper
+from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, register_mid_level_loss
+from torchdistill.models.registry import (
+    AUXILIARY_MODEL_WRAPPER_DICT,
+    MODEL_DICT,
+    register_auxiliary_model_wrapper,
+    register_model,
+)
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+def keeping_others(register: Callable[[T], T], registry: Mapping[str, Any]) -> Callable[[T], T]:
+    """A host's decorator that refuses a name that something else holds; the host itself would overwrite it."""
+
+    def decorate(component: T) -> T:
+        held = registry.get(component.__name__, component)
+        if (held.__module__, held.__qualname__) != (component.__module__, component.__qualname__):
+            raise ValueError(
+                f"torchdistill's {component.__name__!r} is already {held.__module__}.{held.__qualname__}; "
+                f"register that one under another key"
+            )
+        return register(component)
+
+    return decorate
+
+
+mid_level_loss = keeping_others(register_mid_level_loss, MIDDLE_LEVEL_LOSS_DICT)
+forward_proc = keeping_others(register_forward_proc_func, FORWARD_PROC_FUNC_DICT)
+pre_epoch_proc = keeping_others(register_pre_epoch_proc_func, PRE_EPOCH_PROC_FUNC_DICT)
+model_wrapper = keeping_others(register_auxiliary_model_wrapper, AUXILIARY_MODEL_WRAPPER_DICT)
+model = keeping_others(register_model, MODEL_DICT)
+dataset_wrapper = keeping_others(register_dataset_wrapper, DATASET_WRAPPER_DICT)

@@ -1,0 +1,335 @@
+"""The files of a bank: its header, its arrays in shards with a checksum each; and how they are read and written."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rkd_plugin.teacher_bank.fingerprint import digest
+from rkd_plugin.teacher_bank.storage import allocate
+
+FORMAT = "rkd_plugin teacher bank"
+VERSION = 2  # to be raised when the files, or the meaning of what is in them, change
+HEADER, UNFINISHED, CHECKSUMS = "bank.json", "unfinished.json", "checksums.npy"
+LARGEST_HEADER = 2**24  # bytes
+SHARD = 2**16  # bytes of the widest array that are checked when a row of them is read
+LARGEST_SHARD = 64  # rows, which are computed again where a bank was left unfinished
+WRITTEN = 2**32  # beside a CRC-32, which may be 0
+
+Array = np.ndarray[Any, Any]
+# NumPy has no bfloat16; PyTorch looks at the same bits as such.
+DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+
+_TEXT_OR_NONE = (str, type(None))
+_HEADER = {
+    "format": str, "version": int, "dtype": str, "views": int, "seed": int, "shard_rows": int, "checksums": str,
+    "arrays": [{"path": str, "io": str, "pool": _TEXT_OR_NONE, "width": int}],
+    "data": {
+        "count": int, "labels": _TEXT_OR_NONE, "files": _TEXT_OR_NONE, "transform": str,
+        "images": [{"index": int, "shape": [int], "mean": float, "std": float}],
+    },
+    "teacher": {"model": dict, "weights": str, "precision": str},
+}  # fmt: skip
+
+
+class Stored(NamedTuple):
+    """An array of a bank: whose ``"input"`` or ``"output"`` it was, how it was pooled (None: not), its width."""
+
+    path: str
+    io: str
+    pool: str | None
+    width: int
+
+
+class Layout(NamedTuple):
+    """Where rows are in the files of a bank."""
+
+    rows: int
+    widths: Sequence[int]
+    dtype: str
+    shard_rows: int
+
+    @classmethod
+    def of(cls, header: Mapping[str, Any]) -> Layout:
+        """As a header describes it."""
+        rows = max(header["views"], 1) * header["data"]["count"]
+        return cls(rows, [array["width"] for array in header["arrays"]], header["dtype"], header["shard_rows"])
+
+    @property
+    def shards(self) -> int:
+        """How many there are; the last one may have fewer rows."""
+        return -(-self.rows // self.shard_rows)
+
+    def shard(self, number: int) -> slice:
+        """The rows of a shard."""
+        return slice(number * self.shard_rows, min((number + 1) * self.shard_rows, self.rows))
+
+
+def shard_rows(widths: Sequence[int], dtype: str) -> int:
+    """How many rows a shard should have."""
+    row = max(widths) * np.dtype(DTYPES[dtype]).itemsize
+    return int(min(max(SHARD // row, 1), LARGEST_SHARD))
+
+
+def check_regular(path: Path) -> None:
+    """Raise if ``path`` is no regular file; opening a pipe or a device could take for ever.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        ValueError: if there is something else.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise FileNotFoundError(f"expected a file {path} of a teacher bank, found none; give another path") from error
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"expected a regular file {path} of a teacher bank, found something else; give another path")
+
+
+class Rows:
+    """Rows of an array, in memory or in a file that is memory-mapped.
+
+    Args:
+        values: ``(N, D)``, floating point, or bfloat16 as uint16.
+        path: of the file that is mapped.
+
+    Raises:
+        ValueError: if that file is shorter than it was: reading the map would end the process.
+    """
+
+    def __init__(self, values: Array | Tensor, path: Path | None = None) -> None:
+        self.values = values
+        self.path = path
+        self.size = 0 if path is None else path.stat().st_size
+
+    def read(self, rows: Any) -> Any:
+        """Some rows, given by a slice or a list, as they are stored."""
+        if self.path is not None and self.path.stat().st_size < self.size:
+            raise ValueError(f"{self.path.name} was cut while it was read")
+        return self.values[rows]
+
+
+def open_npy(path: Path) -> Array:
+    """An ``.npy`` file, memory-mapped.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is none, is cut, or holds Python objects.
+    """
+    check_regular(path)
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # NumPy raises half a dozen kinds for a header that is not its own
+        raise ValueError(f"{path.name} could not be read: {' '.join(str(error).split())}") from error
+
+
+def mapped(path: Path, shape: tuple[int, ...], dtype: Any) -> Rows:
+    """An array of a bank, memory-mapped.
+
+    Raises:
+        ValueError: if the file holds no such array.
+    """
+    array = open_npy(path)
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(f"{path.name} is {array.shape} {array.dtype}, not {shape} {np.dtype(dtype)}")
+    return Rows(array, path)
+
+
+def checksum(block: Array) -> int:
+    """The checksum of the rows of a shard, never 0, which marks rows that were not written."""
+    return WRITTEN | zlib.crc32(np.ascontiguousarray(block).data)
+
+
+class ShardReader:
+    """Arrays and checksums of a bank, memory-mapped; each shard is checked once, when a row of it is read first.
+
+    Args:
+        folder: of the bank.
+        layout: of its files.
+        checksums: the SHA-256 that the header has of all checksums; None for a bank that is not finished.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file does not have the layout, or the checksums are others.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, checksums: str | None = None) -> None:
+        self.layout = layout
+        self.sums = np.array(
+            mapped(folder / CHECKSUMS, (layout.shards, len(layout.widths)), np.uint64).read(slice(None))
+        )
+        if checksums is not None and digest(self.sums) != checksums:
+            raise ValueError(f"{CHECKSUMS} is cut or changed")
+        self.arrays = [
+            mapped(folder / f"{number}.npy", (layout.rows, width), DTYPES[layout.dtype])
+            for number, width in enumerate(layout.widths)
+        ]
+        self.checked = np.zeros(layout.shards, bool)
+
+    def is_whole(self, shard: int) -> bool:
+        """Whether the rows of a shard are those that were written."""
+        return bool(self.sums[shard].all()) and self._damaged(shard) is None
+
+    def _damaged(self, shard: int) -> int | None:
+        """The first array whose rows of a shard are not those that were written."""
+        rows = self.layout.shard(shard)
+        wrong = (n for n, array in enumerate(self.arrays) if checksum(array.read(rows)) != self.sums[shard, n])
+        return next(wrong, None)
+
+    def read(self, rows: Sequence[int]) -> list[Array]:
+        """Rows ``(n, D)`` of every array.
+
+        Raises:
+            ValueError: if a shard is not what was written.
+        """
+        for shard in np.unique(np.asarray(rows, np.int64) // self.layout.shard_rows):
+            if not self.checked[shard]:
+                if (number := self._damaged(shard)) is not None:
+                    part = self.layout.shard(int(shard))
+                    raise ValueError(f"rows {part.start} to {part.stop - 1} of {number}.npy are not what was written")
+                self.checked[shard] = True
+        return [array.read(list(rows)) for array in self.arrays]
+
+
+class ShardWriter:
+    """Writes shards of a bank, in any order and by several processes; the files have room for all from the start.
+
+    Rows are written before their checksums, so that a shard with a checksum that fits is whole.
+    """
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.folder = folder
+        self.layout = layout
+
+    def allocate(self) -> None:
+        """Make the files, of zeros, where they are not there in their size.
+
+        Raises:
+            OSError: if the disk has no room for them.
+        """
+        layout = self.layout
+        files = {f"{n}.npy": ((layout.rows, width), DTYPES[layout.dtype]) for n, width in enumerate(layout.widths)}
+        files[CHECKSUMS] = ((layout.shards, len(layout.widths)), np.uint64)
+        for name, (shape, dtype) in files.items():
+            path = self.folder / name
+            described = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+            start = io.BytesIO()
+            np.lib.format.write_array_header_1_0(start, described)
+            size = start.tell() + int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+            try:
+                if not path.exists() or path.stat().st_size != size:
+                    path.write_bytes(start.getvalue())
+                    allocate(path, size)
+            except OSError as error:
+                path.unlink(missing_ok=True)  # what is there of it takes the room that something else may need
+                raise type(error)(
+                    f"expected room for {size} bytes in {path}, got: {error.strerror or error}; make room, or give "
+                    "another folder"
+                ) from error
+
+    def write(self, first: int, blocks: Sequence[Array]) -> None:
+        """Write rows of every array that begin with a shard, and end with one."""
+        layout = self.layout
+        for number, block in enumerate(blocks):
+            self._put(f"{number}.npy", first * block.shape[1] * block.itemsize, block)
+        starts = range(0, len(blocks[0]), layout.shard_rows)
+        sums = [[checksum(block[start : start + layout.shard_rows]) for block in blocks] for start in starts]
+        self._put(CHECKSUMS, first // layout.shard_rows * len(blocks) * 8, np.array(sums, np.uint64))
+
+    def flush(self) -> None:
+        """Have the disk keep all that was written, by this process or others."""
+        for path in self.folder.glob("*.npy"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _put(self, name: str, place: int, block: Array) -> None:
+        with (self.folder / name).open("r+b") as file:
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            file.seek(place, 1)
+            file.write(np.ascontiguousarray(block).data)
+
+
+def encoded(tensor: Tensor, dtype: str) -> Array:
+    """A tensor as the array that is written."""
+    narrow = tensor.cpu().to(getattr(torch, dtype))
+    return (narrow.view(torch.uint16) if dtype == "bfloat16" else narrow).numpy()
+
+
+def decoded(values: Array | Tensor) -> Tensor:
+    """The tensor of an array that was written, in float32."""
+    if isinstance(values, Tensor):
+        return values.float()
+    if values.dtype == np.uint16:
+        return torch.from_numpy(np.ascontiguousarray(values)).view(torch.bfloat16).float()
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32))
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """The content of ``bank.json``, checked.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the bank is unfinished, of another version, or its header is cut, changed or of wrong types.
+    """
+    path = folder / HEADER
+    if not path.exists():
+        if (folder / UNFINISHED).exists():
+            raise ValueError(f"the teacher bank {folder} is unfinished; the same `rkd embed` goes on with it")
+        found = f"found a folder without {HEADER}" if folder.is_dir() else "found none"
+        raise FileNotFoundError(
+            f"expected a teacher bank at {folder}, {found}; write it with `rkd embed RECIPE --out {folder}`"
+        )
+    again = "; delete the bank and write it again with `rkd embed`"
+    header = read_json(path)
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"{path} cannot be used: it is cut or changed, or no header of a teacher bank{again}")
+    if header.get("version") != VERSION:
+        raise ValueError(f"{path} cannot be used: its version is {header.get('version')!r}, not {VERSION}{again}")
+    if header.pop("checksum", None) != digest(header):
+        raise ValueError(f"{path} cannot be used: it is cut or changed, its checksum differs{again}")
+    if not _fits(header, _HEADER) or not _is_sound(header):
+        raise ValueError(f"{path} cannot be used: its values are not those of a teacher bank{again}")
+    return header
+
+
+def read_json(path: Path) -> Any:
+    """The content of a regular file of moderate size, None if that is no JSON."""
+    check_regular(path)
+    if path.stat().st_size > LARGEST_HEADER:
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON has the types of a pattern, and all its keys."""
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(name in value and _fits(value[name], kind[name]) for name in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_fits(item, kind[0]) for item in value)
+    kinds = kind if isinstance(kind, tuple) else (kind, int) if kind is float else (kind,)
+    return type(value) in kinds
+
+
+def _is_sound(header: Mapping[str, Any]) -> bool:
+    """Whether the numbers of a header of the right types can be those of a bank."""
+    return (
+        header["dtype"] in DTYPES
+        and min(header["data"]["count"], header["views"]) >= 0
+        and bool(header["arrays"])
+        and min(header["shard_rows"], *(array["width"] for array in header["arrays"])) > 0
+        and all(array["io"] in ("input", "output") for array in header["arrays"])
+    )
