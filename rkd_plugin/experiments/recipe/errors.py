@@ -49,6 +49,23 @@ class RecipeError(ValueError):
         super().__init__("\n".join([printable(f"{source}: {counted(self.problems, 'problem')}"), *lines(problems)]))
 
 
+def described(source: object, findings: Findings) -> str:
+    """What is printed of a recipe beside its problems.
+
+    Example:
+        >>> print(described("a.yaml", Findings([], [], [("train.teacher", "a note")], [])))
+        a.yaml: no problems, 1 note
+          train.teacher: a note
+        not checked: images, labels and checkpoints, as none is loaded; time and memory
+    """
+    parts = [f"{source}: {counted(findings.problems, 'problem')}, {counted(findings.notes, 'note')}"]
+    parts += lines(findings.notes)
+    if findings.needs:
+        parts += ["besides, `rkd run` needs, in the file or on its command line:", *lines(findings.needs)]
+    parts += ["not checked: images, labels and checkpoints, as none is loaded; time and memory"]
+    return "\n".join([printable(parts[0]), *parts[1:], *lines(findings.unchecked)])
+
+
 def counted(items: Sequence[object], name: str) -> str:
     """How many there are, as ``"no notes"``, ``"1 note"`` or ``"2 notes"``."""
     return f"{len(items) or 'no'} {name}{'' if len(items) == 1 else 's'}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import pkgutil
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
@@ -13,6 +15,13 @@ from rkd_plugin.experiments.recipe.errors import suggest
 
 # Modules of Python itself that run a program when they are imported.
 _PROGRAMS = {"__hello__", "__phello__", "antigravity", "idlelib.idle", "test.autotest", "this"}
+
+
+def find_modules_of_user() -> None:
+    """Let recipes name modules of the current folder, as with ``python -m``; what is installed comes first."""
+    here = os.getcwd()
+    if here not in sys.path and not getattr(sys.flags, "safe_path", False):  # since Python 3.11
+        sys.path.append(here)
 
 
 def import_for(

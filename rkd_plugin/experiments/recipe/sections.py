@@ -219,7 +219,7 @@ def _teacher(walk: Walk, value: Any, path: str) -> None:
             "training mode",
         )
     if "requires_grad" not in value:
-        message = "must be written out: without it torchdistill trains the teacher; write `False` to freeze it"
+        message = "missing: without it torchdistill trains the teacher; write `False` to freeze it"
         walk.need(f"{path}.requires_grad", message)
 
 
@@ -253,7 +253,7 @@ def _train(walk: Walk, value: Any, path: str) -> None:
     first = later | {name: keys[name] for name in ("train_data_loader", "optimizer")}
     where, begin = (f"{path}.stage1", value["stage1"]) if "stage1" in value else (path, value)
     if isinstance(begin, dict) and "val_data_loader" not in begin:
-        walk.need(f"{where}.val_data_loader", "must be there: `rkd run` measures the student after every epoch")
+        walk.need(f"{where}.val_data_loader", "missing: the student is measured after every epoch")
     if "stage1" not in value:
         section(first | {"log_freq": positive}, keys)(walk, value, path)
         return
@@ -299,4 +299,4 @@ def check_sections(walk: Walk) -> None:
     spec(walk, walk.data, "")
     for name, kind in _NEEDED.items():
         if name not in mapping(walk.data.get("recipe")):
-            walk.need(f"recipe.{name}", f"must be there, {kind}: add recipe.{name}=... to the command or to the file")
+            walk.need(f"recipe.{name}", f"missing: {kind}")
