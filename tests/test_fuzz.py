@@ -290,7 +290,9 @@ def test_a_tag_anywhere_in_a_suite(line):
     answer(mutated(LINES["quickstart"], [("value", line, 0, "!import_call")]), is_suite=True)
 
 
-@pytest.mark.parametrize("value", ["[" + "1, " * 60_000 + "]", "{" + ", ".join(f"k{i}: 1" for i in range(20_000)) + "}"])
+@pytest.mark.parametrize(
+    "value", ["[" + "1, " * 60_000 + "]", "{" + ", ".join(f"k{i}: 1" for i in range(20_000)) + "}"]
+)
 def test_more_than_a_recipe_can_need_is_refused(value):
     with pytest.raises(RecipeError, match="too large: "):
         parse("\n".join([*LINES[SEEDS[0]], f"more: {value}"]), Path("large.yaml"))

@@ -317,7 +317,9 @@ def test_texts_that_tags_join_are_joined():
     assert list(data) == ["a", "x/1", "xy"]
     assert data["x/1"] == "d/x"
     assert data["xy"].tag == "!join"  # what it joins is not known
-    doubled = "\n".join(["a0: &a0 !join [abcdefgh]", *(f"a{i}: &a{i} !join [*a{i - 1}, *a{i - 1}]" for i in range(1, 12))])
+    doubled = "\n".join(
+        ["a0: &a0 !join [abcdefgh]", *(f"a{i}: &a{i} !join [*a{i - 1}, *a{i - 1}]" for i in range(1, 12))]
+    )
     texts = list(parse(doubled, Path("x.yaml")).data.values())
     assert [isinstance(text, str) for text in texts] == [True] * 11 + [False]
 
@@ -401,7 +403,6 @@ MISTAKES = {
     "other case": ("key: 'Adam'", "key: 'adam'", "train.optimizer.key", "did you mean Adam?"),
     "no batch": ("batch_size: 1000", "batch_size: 0", "train.val_data_loader.kwargs.batch_size", "at least 1"),
     "no processes": ("num_workers: 0", "num_workers: -1", "train.train_data_loader.kwargs.num_workers", "at least 0"),
-
     "number as text": ("lr: 0.003", "lr: 3e-3", "train.optimizer.kwargs.lr", "got the string '3e-3'; write 3.0e-3"),
     "boolean as number": ("batch_size: 1000", "batch_size: yes", "train.val_data_loader.kwargs.batch_size", "got True"),
     "unknown tag": ("!import_call", "!import_cal", "datasets.digits/train", "did you mean !import_call"),
@@ -668,11 +669,11 @@ datasets:
   ? &train_id !join [&name fake, /train]
   : !import_call
     key: torchvision.datasets.FakeData
-    init: {kwargs: {size: 16, image_size: [3, 8, 8], num_classes: 4, transform: &transform !import_call {key: custom.scaled}}}
+    init: {kwargs: {size: 16, num_classes: 4, image_size: [3, 8, 8], transform: &f !import_call {key: custom.scaled}}}
   ? &test_id !join [*name, /test]
   : !import_call
     key: torchvision.datasets.FakeData
-    init: {kwargs: {size: 8, image_size: [3, 8, 8], num_classes: 4, transform: *transform}}
+    init: {kwargs: {size: 8, image_size: [3, 8, 8], num_classes: 4, transform: *f}}
 models:
   teacher_model:
     key: &teacher_key Tiny
@@ -803,11 +804,12 @@ READINESS = {
         "problems", f"{LOADER}.kwargs", "every batch is one image, of which BatchNorm1d",
     ),
     "one image": (
-        ("batch_size: 8, num_workers: 0, drop_last: False", "batch_size: 5"), f"{STUDENT}={{key: resnet18, kwargs: {{num_classes: 4}}}}",
+        ("batch_size: 8, num_workers: 0, drop_last: False", "batch_size: 5"),
+        f"{STUDENT}={{key: resnet18, kwargs: {{num_classes: 4}}}}",
         "notes", f"{LOADER}.kwargs", "which has no relation to another, and too few for BatchNorm2d",
     ),
     "one image of a sample": (
-        ("torch.utils.data.RandomSampler}\n      kwargs:", "torch.utils.data.RandomSampler}\n      kwargs: {num_samples: 6}"),
+        ("data.RandomSampler}\n      kwargs:", "data.RandomSampler}\n      kwargs: {num_samples: 6}"),
         f"{LOADER}.kwargs={{batch_size: 5}}",
         "problems", f"{LOADER}.kwargs", "the last batch of 6 images",
     ),
@@ -820,7 +822,8 @@ READINESS = {
         "notes", f"{TEACHER}.kwargs.weights", "not in PyTorch's cache, and will be downloaded to",
     ),
     "no checkpoint": (
-        ("datasets:\n", "recipe: {teacher: no.pt, task: classification, seed: 0}\ndatasets:\n"), f"{TEACHER}.src_ckpt=no.pt",
+        ("datasets:\n", "recipe: {teacher: no.pt, task: classification, seed: 0}\ndatasets:\n"),
+        f"{TEACHER}.src_ckpt=no.pt",
         "notes", f"{TEACHER}.src_ckpt", "there is no file 'no.pt' here; train that model first, or set recipe.teacher",
     ),
     "no data": (
@@ -883,14 +886,18 @@ def test_what_is_known_before_data_is_loaded(name, host_recipe, tmp_path):
 
 
 def test_a_host_recipe_whose_teacher_stands_still_has_nothing_to_note(host_recipe):
-    still = ["dependencies=[custom, rkd_plugin.adapters.torchdistill]", "train.teacher.forward_proc=forward_in_eval_mode"]
+    still = [
+        "dependencies=[custom, rkd_plugin.adapters.torchdistill]",
+        "train.teacher.forward_proc=forward_in_eval_mode",
+    ]
     find_modules_of_user()
     assert examine(parse(HOST, Path(host_recipe), [*GIVEN[:3], *still])) == ([], [], [], [])
 
 
 def test_a_key_that_is_an_alias_is_followed():
-    text = TEXT.replace("  seed: &seed 0", "  seed: &seed 0\n  dataset: &dataset rkd_plugin.experiments.datasets.Digits")
-    text = text.replace("key: 'rkd_plugin.experiments.datasets.Digits'", "key: *dataset")
+    key = "rkd_plugin.experiments.datasets.Digits"
+    text = TEXT.replace("  seed: &seed 0", f"  seed: &seed 0\n  dataset: &dataset {key}")
+    text = text.replace(f"key: '{key}'", "key: *dataset")
     assert check(parse(text, Path("x.yaml"))) == []
     found = dict(check(parse(text, Path("x.yaml"), ["recipe.dataset=torchvision.datasets.MNIST"])))
     assert found["datasets.digits/train.init.kwargs.root"] == "required by MNIST, but missing"
@@ -925,7 +932,11 @@ def test_programs_and_what_is_no_module_are_not_imported(name, monkeypatch):
     monkeypatch.setattr("importlib.import_module", lambda name, *_: imported.append(name))
     named = json.dumps(name)
     key = json.dumps(f"{name}.x")
-    for text in (f"dependencies: {named}", f"dependencies: [[{named}]]", f"datasets: {{a: !import_get {{key: {key}}}}}"):
+    for text in (
+        f"dependencies: {named}",
+        f"dependencies: [[{named}]]",
+        f"datasets: {{a: !import_get {{key: {key}}}}}",
+    ):
         assert any("expected" in message for _, message in check(parse(text, Path("x.yaml"))))
     assert imported == []
 

@@ -100,5 +100,7 @@ def test_a_model_of_a_number_that_fills_the_memory_is_not_built(monkeypatch):
     built = []
     monkeypatch.setitem(MODEL_DICT, "Large", lambda count: built.append([0] * count))
     findings = examine(read("quickstart/student", ["models.model={key: Large, kwargs: {count: 1000001}}"]))
-    assert findings.unchecked == [("models.model", "its module paths, as an argument of the model is larger than 1,000,000")]
+    assert findings.unchecked == [
+        ("models.model", "its module paths, as an argument of the model is larger than 1,000,000")
+    ]
     assert built == []

@@ -1,4 +1,4 @@
-"""Overrides such as ``train.num_epochs=2``: they change the YAML nodes, so that an anchor's value reaches its aliases."""
+"""Overrides such as ``train.num_epochs=2`` change YAML nodes, so that an anchor's new value reaches its aliases."""
 
 from __future__ import annotations
 

@@ -134,19 +134,20 @@ def _check_training(walk: Walk, loader: Mapping[Any, Any], path: str) -> None:
 def _check_single_image(walk: Walk, path: str, images: int, batch: int) -> None:
     models = (built_model(walk, name) for name in ("student_model", "model"))
     student = next((model for model in models if model is not None), None)
-    norms = {type(module).__name__ for module in student.modules() if isinstance(module, _BATCH_NORM)} if student else ()
+    norms = _kinds(student, _BATCH_NORM)
     which = "every batch" if batch == 1 else f"the last batch of {images} images"
     message = f"{which} is one image, which has no relation to another"
     if "BatchNorm1d" in norms:
         message = f"{which} is one image, of which BatchNorm1d computes no statistics in training"
         walk.report(path, f"{message}: set drop_last: True, or another batch_size")
     else:
-        cause = f", and too few for {', '.join(sorted(norms))} if its maps are of one pixel" if norms else ""
+        cause = f", and too few for {', '.join(norms)} if its maps are of one pixel" if norms else ""
         walk.note(path, f"{message}{cause}: set drop_last: True, or another batch_size")
 
 
 def _check_classes(walk: Walk, known: Known, loader: Mapping[Any, Any]) -> None:
-    if mapping(walk.data.get("recipe")).get("task", "classification") != "classification" or type(known.classes) is not int:
+    task = mapping(walk.data.get("recipe")).get("task", "classification")
+    if task != "classification" or type(known.classes) is not int:
         return
     models = mapping(walk.data.get("models"))
     name = "student_model" if "student_model" in models else "model"
@@ -222,15 +223,20 @@ def _count_folders(folder: Path) -> int | None:
 
 
 def _check_teacher_mode(walk: Walk, teacher: Mapping[Any, Any], path: str) -> None:
-    """torchdistill's own forward processes leave a teacher in training mode."""
+    """Note a forward process of torchdistill itself, which leaves the teacher in training mode."""
     name = str(teacher.get("forward_proc"))
     is_official = getattr(FORWARD_PROC_FUNC_DICT.get(name), "__module__", "").startswith("torchdistill.")
     has_bank = bool(mapping(walk.data.get("recipe")).get("teacher_bank"))
     if not has_teacher(walk.data) or not is_official or has_bank or teacher.get("requires_grad") is not False:
         return
     model = built_model(walk, "teacher_model")
-    kinds = {type(module).__name__ for module in model.modules() if isinstance(module, _CHANGED_BY_MODE)} if model else ()
+    kinds = _kinds(model, *_CHANGED_BY_MODE)
     if kinds or model is None:
-        layers = ", ".join(sorted(kinds)) or "layers such as BatchNorm and dropout"
+        layers = ", ".join(kinds) or "layers such as BatchNorm and dropout"
         message = f"{name} leaves the teacher in training mode, so that its {layers} change what it teaches"
         walk.note(f"{path}.forward_proc", f"{message}; 'forward_in_eval_mode' does not")
+
+
+def _kinds(model: nn.Module | None, *classes: type[nn.Module]) -> list[str]:
+    """The names of a model's modules that are of these classes."""
+    return sorted({type(module).__name__ for module in model.modules() if isinstance(module, classes)}) if model else []

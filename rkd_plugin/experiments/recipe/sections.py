@@ -15,7 +15,7 @@ from torchdistill.optim import registry as optim
 
 from rkd_plugin.experiments.recipe.imports import import_for
 from rkd_plugin.experiments.recipe.schema import has_teacher, mapping, mid_level_losses, model_builders
-from rkd_plugin.experiments.recipe.signatures import bind, mismatch, show, wrong
+from rkd_plugin.experiments.recipe.signatures import bind, show
 from rkd_plugin.experiments.recipe.specs import (
     Component,
     Spec,

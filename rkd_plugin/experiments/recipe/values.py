@@ -71,7 +71,9 @@ def _scalar(node: yaml.ScalarNode) -> str | None:
 def children(node: yaml.Node) -> list[tuple[str, yaml.Node]]:
     """The parts of a mapping or a list, with the names that they have in a path."""
     if isinstance(node, yaml.MappingNode):
-        return [(key.value if isinstance(key, yaml.ScalarNode) else text_of(key) or "", value) for key, value in node.value]
+        return [
+            (key.value if isinstance(key, yaml.ScalarNode) else text_of(key) or "", value) for key, value in node.value
+        ]
     if isinstance(node, yaml.SequenceNode):
         return [(str(index), value) for index, value in enumerate(node.value)]
     return []
@@ -134,9 +136,9 @@ def nodes(root: yaml.Node) -> Iterator[tuple[str, yaml.Node]]:
 def number_nodes(root: yaml.Node) -> Iterator[tuple[str, yaml.ScalarNode, str]]:
     """Unquoted numbers such as ``1e-3`` that YAML 1.1, and so PyYAML, takes for a string; and how to write them."""
     for path, node in nodes(root):
-        if isinstance(node, yaml.ScalarNode) and node.tag == STR and node.style is None:
-            if number := spelled(node.value):
-                yield path, node, number
+        is_plain = isinstance(node, yaml.ScalarNode) and node.tag == STR and node.style is None
+        if is_plain and (number := spelled(node.value)):
+            yield path, node, number
 
 
 def number_strings(root: yaml.Node) -> Iterator[Problem]:
