@@ -24,8 +24,8 @@ _SECONDS = 3.0  # of CPU; the largest network of torchvision takes less than one
 _LARGEST_NUMBER = 10**6  # of blocks, channels or classes: one that sizes a list could fill the memory
 
 
-class TooLargeError(Exception):
-    """A model that is not built to the end."""
+class NotBuiltError(Exception):
+    """Why a model is not built, or not to its end; no problem of the recipe."""
 
 
 def built_model(walk: Walk, name: str) -> nn.Module | None:
@@ -34,7 +34,11 @@ def built_model(walk: Walk, name: str) -> nn.Module | None:
     That it cannot be built is reported, as a problem or as what was not checked.
     """
     if name not in walk.built:
-        walk.built[name] = _build_for(walk, name)
+        try:
+            walk.built[name] = _build_for(walk, name)
+        except NotBuiltError as error:
+            walk.built[name] = None
+            walk.skip(f"models.{name}", f"its module paths, as {error}")
     model: nn.Module | None = walk.built[name]
     return model
 
@@ -44,30 +48,27 @@ def _build_for(walk: Walk, name: str) -> nn.Module | None:
     path = f"models.{name}"
     if not config or any(place == path or place.startswith(f"{path}.") for place, _ in walk.found):
         return None
-
-    def skip(reason: str) -> None:
-        walk.skip(path, f"its module paths, as {reason}")
-
     builder = model_builders(config.get("quantized") is True).get(str(config.get("key")))
     if builder is None or config.get("repo_or_dir"):
-        return skip("torch.hub would download the model")
+        raise NotBuiltError("torch.hub would download the model")
     kwargs = {key: value for key, value in mapping(config.get("kwargs")).items() if key not in _WEIGHTS}
     kwargs |= dict.fromkeys(_WEIGHTS & arguments(builder).named.keys())  # some have weights by default
     try:
         text = json.dumps(kwargs, sort_keys=True)
-    except TypeError:  # what torchdistill computes while it loads the file
-        return skip("an argument of the model is computed while torchdistill loads the recipe")
+    except TypeError as error:  # what torchdistill computes while it loads the file
+        raise NotBuiltError("an argument of the model is computed while torchdistill loads the recipe") from error
     if _largest_number(kwargs) > _LARGEST_NUMBER:
-        return skip(f"an argument of the model is larger than {_LARGEST_NUMBER:,}")
+        raise NotBuiltError(f"an argument of the model is larger than {_LARGEST_NUMBER:,}")
     try:
         model = _build(builder, text)
-    except TooLargeError:
-        return skip(f"building the model takes longer than {_SECONDS:g} seconds")
+    except NotBuiltError:
+        raise
     except (TypeError, ValueError, AssertionError) as error:
         walk.report(path, f"cannot be built: {error}")
         return None
     except Exception as error:  # a model that computes while it is built, which the meta device does not
-        return skip(f"the model cannot be built without weights and memory: {type(error).__name__}")
+        reason = f"the model cannot be built without weights and memory: {type(error).__name__}"
+        raise NotBuiltError(reason) from error
     return model if isinstance(model, nn.Module) else None
 
 
@@ -93,7 +94,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         return
 
     def stop(*_: Any) -> None:
-        raise TooLargeError
+        raise NotBuiltError(f"building the model takes longer than {seconds:g} seconds")
 
     before = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, seconds)

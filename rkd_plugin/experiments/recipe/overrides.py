@@ -93,10 +93,11 @@ def parse_value(text: str) -> yaml.Node:
         is_marked = isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None)
         if is_block or is_marked or (isinstance(event, yaml.DocumentStartEvent) and event.explicit):
             raise ValueError(f"{_KINDS}, got {text!r}")
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
     if rest := text[node.end_mark.index if node else 0 :].strip():
         raise ValueError(f"YAML takes {rest!r} for a comment")
-    node = node or yaml.compose("null", Loader=yaml.SafeLoader)
+    if node is None:  # nothing at all
+        return yaml.ScalarNode("tag:yaml.org,2002:null", "null")
     if problem := next(ill_formed(node), None):
         raise ValueError(f"{_KINDS}, got {text!r}: {problem[1]}")
     for _, scalar, number in number_nodes(node):

@@ -136,8 +136,9 @@ def nodes(root: yaml.Node) -> Iterator[tuple[str, yaml.Node]]:
 def number_nodes(root: yaml.Node) -> Iterator[tuple[str, yaml.ScalarNode, str]]:
     """Unquoted numbers such as ``1e-3`` that YAML 1.1, and so PyYAML, takes for a string; and how to write them."""
     for path, node in nodes(root):
-        is_plain = isinstance(node, yaml.ScalarNode) and node.tag == STR and node.style is None
-        if is_plain and (number := spelled(node.value)):
+        if not isinstance(node, yaml.ScalarNode) or node.tag != STR or node.style is not None:
+            continue
+        if number := spelled(node.value):
             yield path, node, number
 
 
