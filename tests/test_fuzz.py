@@ -294,9 +294,10 @@ def test_a_tag_anywhere_in_a_suite(line):
     "value", ["[" + "1, " * 60_000 + "]", "{" + ", ".join(f"k{i}: 1" for i in range(20_000)) + "}"]
 )
 def test_more_than_a_recipe_can_need_is_refused(value):
+    started = time.process_time()
     with pytest.raises(RecipeError, match="too large: "):
         parse("\n".join([*LINES[SEEDS[0]], f"more: {value}"]), Path("large.yaml"))
-    answer("\n".join([*LINES[SEEDS[0]], f"more: {value}"]))
+    assert time.process_time() - started < SECONDS
 
 
 @pytest.mark.slow
