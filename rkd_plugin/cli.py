@@ -10,6 +10,7 @@ from pathlib import Path
 
 import rkd_plugin
 from rkd_plugin.experiments.processes import launched
+from rkd_plugin.experiments.recipe.imports import find_modules_of_user
 
 RECIPE = "a YAML file, or the name of a packaged recipe as `rkd ls` shows it"
 OVERRIDES = "key.path=value, changing the recipe before anything is built"
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"{name}: {message}", file=sys.stderr)
+            find_modules_of_user()
             return command(options)
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         print(f"{name}: {error}", file=sys.stderr)
@@ -160,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ls(_: argparse.Namespace) -> int:
-    from rkd_plugin.experiments.recipe import names
+    from rkd_plugin.experiments.recipe.catalog import names
 
     entries = names()
     width = max(len(entry.name) for entry in entries)
@@ -170,10 +172,14 @@ def _ls(_: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from rkd_plugin.experiments.recipe import read
+    from rkd_plugin.experiments.recipe import RecipeError, examine, read
+    from rkd_plugin.experiments.recipe.errors import described
 
-    read(options.recipe, options.overrides).validate()
-    print(f"{options.recipe}: no problems")
+    recipe = read(options.recipe, options.overrides)
+    findings = examine(recipe)
+    print(described(options.recipe, findings))
+    if findings.problems:
+        raise RecipeError(recipe.path, findings.problems)
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Whatever a recipe or a command line says: `rkd check` answers in words, and does nothing of what they name.
+"""Whatever a recipe or a command line contains: `rkd check` answers with problems, in seconds, and executes nothing.
 
-The default looks at 2,000 recipes and command lines, the same ones every time; ``RKD_FUZZ=50000`` at as many new ones.
+The default checks 2,000 recipes and command lines, the same ones every time; ``RKD_FUZZ=50000`` as many new ones.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rkd_plugin import cli
-from rkd_plugin.experiments.recipe import RecipeError, check, find, read_suite, suites
+from rkd_plugin.experiments.recipe import RecipeError, check, examine, find, read, read_suite, suites
 from rkd_plugin.experiments.recipe.reading import parse
 
+SECONDS = 10.0  # of CPU, for one example; the slowest takes two
 EXAMPLES = int(os.environ.get("RKD_FUZZ", "2000"))
 SEEDS = ["quickstart/rkd_da", "quickstart/student", "classification/small_cifar100/fitnet", "few_shot/omniglot/rkd_da"]
 LINES = {
@@ -70,6 +72,25 @@ HOSTILE = [
     "{key: vgg11, kwargs: {progress: [], num_classes: a}}",
     "{key: resnet20, repo_or_dir: 'nobody/nothing', kwargs: {}}",
     f"[&a [x, x], {LAUGHS}]",
+    *("rkd_canary_program.__main__", "rkd_canary_program.__main__.x", "{name: .__main__, package: rkd_canary_program}"),
+    *("antigravity", "antigravity.fly", "[[antigravity]]", "-m rkd_canary_program"),
+]  # fmt: skip
+# What makes an answer slow that looks at everything with everything else.
+LARGE = [
+    *("[" + ", ".join(map(str, range(4_000))) + "]", "9" * 40_000, "x" * 100_000),
+    *("0x" + "f" * 40_000, "1" + ":30" * 20_000, "a" + ".a" * 50_000, "'" + "''" * 50_000, "[" * 50_000),
+    *("{" + ", ".join(f"{prefix}{index}: {value}" for index in range(count)) + "}" for prefix, count, value in [
+        ("k", 2_000, 1), ("x" * 100, 2_000, "[]"), ("num_epoch", 2_000, 1),
+        ("k", 400, "!import_call {key: nowhere.x}"), ("k", 400, "{key: Adam, kwargs: {}}"),
+        ("k", 400, "!import_call {key: torchvision.transforms.Resize, init: {kwargs: {size: 1}}}"),
+        ("k", 400, "{criterion: {key: MSELoss, kwargs: {}}, weight: 1.0}"),
+    ]),
+    "[" + "torch, " * 4_000 + "]",
+    "{key: ResNet12Embedding, kwargs: {widths: [" + "1, " * 3_000 + "1]}}",
+    "{key: resnet, kwargs: {depth: 999998, num_classes: 10}}",
+    "{key: ConvEmbedding, kwargs: {width: 99999999999, embedding_dim: 9, l2_normalize: True}}",
+    *(f"[&j0 !join [{'x' * 9}], " + ", ".join(f"&j{i} !join [*j{i - 1}, *j{i - 1}]" for i in range(1, n)) + "]"
+      for n in (11, 40)),
 ]  # fmt: skip
 
 # Whatever touches the world: processes, the network, files.
@@ -112,6 +133,9 @@ def calls(tmp_path_factory):
     (folder / "rkd_canary.py").write_text(CANARY)
     (folder / "rkd_canary_calls.py").write_text("made = []")
     (folder / "rkd_canary_idle.py").write_text("")
+    (folder / "rkd_canary_program").mkdir()
+    (folder / "rkd_canary_program" / "__init__.py").write_text("")
+    (folder / "rkd_canary_program" / "__main__.py").write_text(CANARY + "spring()")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setattr(sys, "dont_write_bytecode", True)
@@ -137,6 +161,7 @@ def looked_at(count: int):
 def answer(text: str, is_suite: bool = False) -> None:
     """The answer to a recipe: no problem, or a `RecipeError` of lines that a terminal can be trusted with."""
     said = None
+    started = time.process_time()
     with watched() as seen:
         try:
             recipe = parse(text, Path("mutated.yaml"))
@@ -150,6 +175,7 @@ def answer(text: str, is_suite: bool = False) -> None:
         except RecipeError as error:
             said = error
     assert seen == []
+    assert time.process_time() - started < SECONDS
     if said:
         lines = str(said).split("\n")
         assert len(lines) == len(said.problems) + 1 > 1
@@ -158,7 +184,9 @@ def answer(text: str, is_suite: bool = False) -> None:
 
 HOSTILE_OR_KNOWN = st.one_of(st.sampled_from(HOSTILE), st.sampled_from(WORDS), st.text(max_size=8))
 MUTATION = st.tuples(
-    st.sampled_from(["value", "value", "value", "value", "key", "drop", "twice", "move", "indent", "tag", "splice"]),
+    st.sampled_from(
+        ["value", "value", "value", "value", "key", "drop", "twice", "move", "indent", "tag", "splice", "root"]
+    ),
     st.integers(0, 200),
     st.integers(0, 200),
     HOSTILE_OR_KNOWN,
@@ -185,6 +213,8 @@ def mutated(lines: list[str], mutations: list[tuple[str, int, int, str]]) -> str
                 lines.insert(other, lines.pop(at))
             case "indent":
                 lines[at] = "  " * (other % 4) + lines[at].lstrip()
+            case "root":
+                lines = [f"--- {new}", *lines] if other % 2 else ["root:", *(f"  {line}" for line in lines)]
             case "splice":
                 cut = other % (len(lines[at]) + 1)
                 lines[at] = lines[at][:cut] + new + lines[at][cut + other % 3 :]
@@ -195,6 +225,13 @@ def mutated(lines: list[str], mutations: list[tuple[str, int, int, str]]) -> str
 @given(st.sampled_from(SEEDS), st.lists(MUTATION, min_size=1, max_size=4))
 def test_any_recipe(calls, name, mutations):
     answer(mutated(LINES[name], mutations))
+    assert calls == []
+
+
+@looked_at(EXAMPLES // 100)
+@given(st.sampled_from(SEEDS), st.integers(0, 200), st.sampled_from(LARGE), st.booleans())
+def test_any_size(calls, name, line, large, is_key):
+    answer(mutated(LINES[name], [("key" if is_key else "value", line, 0, large)]))
     assert calls == []
 
 
@@ -218,10 +255,11 @@ COMMAND = st.tuples(
 )
 
 
-@looked_at(EXAMPLES - EXAMPLES // 2 - EXAMPLES // 10)
+@looked_at(EXAMPLES - EXAMPLES // 2 - EXAMPLES // 10 - EXAMPLES // 100)
 @given(COMMAND)
 def test_any_command_line(calls, command):
     verb, name, rest = command
+    started = time.process_time()
     out = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="")
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", newline="")
     with pytest.MonkeyPatch.context() as patch, watched() as seen:
@@ -233,6 +271,7 @@ def test_any_command_line(calls, command):
                 code = cli.main([verb, name, *rest])
             except SystemExit as stopped:
                 code = stopped.code
+    assert time.process_time() - started < SECONDS
     out.flush(), err.flush()
     error = err.buffer.getvalue().decode()
     if code == 1:
@@ -249,6 +288,41 @@ def test_any_command_line(calls, command):
 @pytest.mark.parametrize("line", range(len(LINES["quickstart"])))
 def test_a_tag_anywhere_in_a_suite(line):
     answer(mutated(LINES["quickstart"], [("value", line, 0, "!import_call")]), is_suite=True)
+
+
+@pytest.mark.parametrize(
+    "value", ["[" + "1, " * 60_000 + "]", "{" + ", ".join(f"k{i}: 1" for i in range(20_000)) + "}"]
+)
+def test_more_than_a_recipe_can_need_is_refused(value):
+    started = time.process_time()
+    with pytest.raises(RecipeError, match="too large: "):
+        parse("\n".join([*LINES[SEEDS[0]], f"more: {value}"]), Path("large.yaml"))
+    assert time.process_time() - started < SECONDS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["dependencies:", "datasets:", "  student_model:", "      lr:", "          weight:"])
+def test_every_large_value(start):
+    """Where each of them is an expected or a surprising value of its section."""
+    lines = LINES[SEEDS[0]]
+    at = next(index for index, line in enumerate(lines) if line.startswith(start))
+    indent = len(start) - len(start.lstrip())
+    inside = itertools.takewhile(lambda line: not line or len(line) - len(line.lstrip()) > indent, lines[at + 1 :])
+    rest = lines[at + 1 + len(list(inside)) :]
+    for large in LARGE:
+        answer("\n".join([*lines[:at], f"{start} {large}", *rest]))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_files_that_never_end_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.yaml", "x.pt", "root"):
+        os.mkfifo(name)
+    for name in ("x.yaml", "/dev/zero", "/dev/stdin"):
+        with pytest.raises(RecipeError, match="neither a file nor a packaged recipe"):
+            read(name)
+    findings = examine(read("quickstart/rkd_da", ["models.teacher_model.src_ckpt=x.pt"]))
+    assert any("there is no file 'x.pt' here" in note for _, note in findings.notes)
 
 
 def test_only_what_stands_where_a_key_stands_is_imported():

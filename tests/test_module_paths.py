@@ -7,7 +7,7 @@ from torchdistill.models.registry import MODEL_DICT
 
 import rkd_plugin.adapters.torchdistill  # noqa: F401  registers the losses
 from rkd_plugin.experiments.recipe.module_paths import check_module_paths
-from rkd_plugin.experiments.recipe.walking import Walk
+from rkd_plugin.experiments.recipe.specs import Walk
 
 
 def walked(model, path, loss="RKDDALoss", **kwargs):

@@ -1,7 +1,9 @@
+import json
 import random
 import string
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -10,8 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rkd_plugin
-from rkd_plugin.experiments.recipe import RecipeError, check, configs_root, find, names, read, read_suite
-from rkd_plugin.experiments.recipe.reading import Recipe, Tagged, parse
+from rkd_plugin.cli import main
+from rkd_plugin.experiments.metrics import EVALUATORS
+from rkd_plugin.experiments.recipe import (
+    RecipeError,
+    Tagged,
+    check,
+    configs_root,
+    examine,
+    find,
+    names,
+    quoted,
+    read,
+    read_suite,
+)
+from rkd_plugin.experiments.recipe.errors import suggest
+from rkd_plugin.experiments.recipe.imports import find_modules_of_user
+from rkd_plugin.experiments.recipe.reading import Recipe, parse
+from rkd_plugin.experiments.recipe.sections import Task
 from rkd_plugin.experiments.recipe.signatures import arguments, mismatch
 
 # Every YAML under configs/: a new file is added here, and so to the tests below.
@@ -187,7 +205,9 @@ def test_override_of_an_anchor_reaches_every_alias():
         ("{a: 1, b: x=y}", {"a": 1, "b": "x=y"}),
         ("a=b", "a=b"),
         ("", None),
+        ("~", None),
         ("True", True),
+        ("'#1: a'", "#1: a"),
     ],
 )
 def test_values_of_overrides(text, value):
@@ -211,10 +231,19 @@ def test_override_of_list_items_and_keys_with_slashes_and_dots():
         ("train.num_epochs.x=2", "train.num_epochs.x", "train.num_epochs has no key 'x'"),
         ("train.num_epochs", "train.num_epochs", "an override is written key.path=value"),
         ("=2", "=2", "an override is written key.path=value"),
-        ("train.num_epochs=!import_call {}", "train.num_epochs", "without tags or aliases"),
-        ("train.num_epochs=[!!python/name:os.system]", "train.num_epochs", "without tags or aliases"),
-        ("train.num_epochs=*seed", "train.num_epochs", "without tags or aliases"),
+        ("train.num_epochs=!import_call {}", "train.num_epochs", "without tags, anchors or aliases"),
+        ("train.num_epochs=[!!python/name:os.system]", "train.num_epochs", "without tags, anchors or aliases"),
+        ("train.num_epochs=*seed", "train.num_epochs", "without tags, anchors or aliases"),
         ("train.num_epochs=a: 1", "train.num_epochs", "a scalar, a [list] or a {mapping}"),
+        ("train.num_epochs=&x 2", "train.num_epochs", "without tags, anchors or aliases"),
+        ("train.num_epochs=--- 2", "train.num_epochs", "a scalar, a [list] or a {mapping}"),
+        ("train.num_epochs=|\n 2", "train.num_epochs", "a scalar, a [list] or a {mapping}"),
+        ("train.num_epochs=2 #3", "train.num_epochs", "YAML takes '#3' for a comment; a text is written"),
+        ("train.num_epochs=[2] #3", "train.num_epochs", "YAML takes '#3' for a comment"),
+        ("train.num_epochs=# 2", "train.num_epochs", "YAML takes '# 2' for a comment"),
+        ("train.num_epochs=runs: 1", "train.num_epochs", """a text is written 'train.num_epochs="runs: 1"'"""),
+        ("num_epochs=2", "num_epochs", "the recipe has no key 'num_epochs'; did you mean recipe.num_epochs?"),
+        ("recipe.num_epoch=2", "recipe.num_epoch", "did you mean num_epochs"),
         ("train.num_epochs=[", "train.num_epochs", "is not YAML"),
         ("train.num_epochs=\x00", "train.num_epochs", "is not YAML"),
     ],
@@ -224,6 +253,13 @@ def test_bad_overrides(override, path, message):
         read("quickstart/rkd_da", [override])
     assert [place for place, _ in caught.value.problems] == [path]
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["/data/try #2", "a: b", "~", "1e-3", "", '"', "*a", "runs/ä\\n\t", "[1"])
+def test_a_quoted_override_is_read_as_it_is(value):
+    recipe = read("quickstart/rkd_da", [quoted("recipe.teacher_checkpoint", value)])
+    assert recipe.settings["teacher_checkpoint"] == value
+    assert parse(recipe.resolved(), recipe.path).data["models"]["teacher_model"]["src_ckpt"] == value
 
 
 def test_all_bad_overrides_are_reported():
@@ -238,7 +274,15 @@ def test_all_bad_overrides_are_reported():
 @pytest.mark.parametrize(
     ("text", "path", "message"),
     [
-        ("a: [1,\nb", "line 2, column 2", "expected"),
+        ("a: [1,\nb", "line 2, column 2", "expected ',' or ']', but got '<stream end>' in 'b'"),
+        ("a:\n\t- b: 1", "line 2, column 1", "in '- b: 1'; a tab cannot indent: use spaces"),
+        ("a: b: c", "line 1, column 5", "in 'a: b: c'; mend the indentation, or quote"),
+        ("a:\n  b: 1\n c: 2", "line 3, column 2", "in 'c: 2'; mend the indentation"),
+        ("a: @b", "line 1, column 4", "quote a value that begins with it"),
+        ("!a {b: 1}", "", "a mapping without a tag was expected at the top, got !a"),
+        ("!!set {a}", "", "a mapping without a tag was expected at the top"),
+        ("? !join [a, b]\n: 1\n? ab\n: 2", "ab", "this key is there twice"),
+        ("? !import_get [a]\n: 1", "", "every key must be a scalar"),
         ("a: 1\nb: {a: 1, a: 2}", "b.a", "this key is there twice"),
         ("a: 1\na: 2", "a", "this key is there twice"),
         ("a: &x [1, *x]", "a.1", "an anchor contains itself"),
@@ -265,6 +309,19 @@ def test_reading_executes_nothing():
     recipe = parse("a: !import_call {key: os.abort}\nb: !!python/object/apply:os.abort []", Path("x.yaml"))
     assert isinstance(recipe.data["a"], Tagged)
     assert recipe.data["b"].tag == "tag:yaml.org,2002:python/object/apply:os.abort"
+
+
+def test_texts_that_tags_join_are_joined():
+    text = "a: &a x\n? !join [*a, /, 1]\n: !pathjoin [d, *a]\n? !join [*a, y]\n: !join [!import_call {}, a]"
+    data = parse(text, Path("x.yaml")).data
+    assert list(data) == ["a", "x/1", "xy"]
+    assert data["x/1"] == "d/x"
+    assert data["xy"].tag == "!join"  # what it joins is not known
+    doubled = "\n".join(
+        ["a0: &a0 !join [abcdefgh]", *(f"a{i}: &a{i} !join [*a{i - 1}, *a{i - 1}]" for i in range(1, 12))]
+    )
+    texts = list(parse(doubled, Path("x.yaml")).data.values())
+    assert [isinstance(text, str) for text in texts] == [True] * 11 + [False]
 
 
 def test_settings_are_required_where_they_are_used():
@@ -331,11 +388,21 @@ def test_checking_leaves_random_numbers_and_files_alone(tmp_path, monkeypatch):
 CRITERION = "train.criterion.kwargs.sub_terms.rkd"
 LOSS = f"{CRITERION}.criterion.kwargs"
 MISTAKES = {
-    "no section": ("dependencies: [", "depends: [", "dependencies", "required, but missing"),
+    "no section": ("datasets:\n", "data:\n", "datasets", "required, but missing"),
     "other section": ("dependencies: [", "depends: [", "depends", "no such key here; did you mean dependencies?"),
-    "task": ("task: metric_learning", "task: metric", "recipe.task", "no task is registered as 'metric'"),
+    "task": ("task: metric_learning", "task: metric", "recipe.task", "'metric_learning' was expected"),
     "seed": ("seed: &seed 0", "seed: &seed zero", "recipe.seed", "an integer was expected, got the string 'zero'"),
     "dependency": ("'rkd_plugin.experiments.models'", "nowhere", "dependencies.1", "cannot be imported"),
+    "misspelt dependency": (
+        "'rkd_plugin.experiments.models'",
+        "'torchvison.models'",
+        "dependencies.1",
+        "No module named 'torchvison'; did you mean torchvision",
+    ),
+    "misspelt module": ("datasets.Digits", "dataset.Digits", "datasets.digits/train.key", "did you mean datasets"),
+    "other case": ("key: 'Adam'", "key: 'adam'", "train.optimizer.key", "did you mean Adam?"),
+    "no batch": ("batch_size: 1000", "batch_size: 0", "train.val_data_loader.kwargs.batch_size", "at least 1"),
+    "no processes": ("num_workers: 0", "num_workers: -1", "train.train_data_loader.kwargs.num_workers", "at least 0"),
     "number as text": ("lr: 0.003", "lr: 3e-3", "train.optimizer.kwargs.lr", "got the string '3e-3'; write 3.0e-3"),
     "boolean as number": ("batch_size: 1000", "batch_size: yes", "train.val_data_loader.kwargs.batch_size", "got True"),
     "unknown tag": ("!import_call", "!import_cal", "datasets.digits/train", "did you mean !import_call"),
@@ -380,7 +447,6 @@ MISTAKES = {
         "train.train_data_loader.dataset_wrapper.kwargs.num_negative_samples",
         "required by CRDDatasetWrapper",
     ),
-    "teacher in the optimizer": ("    requires_grad: False\n", "", "train.teacher.requires_grad", "trains the teacher"),
     "teacher in training mode": (
         "    forward_proc: 'forward_in_eval_mode'\n",
         "",
@@ -475,7 +541,7 @@ def test_stages_are_checked_like_train():
     two = two | {"teacher": {"forward_proc": "forward_in_eval_mode"}, "optimizer": {"key": "Adma", "kwargs": {}}}
     data = recipe | {"train": {"log_freq": 10, "stage1": one, "stage2": two}}
     found = check(Recipe(Path("x.yaml"), yaml.compose("{}"), data))
-    assert [path for path, _ in found] == ["train.stage2.teacher.requires_grad", "train.stage2.optimizer.key"]
+    assert [path for path, _ in found] == ["train.stage2.optimizer.key"]
 
 
 IDIOMS = """
@@ -595,6 +661,292 @@ def test_idioms_of_torchdistills_own_recipes_are_no_problems():
 def test_mistakes_in_idioms(override, path):
     found = check(parse(IDIOMS, Path("idioms.yaml"), [override]))
     assert found[0][0].endswith(path)
+
+
+# A YAML for torchdistill alone, which its scripts run.
+HOST = """
+datasets:
+  ? &train_id !join [&name fake, /train]
+  : !import_call
+    key: torchvision.datasets.FakeData
+    init: {kwargs: {size: 16, num_classes: 4, image_size: [3, 8, 8], transform: &f !import_call {key: custom.scaled}}}
+  ? &test_id !join [*name, /test]
+  : !import_call
+    key: torchvision.datasets.FakeData
+    init: {kwargs: {size: 8, image_size: [3, 8, 8], num_classes: 4, transform: *f}}
+models:
+  teacher_model:
+    key: &teacher_key Tiny
+    kwargs: {width: 8}
+    src_ckpt:
+  student_model:
+    key: &student_key Tiny
+    kwargs: {width: 4}
+    _experiment: &experiment !join [*student_key, _from_, *teacher_key]
+    dst_ckpt: !join [./ckpt/, *experiment, .pt]
+train:
+  log_freq: 10
+  num_epochs: 1
+  train_data_loader:
+    dataset_id: *train_id
+    sampler:
+      class_or_func: !import_get {key: torch.utils.data.RandomSampler}
+      kwargs:
+    kwargs: {batch_size: 8, num_workers: 0, drop_last: False}
+    cache_output:
+  val_data_loader: &test_data_loader
+    dataset_id: *test_id
+    sampler:
+      class_or_func: !import_get {key: torch.utils.data.SequentialSampler}
+      kwargs:
+    kwargs: {batch_size: 8, num_workers: 0}
+  teacher: {forward_proc: forward_batch_only, sequential: [], wrapper: DataParallel}
+  student:
+    forward_proc: forward_batch_only
+    adaptations:
+    sequential: []
+    frozen_modules: []
+    wrapper: DistributedDataParallel
+    requires_grad: True
+  optimizer: {key: SGD, kwargs: {lr: 0.1}}
+  criterion:
+    key: WeightedSumLoss
+    kwargs:
+      sub_terms:
+        kd:
+          criterion:
+            key: KDLoss
+            kwargs:
+              {student_module_path: ., student_module_io: output, teacher_module_path: ., teacher_module_io: output,
+               temperature: 4.0, alpha: 0.5}
+          weight: 1.0
+test:
+  test_data_loader: *test_data_loader
+"""
+CUSTOM = """
+from torch import nn
+from torchdistill.models.registry import register_model
+import torchvision
+
+def scaled():
+    return torchvision.transforms.ToTensor()
+
+@register_model
+class Tiny(nn.Sequential):
+    def __init__(self, width):
+        super().__init__(nn.Flatten(), nn.Linear(192, width), nn.BatchNorm1d(width), nn.Linear(width, 4))
+"""
+GIVEN = ["recipe.task=classification", "recipe.seed=0", "train.teacher.requires_grad=False", "dependencies=[custom]"]
+
+
+@pytest.fixture
+def host_recipe(tmp_path, monkeypatch):
+    """A file for torchdistill in the current folder, beside a module that it names."""
+    from torchdistill.models.registry import MODEL_DICT
+
+    (tmp_path / "host.yaml").write_text(HOST)
+    (tmp_path / "custom.py").write_text(CUSTOM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    yield "host.yaml"
+    sys.modules.pop("custom", None)
+    MODEL_DICT.pop("Tiny", None)
+
+
+def test_what_torchdistill_runs_is_no_problem_and_rkd_run_takes_the_rest_from_its_command_line(host_recipe, capsys):
+    assert main(["check", host_recipe, "dependencies=[custom]"]) == 0
+    printed = capsys.readouterr().out
+    needed = printed.partition("besides, `rkd run` needs")[2].splitlines()[1:4]
+    assert [line.split(": ")[0].strip() for line in needed] == [
+        "train.teacher.requires_grad",
+        "recipe.task",
+        "recipe.seed",
+    ]
+    assert main(["run", host_recipe, *GIVEN[:2], GIVEN[3]]) == 1
+    assert "train.teacher.requires_grad: missing: without it" in capsys.readouterr().err
+    assert main(["run", host_recipe, *GIVEN]) == 0
+    assert "top1" in capsys.readouterr().out
+
+
+def test_modules_beside_the_user_come_after_installed_ones(host_recipe, tmp_path):
+    (tmp_path / "yaml.py").write_text("raise SystemExit")
+    main(["check", host_recipe])
+    assert sys.path[-1] == str(tmp_path)
+
+
+def test_tasks_are_those_that_can_be_measured():
+    assert set(get_args(Task)) == set(EVALUATORS)
+
+
+LOADER = "train.train_data_loader"
+STUDENT, TEACHER = "models.student_model", "models.teacher_model"
+SEQUENTIAL = "class_or_func: !import_get {key: torch.utils.data.SequentialSampler}"
+# What is changed in the file, overrides, what kind of finding it is, its path and a part of its sentence.
+READINESS = {
+    "too few outputs": (
+        (), f"{STUDENT}={{key: resnet18, kwargs: {{num_classes: 3}}}}",
+        "problems", f"{STUDENT}.kwargs.num_classes", "fake/train has 4 classes, got 3 outputs",
+    ),
+    "too many outputs": (
+        (), f"{STUDENT}={{key: resnet18, kwargs: {{num_classes: 5}}}}",
+        "notes", f"{STUDENT}.kwargs.num_classes", "fake/train has 4 classes, got 5 outputs",
+    ),
+    "no batch": (
+        (), f"{LOADER}.kwargs={{batch_size: 17, drop_last: True}}",
+        "problems", f"{LOADER}.kwargs.batch_size", "an epoch of 16 images has no batch of 17",
+    ),
+    "one image in front of BatchNorm1d": (
+        (), f"{LOADER}.kwargs={{batch_size: 5}}",
+        "problems", f"{LOADER}.kwargs", "the last batch of 16 images is one image, of which BatchNorm1d",
+    ),
+    "always one image": (
+        (), f"{LOADER}.kwargs={{batch_size: 1}}",
+        "problems", f"{LOADER}.kwargs", "every batch is one image, of which BatchNorm1d",
+    ),
+    "one image": (
+        ("batch_size: 8, num_workers: 0, drop_last: False", "batch_size: 5"),
+        f"{STUDENT}={{key: resnet18, kwargs: {{num_classes: 4}}}}",
+        "notes", f"{LOADER}.kwargs", "which has no relation to another, and too few for BatchNorm2d",
+    ),
+    "one image of a sample": (
+        ("data.RandomSampler}\n      kwargs:", "data.RandomSampler}\n      kwargs: {num_samples: 6}"),
+        f"{LOADER}.kwargs={{batch_size: 5}}",
+        "problems", f"{LOADER}.kwargs", "the last batch of 6 images",
+    ),
+    "no such weights": (
+        (), f"{STUDENT}={{key: resnet18, kwargs: {{weights: IMAGENET1K_V9}}}}",
+        "problems", f"{STUDENT}.kwargs.weights", "resnet18 has no weights 'IMAGENET1K_V9'; did you mean IMAGENET1K_V1",
+    ),
+    "weights that are not there": (
+        (), f"{TEACHER}={{key: resnet18, kwargs: {{weights: IMAGENET1K_V1}}}}",
+        "notes", f"{TEACHER}.kwargs.weights", "not in PyTorch's cache, and will be downloaded to",
+    ),
+    "no checkpoint": (
+        ("datasets:\n", "recipe: {teacher: no.pt, task: classification, seed: 0}\ndatasets:\n"),
+        f"{TEACHER}.src_ckpt=no.pt",
+        "notes", f"{TEACHER}.src_ckpt", "there is no file 'no.pt' here; train that model first, or set recipe.teacher",
+    ),
+    "no data": (
+        ("FakeData\n    init: {kwargs: {size: 16, ", "ImageFolder\n    init: {kwargs: {root: nowhere, "),
+        "dependencies=[custom]",
+        "notes", "datasets.fake/train.init.kwargs.root", "there is no folder 'nowhere' here",
+    ),
+    "classes of a folder": (
+        ("FakeData\n    init: {kwargs: {size: 16, ", "ImageFolder\n    init: {kwargs: {root: data, "),
+        f"{STUDENT}={{key: resnet18, kwargs: {{num_classes: 2}}}}",
+        "problems", f"{STUDENT}.kwargs.num_classes", "fake/train has 3 classes, got 2 outputs",
+    ),
+    "images that are not counted": (
+        ("FakeData\n    init: {kwargs: {size: 16, ", "ImageFolder\n    init: {kwargs: {root: data, "),
+        "dependencies=[custom]",
+        "unchecked", LOADER, "how many batches an epoch has",
+    ),
+    "shuffled test data": (
+        (SEQUENTIAL, SEQUENTIAL.replace("Sequential", "Random")), "dependencies=[custom]",
+        "notes", "train.val_data_loader.sampler", "RandomSampler draws in a random order",
+    ),
+    "dropped test data": (
+        (), "train.val_data_loader.kwargs={batch_size: 8, drop_last: True}",
+        "notes", "train.val_data_loader.kwargs.drop_last", "the last images are not measured",
+    ),
+    "augmented test data": (
+        ("custom.scaled", "torchvision.transforms.RandomHorizontalFlip"), "dependencies=[custom]",
+        "notes", "test.test_data_loader.dataset_id", "RandomHorizontalFlip changes test images at random",
+    ),
+    "teacher in training mode": (
+        (), "dependencies=[custom]",
+        "notes", "train.teacher.forward_proc", "so that its BatchNorm1d change what it teaches",
+    ),
+    "cache of an older torchdistill": (
+        (), f"{LOADER}.cache_output=ckpt",
+        "notes", f"{LOADER}.cache_output", "torchdistill 1.1.5 ignores it",
+    ),
+    "no test data": (
+        ("val_data_loader: &test", "_val_data_loader: &test"), "dependencies=[custom]",
+        "needs", "train.val_data_loader", "the student is measured after every epoch",
+    ),
+    "checkpoint that torchdistill would execute": (
+        ("requires_grad: True", "src_ckpt: a.pt"), "dependencies=[custom]",
+        "needs", "train.student.src_ckpt", "give it to the model under `models:`",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READINESS)
+def test_what_is_known_before_data_is_loaded(name, host_recipe, tmp_path):
+    changes, override, kind, path, message = READINESS[name]
+    for label in "abc":
+        (tmp_path / "data" / label).mkdir(parents=True)
+    find_modules_of_user()
+    text = HOST.replace(*changes) if changes else HOST
+    overrides = dict.fromkeys([*GIVEN, override])
+    findings = examine(parse(text, Path(host_recipe), list(overrides)))._asdict()
+    assert any(place == path and message in sentence for place, sentence in findings.pop(kind)), findings
+    assert all(path not in dict(others) for others in findings.values())
+
+
+def test_a_host_recipe_whose_teacher_stands_still_has_nothing_to_note(host_recipe):
+    still = [
+        "dependencies=[custom, rkd_plugin.adapters.torchdistill]",
+        "train.teacher.forward_proc=forward_in_eval_mode",
+    ]
+    find_modules_of_user()
+    assert examine(parse(HOST, Path(host_recipe), [*GIVEN[:3], *still])) == ([], [], [], [])
+
+
+def test_a_key_that_is_an_alias_is_followed():
+    key = "rkd_plugin.experiments.datasets.Digits"
+    text = TEXT.replace("  seed: &seed 0", f"  seed: &seed 0\n  dataset: &dataset {key}")
+    text = text.replace(f"key: '{key}'", "key: *dataset")
+    assert check(parse(text, Path("x.yaml"))) == []
+    found = dict(check(parse(text, Path("x.yaml"), ["recipe.dataset=torchvision.datasets.MNIST"])))
+    assert found["datasets.digits/train.init.kwargs.root"] == "required by MNIST, but missing"
+    assert found["datasets.digits/test.init.kwargs.classes"].startswith("MNIST has no such argument")
+    ((path, message), *_) = check(parse(text, Path("x.yaml"), ["recipe.dataset=torchvision.datasets.MNITS"]))
+    assert path == "datasets.digits/train.key"
+    assert "did you mean MNIST" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "hint"),
+    [
+        ("resnet_18", ["ResNet18", "vgg"], "; did you mean ResNet18?"),
+        ("adam", ["Adam", "AdamW"], "; did you mean Adam?"),
+        ("Compose", ["torchvision.transforms.Compose"], "; did you mean torchvision.transforms.Compose?"),
+        ("transforms.compose", ["Compose", "Resize"], "; did you mean Compose?"),
+        ("digit", ["Digits", "digits"], "; did you mean Digits, digits?"),
+        ("q" * 10**6, ["a" * 10**6, *map(str, range(10**5))], ""),
+    ],
+)
+def test_suggestions(name, known, hint):
+    assert suggest(name, known) == hint
+
+
+MODULES = ["x.__main__", "torch.__main__", "__main__", "rkd_plugin.__main__", "antigravity", "this", "idlelib.idle"]
+MODULES += ["-m pip", "a b", "a/b", "", ".", ".adapters", "..x", "torch..nn", "torch.nn."]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_programs_and_what_is_no_module_are_not_imported(name, monkeypatch):
+    imported = []
+    monkeypatch.setattr("importlib.import_module", lambda name, *_: imported.append(name))
+    named = json.dumps(name)
+    key = json.dumps(f"{name}.x")
+    for text in (
+        f"dependencies: {named}",
+        f"dependencies: [[{named}]]",
+        f"datasets: {{a: !import_get {{key: {key}}}}}",
+    ):
+        assert any("expected" in message for _, message in check(parse(text, Path("x.yaml"))))
+    assert imported == []
+
+
+def test_relative_modules_are_imported_from_their_package():
+    good, bad = ("{name: .torchdistill, package: rkd_plugin.adapters}", "{name: .__main__, package: rkd_plugin}")
+    assert check(read("quickstart/rkd_da", [f"dependencies=[{good}, rkd_plugin.experiments.models]"])) == []
+    ((path, message),) = check(read("quickstart/rkd_da", [f"dependencies=[{bad}, rkd_plugin.experiments.models]"]))
+    assert path == "dependencies.0"
+    assert "got 'rkd_plugin.__main__', which runs a program" in message
 
 
 def test_a_suite_is_not_a_recipe():

@@ -10,7 +10,7 @@ from torch import nn
 from torchdistill.models.registry import MODEL_DICT
 
 from rkd_plugin.cli import main
-from rkd_plugin.experiments.recipe import check, read
+from rkd_plugin.experiments.recipe import building, check, examine, read
 
 
 class Folder:
@@ -77,3 +77,30 @@ def test_of_what_a_recipe_names_only_its_models_are_called_by_check(monkeypatch)
     ((path, message),) = check(read("quickstart/student", [f"models.model={model}"]))
     assert path == "models.model"
     assert "expected a network of torchvision" in message
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda count: nn.Sequential(*[nn.ReLU() for _ in range(count)]),
+        lambda count: nn.Sequential(*[nn.Linear(2, 2) for _ in range(count)]),
+        lambda count: [str(index) for index in iter(int, 1)],  # for ever
+    ],
+)
+def test_a_model_that_takes_too_long_to_build_is_not_built_to_the_end(layers, monkeypatch):
+    monkeypatch.setattr(building, "_SECONDS", 0.2)
+    monkeypatch.setitem(MODEL_DICT, "Large", layers)
+    findings = examine(read("quickstart/student", ["models.model={key: Large, kwargs: {count: 1000000}}"]))
+    assert findings.problems == []
+    expected = "its module paths, as building the model takes longer than 0.2 seconds"
+    assert findings.unchecked == [("models.model", expected)]
+
+
+def test_a_model_of_a_number_that_fills_the_memory_is_not_built(monkeypatch):
+    built = []
+    monkeypatch.setitem(MODEL_DICT, "Large", lambda count: built.append([0] * count))
+    findings = examine(read("quickstart/student", ["models.model={key: Large, kwargs: {count: 1000001}}"]))
+    assert findings.unchecked == [
+        ("models.model", "its module paths, as an argument of the model is larger than 1,000,000")
+    ]
+    assert built == []

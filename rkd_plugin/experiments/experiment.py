@@ -67,7 +67,7 @@ class Experiment:
             path.write_text(recipe.resolved(), encoding="utf-8")
             with processes.one_after_the_other():
                 self.config = yaml_util.load_yaml_file(str(path))
-        import_dependencies(self.config["dependencies"])
+        import_dependencies(self.config.get("dependencies"))
         if processes.count() > 1:
             self._share_data()
 

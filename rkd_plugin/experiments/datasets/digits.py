@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -28,6 +27,8 @@ class Digits(Dataset[tuple[Tensor, int]]):
         unknown = [digit for digit in classes if digit not in range(10)]
         if unknown or not classes:
             raise ValueError(f"Digits: classes must name digits from 0 to 9, got {list(classes)}")
+        from sklearn.datasets import load_digits  # seconds, which only a run has to wait
+
         digits = load_digits()
         targets = torch.as_tensor(digits.target)
         chosen = torch.isin(targets, torch.tensor(list(classes)))

@@ -1,26 +1,49 @@
-"""All problems of a recipe at once."""
+"""All that can be found out about a recipe, at once."""
 
 from __future__ import annotations
 
-from rkd_plugin.experiments.recipe.errors import Problem
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from rkd_plugin.experiments.recipe.errors import Findings
 from rkd_plugin.experiments.recipe.module_paths import check_module_paths
-from rkd_plugin.experiments.recipe.reading import Recipe, number_strings
-from rkd_plugin.experiments.recipe.schema import check_recipe
+from rkd_plugin.experiments.recipe.readiness import check_readiness
+from rkd_plugin.experiments.recipe.schema import mapping
+from rkd_plugin.experiments.recipe.sections import check_sections
+from rkd_plugin.experiments.recipe.specs import TooManyProblemsError, Walk
 from rkd_plugin.experiments.recipe.tags import check_tags
-from rkd_plugin.experiments.recipe.teacher_bank import problems as bank_problems
-from rkd_plugin.experiments.recipe.walking import Walk
+from rkd_plugin.experiments.recipe.values import number_strings
 
 
-def problems(recipe: Recipe) -> list[Problem]:
-    """See `check`; apart from it because it loads the hosts, for which reading a recipe has no need."""
-    if "suite" in recipe.data:
-        return [("suite", "this is a suite of recipes, which `rkd reproduce` runs, and not a recipe")]
-    walk = Walk(recipe.data)
-    check_recipe(walk)
+def examined(data: Mapping[Any, Any], root: yaml.Node) -> Findings:
+    """See `reading.examine`.
+
+    Args:
+        data: of a recipe, plain.
+        root: its YAML nodes.
+    """
+    walk = Walk(data)
+    try:
+        _examine(walk, root)
+    except TooManyProblemsError:
+        walk.unchecked["", "what follows the first 100 problems"] = None
+    return walk.findings()
+
+
+def _examine(walk: Walk, root: yaml.Node) -> None:
+    if "suite" in walk.data:
+        walk.report("suite", "this is a suite of recipes, which `rkd reproduce` runs, and not a recipe")
+        return
+    check_sections(walk)
     check_tags(walk)
-    for problem in number_strings(recipe.root):
+    for problem in number_strings(root):
         walk.report(*problem)
     check_module_paths(walk)
-    for problem in bank_problems(recipe.data):
-        walk.report(*problem)
-    return list(walk.found)
+    if mapping(walk.data.get("recipe")).get("teacher_bank"):
+        from rkd_plugin.experiments.recipe.teacher_bank import problems as bank_problems
+
+        for problem in bank_problems(walk.data):
+            walk.report(*problem)
+    check_readiness(walk)

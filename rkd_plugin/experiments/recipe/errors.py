@@ -1,10 +1,11 @@
-"""How a problem of a recipe is told."""
+"""How the problems of a recipe are reported."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -12,6 +13,26 @@ from rkd_plugin.experiments.files import printable
 
 Problem = tuple[str, str]
 """A YAML path such as ``train.criterion.key``, and one sentence."""
+
+
+class Findings(NamedTuple):
+    """What `examine` finds in a recipe.
+
+    Attributes:
+        problems: what keeps torchdistill or `rkd run` from running it.
+        needs: what torchdistill can do without, and `rkd run` cannot; overrides can add it.
+        notes: what runs, but may not be meant, and files that are not there yet.
+        unchecked: what was not looked at, and why.
+    """
+
+    problems: list[Problem]
+    needs: list[Problem]
+    notes: list[Problem]
+    unchecked: list[Problem]
+
+
+_LONGEST_LINE = 500
+_LONGEST_NAME, _MOST_NAMES = 100, 2000  # what is compared letter by letter, which takes time
 
 
 class RecipeError(ValueError):
@@ -29,9 +50,36 @@ class RecipeError(ValueError):
 
     def __init__(self, source: object, problems: Sequence[Problem]) -> None:
         self.problems = list(problems)
-        lines = [f"  {path}: {message}" if path else f"  {message}" for path, message in self.problems]
-        count = f"{len(lines)} problem{'s' if len(lines) != 1 else ''}"
-        super().__init__("\n".join(map(printable, [f"{source}: {count}", *lines])))
+        super().__init__("\n".join([printable(f"{source}: {counted(self.problems, 'problem')}"), *lines(problems)]))
+
+
+def described(source: object, findings: Findings) -> str:
+    """What is printed of a recipe beside its problems.
+
+    Example:
+        >>> print(described("a.yaml", Findings([], [], [("train.teacher", "a note")], [])))
+        a.yaml: no problems, 1 note
+          train.teacher: a note
+        not checked: images, labels and checkpoints, as none is loaded; time and memory
+    """
+    parts = [f"{source}: {counted(findings.problems, 'problem')}, {counted(findings.notes, 'note')}"]
+    parts += lines(findings.notes)
+    if findings.needs:
+        parts += ["besides, `rkd run` needs, in the file or on its command line:", *lines(findings.needs)]
+    parts += ["not checked: images, labels and checkpoints, as none is loaded; time and memory"]
+    return "\n".join([printable(parts[0]), *parts[1:], *lines(findings.unchecked)])
+
+
+def counted(items: Sequence[object], name: str) -> str:
+    """How many there are, as ``"no notes"``, ``"1 note"`` or ``"2 notes"``."""
+    return f"{len(items) or 'no'} {name}{'' if len(items) == 1 else 's'}"
+
+
+def lines(problems: Iterable[Problem]) -> list[str]:
+    """Problems as indented lines that can be printed."""
+    return [
+        printable(f"  {path}: {message}" if path else f"  {message}", limit=_LONGEST_LINE) for path, message in problems
+    ]
 
 
 def difference(old: str, new: str) -> str:
@@ -82,14 +130,29 @@ def _leaves(root: Any) -> Iterator[tuple[str, str]]:
 def suggest(name: str, known: Iterable[object]) -> str:
     """The end of a sentence about an unknown name: the closest known ones, or all of them if they are few.
 
+    Names are close that differ in case alone, that have the same last part, or most letters in common.
+
     Example:
         >>> suggest("RKDDLoss", ["RKDDALoss", "KDLoss", "Adam"])
         '; did you mean RKDDALoss, KDLoss?'
+        >>> suggest("compose", ["torchvision.transforms.Compose", "Resize"])
+        '; did you mean torchvision.transforms.Compose?'
         >>> suggest("x", ["yes", "no"])
         '; known: no, yes'
     """
     names = sorted({str(key) for key in known})  # YAML has keys of other types as well
-    close = difflib.get_close_matches(name, names, n=3)
+    last = _last_part(name)
+    close = [other for other in names if _last_part(other) == last][:3]
+    if not close and len(name) <= _LONGEST_NAME and len(names) <= _MOST_NAMES:
+        by_lower_case: dict[str, list[str]] = {}
+        for other in names:
+            by_lower_case.setdefault(other[:_LONGEST_NAME].casefold(), []).append(other)
+        matches = difflib.get_close_matches(name.casefold(), by_lower_case, n=3)
+        close = [other for match in matches for other in by_lower_case[match]][:3]
     if close:
         return f"; did you mean {', '.join(close)}?"
     return f"; known: {', '.join(names)}" if 0 < len(names) <= 12 else ""
+
+
+def _last_part(name: str) -> str:
+    return re.split(r"[./]", name)[-1].casefold()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,21 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rkd_plugin.experiments.recipe.building import built_model
 from rkd_plugin.experiments.recipe.errors import suggest
-from rkd_plugin.experiments.recipe.schema import has_teacher, mid_level_losses, model_builders, stages
+from rkd_plugin.experiments.recipe.schema import has_teacher, mapping, mid_level_losses, stages
 from rkd_plugin.experiments.recipe.signatures import arguments
-from rkd_plugin.experiments.recipe.walking import Walk
+from rkd_plugin.experiments.recipe.specs import Walk
 
-# Only these are called, and without what would make them read or download weights.
-_WEIGHTS = {"weights", "weights_backbone", "pretrained", "pretrained_backbone"}
 _SIDED = re.compile(r"(student|teacher)_.*path")
 
 
 def check_module_paths(walk: Walk) -> None:
     """Report module paths that no model has, and losses that read what no hook keeps."""
-    teacher, student = (_model(walk, name) for name in ("teacher_model", "student_model"))
+    teacher, student = (built_model(walk, name) for name in ("teacher_model", "student_model"))
     if student is None and "student_model" not in mapping(walk.data.get("models")):
-        student = _model(walk, "model")
+        student = built_model(walk, "model")
     for path, stage in stages(walk.data).items():
         if has_teacher(walk.data):
             sides = {"teacher": ("teacher", teacher), "student": ("student", student)}
@@ -51,11 +48,6 @@ def check_module_paths(walk: Walk) -> None:
                 _check_path(walk, f"{place}.module", group["module"], teacher if group.get("is_teacher") else student)
 
 
-def mapping(value: Any) -> Mapping[Any, Any]:
-    """The value, or an empty mapping in place of what is none."""
-    return value if isinstance(value, dict) else {}
-
-
 def _mappings(value: Any, path: str) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     """All mappings inside a value, with their paths."""
     if isinstance(value, dict):
@@ -69,36 +61,6 @@ def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
     for index, item in enumerate(value if isinstance(value, list) else ()):
         if isinstance(item, str):
             yield f"{path}.{index}", item
-
-
-def _model(walk: Walk, name: str) -> nn.Module | None:
-    config = mapping(mapping(walk.data.get("models")).get(name))
-    builder = model_builders(config.get("quantized") is True).get(str(config.get("key")))
-    path = f"models.{name}"
-    if builder is None or config.get("repo_or_dir") or any(place.startswith(path) for place, _ in walk.found):
-        return None
-    kwargs = {key: value for key, value in mapping(config.get("kwargs")).items() if key not in _WEIGHTS}
-    kwargs |= dict.fromkeys(_WEIGHTS & arguments(builder).named.keys())  # some have weights by default
-    try:
-        text = json.dumps(kwargs, sort_keys=True)
-    except TypeError:  # what torchdistill computes while it loads the file
-        return None
-    try:
-        model = _build(builder, text)
-    except (TypeError, ValueError, AssertionError) as error:
-        walk.report(path, f"cannot be built: {error}")
-        return None
-    except Exception:  # a model that computes while it is built, which the meta device does not
-        return None
-    return model if isinstance(model, nn.Module) else None
-
-
-@functools.lru_cache(maxsize=64)
-def _build(builder: Any, kwargs: str) -> Any:
-    """A model without memory, weights or random numbers."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
-        warnings.simplefilter("ignore")
-        return builder(**json.loads(kwargs))
 
 
 def _check_side(walk: Walk, config: Mapping[Any, Any], path: str, model: nn.Module | None) -> None:

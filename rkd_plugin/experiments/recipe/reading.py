@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import copy
-import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rkd_plugin.experiments.recipe import overrides as _overrides
 from rkd_plugin.experiments.recipe.catalog import find
-from rkd_plugin.experiments.recipe.errors import Problem, RecipeError, suggest
+from rkd_plugin.experiments.recipe.errors import Findings, Problem, RecipeError
+from rkd_plugin.experiments.recipe.values import Tagged, extent, ill_formed, text_of
 
-_STR, _FLOAT = "tag:yaml.org,2002:str", "tag:yaml.org,2002:float"
-_EXPONENT = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))[eE]([-+]?)(\d+)")
-_ADDED = ("recipe", "teacher_bank")  # a key that every recipe can do without, and that an override may add
-_DEEPEST, _MOST = 64, 100_000  # a recipe has 20 levels and a few hundred values; a few aliases of aliases make billions
-_USAGE = "an override is written key.path=value, for example train.num_epochs=2"
-
-
-@dataclass(frozen=True, eq=False)
-class Tagged:
-    """A value that torchdistill computes while it loads the file, such as ``!import_call``: here its text only."""
-
-    tag: str
-    value: Any
+# A recipe has 20 levels, a few hundred values and 20,000 characters; a few aliases of aliases make billions of values.
+_DEEPEST, _MOST, _LONGEST = 64, 20_000, 2**19
+_HINTS = {
+    r"'\\t' that cannot start": "a tab cannot indent: use spaces",
+    r"character .* that cannot start": "quote a value that begins with it",
+    "mapping values are not allowed": "mend the indentation, or quote a value that contains ': '",
+    "expected <block end>|could not find expected ':'": "mend the indentation",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +66,9 @@ class Recipe:
         return text
 
     def validate(self) -> None:
-        """Raise a `RecipeError` if `check` finds a problem."""
-        if problems := check(self):
+        """Raise a `RecipeError` if `examine` finds a problem, or something that `rkd run` needs is missing."""
+        findings = examine(self)
+        if problems := [*findings.problems, *findings.needs]:
             raise RecipeError(self.path, problems)
 
     def _required(self, name: str, kind: type) -> Any:
@@ -99,31 +96,32 @@ def read(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find(name)
     try:
-        return parse(path.read_bytes(), path, overrides)
+        with path.open("rb") as file:
+            return parse(file.read(_LONGEST + 1), path, overrides)
     except OSError as error:
         raise RecipeError(path, [("", f"cannot be read: {error.strerror}")]) from error
 
 
 def parse(text: str | bytes, path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The same for a text that was read before from `path`."""
+    if len(text) > _LONGEST:
+        raise RecipeError(path, [("", f"too large: more than the {_LONGEST:,} bytes that are read")])
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if not isinstance(root, yaml.MappingNode):
             raise RecipeError(path, [("", "a mapping of sections was expected at the top")])
-        if problems := list(_ill_formed(root)):
+        if root.tag != "tag:yaml.org,2002:map":
+            raise RecipeError(path, [("", f"a mapping without a tag was expected at the top, got {root.tag}")])
+        _check_extent(root, path)
+        if problems := list(ill_formed(root)):
             raise RecipeError(path, problems)
-        if problems := [problem for override in overrides for problem in _override(root, override)]:
+        if problems := [problem for override in overrides for problem in _overrides.apply(root, override)]:
             raise RecipeError("overrides", problems)
-        depth, count = _extent(root)
-        if depth > _DEEPEST:
-            raise RecipeError(path, [("", f"nested too deeply: {depth} levels, where {_DEEPEST} are read")])
-        if count > _MOST:
-            problem = f"too large: {count:,} values with all aliases written out, where {_MOST:,} are read"
-            raise RecipeError(path, [("", problem)])
+        _check_extent(root, path)
         # Constructing merges `<<` into the nodes, which must stay as they were written.
         data = _PlainConstructor().construct_document(copy.deepcopy(root))
     except yaml.MarkedYAMLError as error:
-        raise RecipeError(path, [(_place(error), str(error.problem))]) from error
+        raise RecipeError(path, [_syntax_problem(error, text)]) from error
     except yaml.YAMLError as error:  # characters that YAML does not allow
         raise RecipeError(path, [("", f"not YAML: {' '.join(str(error).split())}")]) from error
     except RecursionError as error:
@@ -131,13 +129,24 @@ def parse(text: str | bytes, path: Path, overrides: Sequence[str] = ()) -> Recip
     return Recipe(path, root, data)
 
 
-def check(recipe: Recipe) -> list[Problem]:
-    """Everything that is wrong with a recipe, found without executing it.
+def examine(recipe: Recipe) -> Findings:
+    """Everything that can be found out about a recipe without executing it.
 
     Its dependencies, and the modules of all that it names, are imported. Every key is looked up, every ``kwargs`` is
-    bound to the signature that it is for, and every value is held against its type hint. Models are built without
+    bound to the signature that it is for, and every value is checked against its type hint. Models are built without
     weights and memory (on PyTorch's meta device), so that module paths can be followed; nothing else that the recipe
-    names is called, nothing is downloaded or written.
+    names is called, nothing is downloaded or written. Of files it is looked up whether they exist.
+
+    Returns:
+        Pairs of a YAML path and one sentence: problems; what `rkd run` needs besides; notes; what was not checked.
+    """
+    from rkd_plugin.experiments.recipe.checking import examined  # loads the hosts, which reading does not need
+
+    return examined(recipe.data, recipe.root)
+
+
+def check(recipe: Recipe) -> list[Problem]:
+    """Everything that is wrong with a recipe: the problems that `examine` finds.
 
     Returns:
         YAML paths such as ``train.criterion.kwargs.sub_terms.rkd.criterion.kwargs.huber``, each with one sentence.
@@ -146,28 +155,7 @@ def check(recipe: Recipe) -> list[Problem]:
         >>> check(read("quickstart/rkd_da", ["train.optimizer.key=Adm"]))  # doctest: +ELLIPSIS
         [('train.optimizer.key', "no optimizer is registered as 'Adm'; did you mean Adam, ...?")]
     """
-    from rkd_plugin.experiments.recipe.checking import problems
-
-    return problems(recipe)
-
-
-def number_strings(root: yaml.Node) -> Iterator[Problem]:
-    """Unquoted numbers such as ``1e-3`` that YAML 1.1, and so PyYAML, takes for a string."""
-    for path, node, number in _numbers(root):
-        yield path, f"a number was expected, got the string {node.value!r}; write {number}"
-
-
-def spelled(text: str) -> str | None:
-    """A number with an exponent as PyYAML understands it, None if the text is no such number.
-
-    Example:
-        >>> spelled("1e-3"), spelled("2.5E4"), spelled("runs/1e-3")
-        ('1.0e-3', '2.5e+4', None)
-    """
-    if not (match := _EXPONENT.fullmatch(text)):
-        return None
-    mantissa, sign, digits = match.groups()
-    return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{sign or '+'}{digits}"
+    return examine(recipe).problems
 
 
 class _PlainConstructor(yaml.constructor.SafeConstructor):
@@ -184,7 +172,9 @@ class _PlainConstructor(yaml.constructor.SafeConstructor):
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
 
-def _construct_tagged(constructor: Any, node: yaml.Node) -> Tagged:
+def _construct_tagged(constructor: Any, node: yaml.Node) -> Tagged | str:
+    if (text := text_of(node)) is not None:
+        return text  # joined texts, which nothing has to be executed for
     if isinstance(node, yaml.MappingNode):
         return Tagged(node.tag, constructor.construct_mapping(node, deep=True))
     if isinstance(node, yaml.SequenceNode):
@@ -195,112 +185,23 @@ def _construct_tagged(constructor: Any, node: yaml.Node) -> Tagged:
 _PlainConstructor.add_constructor(None, _construct_tagged)
 
 
-def _place(error: yaml.MarkedYAMLError) -> str:
-    mark = error.problem_mark
-    return f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-
-
-def _children(node: yaml.Node) -> list[tuple[str, yaml.Node]]:
-    if isinstance(node, yaml.MappingNode):
-        # A key that is no scalar is ill-formed, and its text may have no end.
-        return [(key.value if isinstance(key, yaml.ScalarNode) else "", value) for key, value in node.value]
-    if isinstance(node, yaml.SequenceNode):
-        return [(str(index), value) for index, value in enumerate(node.value)]
-    return []
-
-
-def _extent(root: yaml.Node) -> tuple[int, int]:
-    """How deep a tree is, and how many values it has once every alias is written out."""
-
-    @functools.cache
-    def extent(node: yaml.Node) -> tuple[int, int]:
-        inside = [extent(child) for _, child in _children(node)]
-        return 1 + max((depth for depth, _ in inside), default=0), 1 + sum(count for _, count in inside)
-
-    return extent(root)
-
-
-def _ill_formed(root: yaml.Node) -> Iterator[Problem]:
-    """What PyYAML lets pass, and nobody means: a key twice, a key that is no scalar, an anchor inside itself."""
-    for path, node, is_inside_itself in _nodes(root):
-        if is_inside_itself:
-            yield path, "an anchor contains itself"
-            continue
-        names = [name for name, _ in _children(node)]
-        for name in sorted({name for name in names if names.count(name) > 1}):
-            yield f"{path}.{name}" if path else name, "this key is there twice"
-        if isinstance(node, yaml.MappingNode) and not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
-            yield path, "every key must be a scalar"
-
-
-def _nodes(root: yaml.Node) -> Iterator[tuple[str, yaml.Node, bool]]:
-    """Every node once, with its path, and whether it was met inside itself."""
-    seen: set[yaml.Node] = set()
-
-    def walk(node: yaml.Node, path: str, above: frozenset[yaml.Node]) -> Iterator[tuple[str, yaml.Node, bool]]:
-        if node in above:
-            yield path, node, True
-        elif node not in seen:
-            seen.add(node)
-            yield path, node, False
-            for name, child in _children(node):
-                yield from walk(child, f"{path}.{name}" if path else name, above | {node})
-
-    return walk(root, "", frozenset())
-
-
-def _numbers(root: yaml.Node) -> Iterator[tuple[str, yaml.Node, str]]:
-    for path, node, _ in _nodes(root):
-        if isinstance(node, yaml.ScalarNode) and node.tag == _STR and node.style is None:
-            number = spelled(node.value)
-            if number:
-                yield path, node, number
-
-
-def _override(root: yaml.MappingNode, text: str) -> Iterator[Problem]:
-    key, equals, value = text.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        yield text, _USAGE
-        return
+def _check_extent(root: yaml.Node, path: Path) -> None:
     try:
-        new = _value(value)
-    except yaml.YAMLError as error:
-        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else "a character that YAML does not allow"
-        yield key, f"the value {value!r} is not YAML: {problem}"
-        return
-    if new is None:
-        yield key, f"a scalar, a [list] or a {{mapping}} without tags or aliases was expected, got {value!r}"
-        return
-    node: yaml.Node = root
-    done: list[str] = []
-    rest = key.split(".")
-    while rest:
-        children = dict(_children(node))
-        # A key may itself contain dots: the longest one that fits.
-        count = next((n for n in range(len(rest), 0, -1) if ".".join(rest[:n]) in children), 0)
-        if not count and (*done, *rest) == _ADDED and isinstance(node, yaml.MappingNode):
-            node.value.append((yaml.ScalarNode(_STR, rest[0]), new))
-            return
-        if not count:
-            where = f"{'.'.join(done)} has" if done else "the recipe has"
-            yield key, f"{where} no key {rest[0]!r}{suggest(rest[0], children)}"
-            return
-        name = ".".join(rest[:count])
-        node, done, rest = children[name], [*done, name], rest[count:]
-    # All aliases of an anchor are this one object.
-    node.__class__ = new.__class__
-    vars(node).update(vars(new))  # not the same dict, which Python 3.13.0 empties with its owner
+        depth, count = extent(root)
+    except ValueError as error:
+        raise RecipeError(path, [(str(error), "an anchor contains itself")]) from error
+    if depth > _DEEPEST:
+        raise RecipeError(path, [("", f"nested too deeply: {depth} levels, where {_DEEPEST} are read")])
+    if count > _MOST:
+        problem = f"too large: {count:,} values with all aliases written out, where {_MOST:,} are read"
+        raise RecipeError(path, [("", problem)])
 
 
-def _value(text: str) -> yaml.Node | None:
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        is_block = isinstance(event, yaml.CollectionStartEvent) and not event.flow_style
-        if is_block or isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
-            return None
-    node = yaml.compose(text or "null", Loader=yaml.SafeLoader)
-    if node is None or any(_ill_formed(node)):
-        return None
-    for _, scalar, number in _numbers(node):
-        scalar.tag, scalar.value = _FLOAT, number
-    return node
+def _syntax_problem(error: yaml.MarkedYAMLError, text: str | bytes) -> Problem:
+    problem, mark = str(error.problem), error.problem_mark
+    if mark is None:
+        return "", problem
+    decoded = text if isinstance(text, str) else text.decode("utf-8", "replace")
+    written = "".join(re.split(r"\r\n|[\n\r\x85\u2028\u2029]", decoded)[mark.line : mark.line + 1]).strip()
+    hint = next((f"; {hint}" for pattern, hint in _HINTS.items() if re.search(pattern, problem)), "")
+    return f"line {mark.line + 1}, column {mark.column + 1}", f"{problem}{f' in {written!r}' if written else ''}{hint}"

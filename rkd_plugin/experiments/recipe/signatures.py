@@ -6,21 +6,20 @@ import ast
 import builtins
 import collections.abc
 import enum
+import functools
 import inspect
+import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from rkd_plugin.experiments.recipe.errors import suggest
-from rkd_plugin.experiments.recipe.reading import Tagged, spelled
+from rkd_plugin.experiments.recipe.values import Tagged, spelled
 
 Report = Callable[[str, str], None]
-_OBJECTS = (torch.Tensor, torch.nn.Module)
 _SEQUENCES = (list, tuple, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
 _SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a text", type(None): "nothing"}
 
@@ -71,6 +70,11 @@ def arguments(component: Any) -> Arguments:
         >>> sorted(arguments(LpDistance).named)
         ['collect_stats', 'is_inverted', 'normalize_embeddings', 'p', 'power']
     """
+    return _arguments(component) if isinstance(component, Hashable) else _arguments.__wrapped__(component)
+
+
+@functools.cache
+def _arguments(component: Any) -> Arguments:
     try:
         if isinstance(component, type):
             return _of_class(component.__mro__)
@@ -116,11 +120,11 @@ def bind(
         report(f"{path}.args", f"{name} takes at most {len(known.positional)} positional arguments, got {len(args)}")
     passed = dict(zip(known.positional, args, strict=False))
     for index, (key, value) in enumerate(passed.items()):
-        _check(report, f"{path}.args.{index}", value, known.named.get(key, Argument()))
+        _check_argument(report, f"{path}.args.{index}", value, known.named.get(key, Argument()))
     left = known.without(len(args), ())
     for key, value in kwargs.items():
         if key in left.named:
-            _check(report, f"{path}.kwargs.{key}", value, left.named[key])
+            _check_argument(report, f"{path}.kwargs.{key}", value, left.named[key])
         elif key in passed or key in taken or key in all_arguments.positional[:given]:
             report(f"{path}.kwargs.{key}", f"{name} gets this argument already")
         elif not left.is_open:
@@ -158,9 +162,14 @@ def mismatch(value: Any, hint: Any) -> str | None:
         return "a function or class (`!import_get`)"
     if isinstance(base, type) and issubclass(base, enum.Enum):
         return None if isinstance(value, str | int) else "a text"
-    if isinstance(base, type) and issubclass(base, _OBJECTS):
+    if isinstance(base, type) and _is_torch_object(base):
         return f"an object of type {base.__name__} (`!import_call`)"
     return None
+
+
+def _is_torch_object(kind: type) -> bool:
+    torch = sys.modules.get("torch")  # where it is not loaded, no type is its own
+    return torch is not None and issubclass(kind, torch.Tensor | torch.nn.Module)
 
 
 def wrong(value: Any, expected: str) -> str:
@@ -179,7 +188,7 @@ def show(value: Any) -> str:
     return names.get(type(value)) or f"{value!r}"
 
 
-def _check(report: Report, path: str, value: Any, argument: Argument) -> None:
+def _check_argument(report: Report, path: str, value: Any, argument: Argument) -> None:
     if value is None and argument.default is None and not argument.required:
         return
     if expected := mismatch(value, argument.hint):

@@ -8,8 +8,9 @@ from typing import Any
 
 from rkd_plugin.experiments.recipe.catalog import find
 from rkd_plugin.experiments.recipe.errors import RecipeError
-from rkd_plugin.experiments.recipe.reading import Tagged, read
-from rkd_plugin.experiments.recipe.walking import Walk, each, of, positive, section
+from rkd_plugin.experiments.recipe.reading import read
+from rkd_plugin.experiments.recipe.specs import Walk, each, of, positive, section
+from rkd_plugin.experiments.recipe.values import Tagged
 
 _ROW = section(
     {"name": of(str), "label": of(str), "recipe": of(str)},

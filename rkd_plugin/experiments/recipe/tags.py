@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rkd_plugin.experiments.recipe.errors import suggest
-from rkd_plugin.experiments.recipe.reading import Tagged
+from rkd_plugin.experiments.recipe.imports import import_for
 from rkd_plugin.experiments.recipe.signatures import bind
-from rkd_plugin.experiments.recipe.walking import Spec, Walk, anything, each, of, optional, section
+from rkd_plugin.experiments.recipe.specs import Spec, Walk, anything, each, of, optional, section
+from rkd_plugin.experiments.recipe.values import Tagged
 
 _INIT = optional(section({}, {"args": anything, "kwargs": anything}))
 
@@ -22,11 +22,8 @@ def resolve(entry: Mapping[Any, Any], walk: Walk | None = None, path: str = "") 
     place, name = f"{path}.key", key
     if package is None:
         package, _, name = key.rpartition(".")
-    try:
-        module = importlib.import_module(package)
-    except (Exception, SystemExit) as error:  # whatever a module may raise while it is imported
-        if walk:
-            walk.report(place, f"module {package!r} cannot be imported: {type(error).__name__}: {error}")
+    module = import_for(walk.report if walk else None, place, package)
+    if module is None:
         return None
     return _member(module, name, package, walk, place)
 

@@ -1,4 +1,4 @@
-"""Schemas of recipes: small functions that look at plain data and report what is wrong with it."""
+"""Specs of recipes: small functions that look at plain data and report what is wrong with it."""
 
 from __future__ import annotations
 
@@ -6,31 +6,58 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rkd_plugin.experiments.recipe.errors import Problem, suggest
-from rkd_plugin.experiments.recipe.reading import Tagged
+from rkd_plugin.experiments.recipe.errors import Findings, Problem, suggest
 from rkd_plugin.experiments.recipe.signatures import bind, mismatch, show, wrong
+from rkd_plugin.experiments.recipe.values import Tagged
 
 Spec = Callable[["Walk", Any, str], None]
 Components = Callable[[], Mapping[str, Any]]
 """A registry, looked up late: dependencies of the recipe may add to it."""
 
 
+_MOST_PROBLEMS = 100  # nobody reads more, and the hints of tens of thousands take minutes
+
+
+class TooManyProblemsError(Exception):
+    """So many that the rest of the recipe is not looked at."""
+
+
 @dataclass
 class Walk:
-    """One look at a recipe: its data and the problems so far, each reported once."""
+    """One walk over a recipe: its data, and what was found so far, each finding once."""
 
     data: Mapping[Any, Any]
     found: dict[Problem, None] = field(default_factory=dict)
+    needs: dict[Problem, None] = field(default_factory=dict)
     notes: dict[Problem, None] = field(default_factory=dict)
+    unchecked: dict[Problem, None] = field(default_factory=dict)
     visited: set[tuple[int, Spec]] = field(default_factory=set)
+    built: dict[str, Any] = field(default_factory=dict)
 
     def report(self, path: str, message: str) -> None:
         """Add a problem."""
-        self.found[path, message] = None
+        self._add(self.found, path, message)
+
+    def need(self, path: str, message: str) -> None:
+        """Add what `rkd run` needs besides."""
+        self._add(self.needs, path, message)
 
     def note(self, path: str, message: str) -> None:
         """Add what runs, but may not be meant."""
-        self.notes[path, message] = None
+        self._add(self.notes, path, message)
+
+    def skip(self, path: str, message: str) -> None:
+        """Add what was not checked, and why."""
+        self._add(self.unchecked, path, message)
+
+    def findings(self) -> Findings:
+        """All of it."""
+        return Findings(list(self.found), list(self.needs), list(self.notes), list(self.unchecked))
+
+    def _add(self, findings: dict[Problem, None], path: str, message: str) -> None:
+        findings[path, message] = None
+        if len(findings) >= _MOST_PROBLEMS:
+            raise TooManyProblemsError
 
     def visit(self, spec: Spec, value: Any, path: str) -> None:
         """Look at a value; what several aliases share is looked at once, and what torchdistill computes is not."""

@@ -1,0 +1,105 @@
+"""Models of a recipe, built without memory, weights or random numbers, and within a limit of time."""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from rkd_plugin.experiments.recipe.schema import mapping, model_builders
+from rkd_plugin.experiments.recipe.signatures import arguments
+from rkd_plugin.experiments.recipe.specs import Walk
+
+# Only models are called, and without what would make them read or download weights.
+_WEIGHTS = {"weights", "weights_backbone", "pretrained", "pretrained_backbone"}
+_SECONDS = 3.0  # of CPU; the largest network of torchvision takes less than one
+_LARGEST_NUMBER = 10**6  # of blocks, channels or classes: one that sizes a list could fill the memory
+
+
+class NotBuiltError(Exception):
+    """Why a model is not built, or not to its end; no problem of the recipe."""
+
+
+def built_model(walk: Walk, name: str) -> nn.Module | None:
+    """A model of ``models:`` on PyTorch's meta device, None if there is none or it cannot be built.
+
+    That it cannot be built is reported, as a problem or as what was not checked.
+    """
+    if name not in walk.built:
+        try:
+            walk.built[name] = _build_for(walk, name)
+        except NotBuiltError as error:
+            walk.built[name] = None
+            walk.skip(f"models.{name}", f"its module paths, as {error}")
+    model: nn.Module | None = walk.built[name]
+    return model
+
+
+def _build_for(walk: Walk, name: str) -> nn.Module | None:
+    config = mapping(mapping(walk.data.get("models")).get(name))
+    path = f"models.{name}"
+    if not config or any(place == path or place.startswith(f"{path}.") for place, _ in walk.found):
+        return None
+    builder = model_builders(config.get("quantized") is True).get(str(config.get("key")))
+    if builder is None or config.get("repo_or_dir"):
+        raise NotBuiltError("torch.hub would download the model")
+    kwargs = {key: value for key, value in mapping(config.get("kwargs")).items() if key not in _WEIGHTS}
+    kwargs |= dict.fromkeys(_WEIGHTS & arguments(builder).named.keys())  # some have weights by default
+    try:
+        text = json.dumps(kwargs, sort_keys=True)
+    except TypeError as error:  # what torchdistill computes while it loads the file
+        raise NotBuiltError("an argument of the model is computed while torchdistill loads the recipe") from error
+    if _largest_number(kwargs) > _LARGEST_NUMBER:
+        raise NotBuiltError(f"an argument of the model is larger than {_LARGEST_NUMBER:,}")
+    try:
+        model = _build(builder, text)
+    except NotBuiltError:
+        raise
+    except (TypeError, ValueError, AssertionError) as error:
+        walk.report(path, f"cannot be built: {error}")
+        return None
+    except Exception as error:  # a model that computes while it is built, which the meta device does not
+        reason = f"the model cannot be built without weights and memory: {type(error).__name__}"
+        raise NotBuiltError(reason) from error
+    return model if isinstance(model, nn.Module) else None
+
+
+def _largest_number(value: Any) -> float:
+    if isinstance(value, dict | list):
+        items = value.values() if isinstance(value, dict) else value
+        return max(map(_largest_number, items), default=0)
+    return abs(value) if isinstance(value, int | float) else 0
+
+
+@functools.lru_cache(maxsize=64)
+def _build(builder: Any, kwargs: str) -> Any:
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"), _time_limit(_SECONDS):
+        warnings.simplefilter("ignore")
+        return builder(**json.loads(kwargs))
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Stop what runs here once it has taken so much CPU time; threads other than the main one get no signals."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise NotBuiltError(f"building the model takes longer than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

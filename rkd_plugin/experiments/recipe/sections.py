@@ -1,0 +1,302 @@
+"""The sections of a recipe: what torchdistill 1.1.5 reads of them, and what `rkd run` needs besides."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from torch.utils.data import DataLoader
+from torchdistill.core.interfaces import registry as procs
+from torchdistill.datasets import registry as datasets
+from torchdistill.losses import registry as losses
+from torchdistill.models import registry as models
+from torchdistill.optim import registry as optim
+
+from rkd_plugin.experiments.recipe.imports import import_for
+from rkd_plugin.experiments.recipe.schema import has_teacher, mapping, mid_level_losses, model_builders
+from rkd_plugin.experiments.recipe.signatures import bind, show
+from rkd_plugin.experiments.recipe.specs import (
+    Component,
+    Spec,
+    Walk,
+    anything,
+    each,
+    find,
+    of,
+    one_of,
+    optional,
+    positive,
+    section,
+)
+from rkd_plugin.experiments.recipe.tags import resolve
+from rkd_plugin.experiments.recipe.values import Tagged
+
+Task = Literal["classification", "few_shot", "metric_learning"]
+_TEXT, _FLAG, _NUMBER, _WHOLE = of(str), of(bool), of(float), of(int)
+_TEXTS = of(list[str])
+
+
+_MODEL_OTHERS: dict[str, Spec] = {
+    "src_ckpt": optional(_TEXT),
+    "dst_ckpt": optional(_TEXT),
+    "quantized": _FLAG,
+    "sync_bn": _FLAG,
+    "repo_or_dir": anything,
+}
+
+
+def _model(walk: Walk, value: Any, path: str) -> None:
+    if isinstance(value, dict) and value.get("repo_or_dir") is not None:
+        return  # torch.hub downloads it: nothing can be said without
+    is_quantized = isinstance(value, dict) and value.get("quantized") is True
+    Component("model", functools.partial(model_builders, is_quantized), others=_MODEL_OTHERS)(walk, value, path)
+
+
+def _models(walk: Walk, value: Any, path: str) -> None:
+    section({}, {"teacher_model": _model, "student_model": _model, "model": _model})(walk, value, path)
+    if isinstance(value, dict) and not {"student_model", "model"} & set(value):
+        walk.report(f"{path}.student_model", "required, but missing")
+
+
+def _dependencies(walk: Walk, value: Any, path: str) -> None:
+    for index, entry in enumerate(value if isinstance(value, list) else [value]):
+        place = f"{path}.{index}" if isinstance(value, list) else path
+        match entry:
+            case str():
+                arguments = [entry]
+            case {"name": str()}:
+                arguments = [entry["name"], entry.get("package")]
+            case [str(), *rest] if len(rest) < 2:
+                arguments = entry
+            case None if not isinstance(value, list):
+                return
+            case _:
+                walk.report(place, f"the name of a module was expected, got {show(entry)}")
+                continue
+        import_for(walk.report, place, *arguments)
+
+
+def _dataset_id(walk: Walk, value: Any, path: str) -> None:
+    known = walk.data.get("datasets")
+    if isinstance(known, dict):
+        find(walk, value, path, "data set under `datasets:`", known)
+
+
+def _sampler(walk: Walk, value: Any, path: str) -> None:
+    section({"class_or_func": anything}, {"kwargs": optional(of(dict))})(walk, value, path)
+    sampler = value.get("class_or_func") if isinstance(value, dict) else None
+    if isinstance(sampler, Tagged) and sampler.tag == "!import_get":
+        if isinstance(sampler.value, dict) and (component := resolve(sampler.value)) is not None:
+            name = str(sampler.value["key"]).rpartition(".")[2]
+            bind(walk.report, path, name, component, value.get("kwargs"), given=1)
+    elif sampler is not None and not isinstance(sampler, Tagged):
+        walk.report(f"{path}.class_or_func", f"a class or function (`!import_get`) was expected, got {show(sampler)}")
+
+
+def _no_cache(walk: Walk, value: Any, path: str) -> None:
+    walk.note(path, "torchdistill 1.1.5 ignores it; precomputed teacher outputs are recipe.teacher_bank")
+
+
+_LOADER = section(
+    {"dataset_id": _dataset_id, "sampler": _sampler, "kwargs": anything},
+    {
+        "batch_sampler": optional(Component("batch sampler", lambda: datasets.BATCH_SAMPLER_DICT, given=1)),
+        "dataset_wrapper": optional(
+            Component("data set wrapper", lambda: datasets.DATASET_WRAPPER_DICT, given=1, needs_kwargs=False)
+        ),
+        "collate_fn": optional(one_of("collate function", lambda: datasets.COLLATE_FUNC_DICT)),
+        "requires_supp": _FLAG,
+        "cache_output": optional(_no_cache),
+    },
+)
+
+
+def _data_loader(walk: Walk, value: Any, path: str) -> None:
+    _LOADER(walk, value, path)
+    if not isinstance(value, dict) or "kwargs" not in value:
+        return
+    taken = ("sampler", "batch_sampler", "collate_fn")
+    if value["kwargs"] is None:
+        walk.report(f"{path}.kwargs", "required even when empty: write `kwargs: {}`")
+    bind(walk.report, path, "DataLoader", DataLoader, value["kwargs"], given=1, taken=taken)
+    for name, least in {"batch_size": 1, "num_workers": 0}.items():
+        given = mapping(value["kwargs"]).get(name)
+        if type(given) is int and given < least:
+            walk.report(f"{path}.kwargs.{name}", f"at least {least} was expected, got {given}")
+    exclusive = {"batch_size", "shuffle", "drop_last"} if value.get("batch_sampler") else {"shuffle"}
+    for name in sorted(exclusive & set(value["kwargs"] if isinstance(value["kwargs"], dict) else ())):
+        walk.report(f"{path}.kwargs.{name}", "the sampler decides this: leave it out here")
+
+
+_LOSS = Component("loss", mid_level_losses)
+_WRAPPER = Component("loss wrapper", lambda: losses.LOSS_WRAPPER_DICT, given=1, needs_kwargs=False)
+_TERM = section({"criterion": _LOSS, "weight": _NUMBER}, {"criterion_wrapper": optional(_WRAPPER)})
+
+
+def _term(walk: Walk, value: Any, path: str) -> None:
+    _TERM(walk, value, path)
+    criterion = value.get("criterion") if isinstance(value, dict) else None
+    key = criterion.get("key") if isinstance(criterion, dict) else None
+    is_plain = isinstance(key, str) and key in mid_level_losses() and key not in losses.MIDDLE_LEVEL_LOSS_DICT
+    if is_plain and not value.get("criterion_wrapper"):
+        hint = "required, because torchdistill calls every loss with dictionaries of module outputs"
+        walk.report(f"{path}.criterion_wrapper", f"{hint}: `key: SimpleLossWrapper` gives {key} two tensors")
+
+
+_CRITERION = Component(
+    "criterion",
+    lambda: losses.HIGH_LEVEL_LOSS_DICT,
+    needs_kwargs=False,
+    inside=section(
+        {},
+        {
+            "sub_terms": optional(each(_term)),
+            "model_term": optional(section({"weight": optional(of(float | dict))})),
+        },
+        is_open=True,
+    ),
+    others={
+        "func2extract_model_loss": optional(
+            one_of("function to extract losses", lambda: losses.FUNC2EXTRACT_MODEL_OUTPUT_DICT)
+        )
+    },
+)
+
+_OPTIMIZER_OTHERS: dict[str, Spec] = {
+    "filters_params": _FLAG,
+    "max_grad_norm": optional(_NUMBER),
+    "grad_accum_step": positive,
+}
+_GROUPS = each(section({"module": _TEXT}, {"kwargs": optional(of(dict)), "is_teacher": _FLAG}))
+
+
+def _optimizer(groups: str) -> Spec:
+    # The two boxes of torchdistill read the parameter groups under different names.
+    return Component("optimizer", lambda: optim.OPTIM_DICT, given=1, others=_OPTIMIZER_OTHERS | {groups: _GROUPS})
+
+
+_SCHEDULER = Component("scheduler", lambda: optim.SCHEDULER_DICT, given=1, others={"scheduling_step": _WHOLE})
+
+
+def _adaptations() -> Mapping[str, Any]:
+    return {**models.MODULE_DICT, **models.ADAPTATION_MODULE_DICT}
+
+
+def _no_checkpoint(walk: Walk, value: Any, path: str) -> None:
+    walk.need(path, "torchdistill would execute what this file holds: give it to the model under `models:` instead")
+
+
+_REDESIGN: dict[str, Spec] = {
+    "sequential": optional(_TEXTS),
+    "frozen_modules": _TEXTS,
+    "adaptations": optional(each(Component("adaptation module", _adaptations))),
+}
+_FORWARD_PROC = one_of("forward process", lambda: procs.FORWARD_PROC_FUNC_DICT)
+_SIDE: dict[str, Spec] = _REDESIGN | {
+    "forward_proc": _FORWARD_PROC,
+    "requires_grad": _FLAG,
+    "forward_hook": section({}, {"input": _TEXTS, "output": _TEXTS}),
+    "auxiliary_model_wrapper": section(
+        {"key": one_of("model wrapper", lambda: models.AUXILIARY_MODEL_WRAPPER_DICT)},
+        {"kwargs": optional(of(dict))} | _REDESIGN,
+    ),
+    "wrapper": optional(of(str | dict)),
+    "src_ckpt": optional(_no_checkpoint),
+    "dst_ckpt": optional(_TEXT),
+}
+_STUDENT = section({"forward_proc": _FORWARD_PROC}, _SIDE)
+
+
+def _teacher(walk: Walk, value: Any, path: str) -> None:
+    section({}, _SIDE)(walk, value, path)
+    if not isinstance(value, dict):
+        return
+    if "forward_proc" not in value:
+        walk.report(
+            f"{path}.forward_proc",
+            "required, but missing; write 'forward_in_eval_mode', as 'forward_batch_only' leaves the teacher in "
+            "training mode",
+        )
+    if "requires_grad" not in value:
+        message = "missing: without it torchdistill trains the teacher; write `False` to freeze it"
+        walk.need(f"{path}.requires_grad", message)
+
+
+_STAGE: dict[str, Spec] = {
+    "num_epochs": positive,
+    "train_data_loader": _data_loader,
+    "val_data_loader": _data_loader,
+    "criterion": _CRITERION,
+    "scheduler": optional(_SCHEDULER),
+    "pre_epoch_process": one_of("pre-epoch process", lambda: procs.PRE_EPOCH_PROC_FUNC_DICT),
+    "pre_forward_process": one_of("pre-forward process", lambda: procs.PRE_FORWARD_PROC_FUNC_DICT),
+    "post_forward_process": one_of("post-forward process", lambda: procs.POST_FORWARD_PROC_FUNC_DICT),
+    "post_epoch_process": one_of("post-epoch process", lambda: procs.POST_EPOCH_PROC_FUNC_DICT),
+}
+_ALONE: dict[str, Spec] = _STAGE | {"model": _STUDENT, "optimizer": _optimizer("module_wise_kwargs")}
+_WITH_TEACHER: dict[str, Spec] = _STAGE | {
+    "teacher": _teacher,
+    "student": _STUDENT,
+    "optimizer": _optimizer("module_wise_configs"),
+}
+
+
+def _train(walk: Walk, value: Any, path: str) -> None:
+    if not isinstance(value, dict):
+        walk.report(path, f"a mapping was expected, got {show(value)}")
+        return
+    keys = _WITH_TEACHER if has_teacher(walk.data) else _ALONE
+    sides = ("teacher", "student") if has_teacher(walk.data) else ("model",)
+    # A later stage keeps the data and the optimizer of the one before, but not what is said about the models.
+    later = {name: keys[name] for name in ("num_epochs", "criterion", *sides)}
+    first = later | {name: keys[name] for name in ("train_data_loader", "optimizer")}
+    where, begin = (f"{path}.stage1", value["stage1"]) if "stage1" in value else (path, value)
+    if isinstance(begin, dict) and "val_data_loader" not in begin:
+        walk.need(f"{where}.val_data_loader", "missing: the student is measured after every epoch")
+    if "stage1" not in value:
+        section(first | {"log_freq": positive}, keys)(walk, value, path)
+        return
+    count = sum(str(key).startswith("stage") for key in value)
+    numbered = {f"stage{n}": section(first if n == 1 else later, keys) for n in range(1, count + 1)}
+    side = section({}, {"dst_ckpt": _TEXT})
+    section(numbered | {"log_freq": positive}, dict.fromkeys(sides, side))(walk, value, path)
+
+
+def _task(walk: Walk, value: Any, path: str) -> None:
+    of(list[int])(walk, value, path)
+    if isinstance(value, list) and len(value) != 2:
+        walk.report(path, f"a pair of way and shot was expected, got {len(value)} of them")
+
+
+SETTINGS: dict[str, Spec] = {
+    "task": of(Task),
+    "seed": _WHOLE,
+    "precision": of(Literal["float32", "bf16"]),
+    "channels_last": _FLAG,
+    "compile": _FLAG,
+    "recall_at": of(list[int]),
+    "test_tasks": each(_task),
+    "test_queries": positive,
+    "test_episodes": positive,
+    "patience": optional(positive),
+    "teacher_bank": optional(_TEXT),
+}
+_NEEDED = {"task": f"one of {', '.join(get_args(Task))}", "seed": "an integer"}
+_DATA: dict[str, Spec] = {"datasets": of(dict)}
+_OTHERS: dict[str, Spec] = {"recipe": section({}, SETTINGS, is_open=True), "dependencies": _dependencies}
+_TEST: dict[str, Spec] = {"test": section({"test_data_loader": _data_loader})}
+# In the order of the file: what an alias repeats is reported where it first stands.
+_RECIPE = section({**_DATA, "models": _models, "train": _train, **_TEST}, _OTHERS)
+_TEST_RECIPE = section(_DATA | _TEST, _OTHERS)
+
+
+def check_sections(walk: Walk) -> None:
+    """Report what is wrong with the sections of a recipe, or of one that describes test data alone."""
+    # First: what dependencies register is looked up in the other sections.
+    walk.visit(_dependencies, walk.data.get("dependencies"), "dependencies")
+    spec = _RECIPE if {"models", "train"} & set(walk.data) else _TEST_RECIPE
+    spec(walk, walk.data, "")
+    for name, kind in _NEEDED.items():
+        if name not in mapping(walk.data.get("recipe")):
+            walk.need(f"recipe.{name}", f"missing: {kind}")
