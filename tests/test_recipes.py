@@ -465,7 +465,7 @@ MISTAKES = {
     ),
     "criterion": ("'WeightedSumLoss'", "SumLoss", "train.criterion.key", "did you mean WeightedSumLoss"),
     "loss": ("'RKDDALoss'", "'RKDDA'", f"{CRITERION}.criterion.key", "did you mean RKDDALoss"),
-    "loss kwargs": ("angle_weight: 2.0", "pool: max", f"{LOSS}.pool", "one of 'avg', 'flatten' was expected"),
+    "loss kwargs": ("angle_weight: 2.0", "pool: max", f"{LOSS}.pool", "one of 'auto', 'avg'"),
     "weight": ("weight: 1.0\n\ntest", "weight: '1'\n\ntest", f"{CRITERION}.weight", "a number was expected"),
     "no module path": ("              student_module_path: '.'\n", "", f"{LOSS}.student_module_path", "required"),
     "no hook": (
