@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+from rkd_plugin.experiments.printing import printable
+
 Problem = tuple[str, str]
 """A YAML path such as ``train.criterion.key``, and one sentence."""
 
@@ -26,12 +28,7 @@ class RecipeError(ValueError):
         self.problems = list(problems)
         lines = [f"  {path}: {message}" if path else f"  {message}" for path, message in self.problems]
         count = f"{len(lines)} problem{'s' if len(lines) != 1 else ''}"
-        super().__init__("\n".join(map(_printable, [f"{source}: {count}", *lines])))
-
-
-def _printable(line: str) -> str:
-    """What a recipe spells must neither end the line nor move the cursor of a terminal."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+        super().__init__("\n".join(map(printable, [f"{source}: {count}", *lines])))
 
 
 def suggest(name: str, known: Iterable[object]) -> str:

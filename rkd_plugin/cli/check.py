@@ -1,0 +1,25 @@
+"""``rkd check``."""
+
+from __future__ import annotations
+
+import argparse
+
+from rkd_plugin.cli.arguments import add_recipe
+from rkd_plugin.experiments.printing import show
+
+ABOUT = "report every problem of a recipe, without running it"
+EXAMPLES = ("check quickstart/rkd_da", "check my_recipe.yaml train.num_epochs=2")
+SHARES_WORK = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A recipe and its overrides."""
+    add_recipe(parser)
+
+
+def execute(options: argparse.Namespace) -> None:
+    """Print that there are no problems, or raise them."""
+    from rkd_plugin.experiments.recipe import read
+
+    read(options.recipe, options.overrides).validate()
+    show(f"{options.recipe}: no problems")

@@ -1,0 +1,41 @@
+"""``rkd run``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rkd_plugin.cli.arguments import add_recipe
+from rkd_plugin.experiments.printing import show
+
+ABOUT = "train a model as a recipe describes it, or go on with a run; loading a recipe executes what it names"
+EXAMPLES = (
+    "run quickstart/teacher --out runs/teacher",
+    "run quickstart/rkd_da recipe.teacher_checkpoint=runs/teacher/last.pt recipe.num_epochs=2",
+)
+SHARES_WORK = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A recipe, its overrides, and the folder of the run."""
+    add_recipe(parser)
+    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE)")
+
+
+def execute(options: argparse.Namespace) -> None:
+    """Train, and print the final and the best metrics."""
+    from rkd_plugin.experiments.memory import keep_memory
+    from rkd_plugin.experiments.processes import joined, rank
+    from rkd_plugin.experiments.recipe import read
+    from rkd_plugin.experiments.runner import run
+
+    recipe = read(options.recipe, options.overrides)
+    folder = options.out or Path("runs", *Path(options.recipe).with_suffix("").parts[-2:])
+    keep_memory()
+    with joined():
+        result = run(recipe, folder)
+        if rank() > 0:
+            return
+    for when in ("final", "best"):
+        show(f"{when:6} " + "  ".join(f"{name} {value:.4g}" for name, value in result[when].items()))
+    show(f"in {folder}")

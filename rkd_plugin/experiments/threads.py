@@ -1,0 +1,5 @@
+"""How many threads PyTorch's operators use."""
+
+
+def limit_spinning() -> None:
+    """Later."""
