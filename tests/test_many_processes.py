@@ -338,8 +338,8 @@ def test_a_first_host_that_nobody_names(slurm):
 
 @pytest.fixture
 def as_if_two(monkeypatch):
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    monkeypatch.setattr(processes, "one_after_the_other", nullcontext)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "rank_zero_first", nullcontext)
 
 
 def test_wrappers_of_torchdistill_are_refused(alone, as_if_two):

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     """Write or verify a bank, and print what it holds."""
     from rkd_plugin.experiments.bank import writing
-    from rkd_plugin.experiments.processes import joined, rank
+    from rkd_plugin.experiments.processes import process_group, rank
     from rkd_plugin.experiments.recipe import read
 
     if options.verify:
@@ -39,7 +39,7 @@ def execute(options: argparse.Namespace) -> None:
     if not options.recipe or not options.out:
         raise ValueError("expected a recipe and --out BANK, or --verify BANK; see `rkd embed --help`")
     recipe = read(options.recipe, options.overrides)
-    with joined():
+    with process_group():
         bank = writing.embed(recipe, options.out, options.data, options.dtype, options.views)
         if rank() > 0:
             return

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     """Print the metrics, and the paths of the pictures."""
     from rkd_plugin.experiments.experiment import evaluate, of_folder
-    from rkd_plugin.experiments.processes import joined, rank
+    from rkd_plugin.experiments.processes import process_group, rank
     from rkd_plugin.experiments.recipe import read
 
     folder = Path(options.recipe)
@@ -46,7 +46,7 @@ def execute(options: argparse.Namespace) -> None:
         recipe = read(options.recipe, options.overrides)
         checkpoint = options.checkpoint and Path(options.checkpoint)
         folder = Path("runs", "eval", recipe.path.stem)
-    with joined():
+    with process_group():
         evaluation = evaluate(recipe, checkpoint, read(options.data) if options.data else None)
         if rank() > 0:
             return

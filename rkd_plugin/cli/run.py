@@ -25,14 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     """Train, and print the final and the best metrics."""
     from rkd_plugin.experiments.memory import keep_memory
-    from rkd_plugin.experiments.processes import joined, rank
+    from rkd_plugin.experiments.processes import process_group, rank
     from rkd_plugin.experiments.recipe import read
     from rkd_plugin.experiments.runner import run
 
     recipe = read(options.recipe, options.overrides)
     folder = options.out or Path("runs", *Path(options.recipe).with_suffix("").parts[-2:])
     keep_memory()
-    with joined():
+    with process_group():
         result = run(recipe, folder)
         if rank() > 0:
             return

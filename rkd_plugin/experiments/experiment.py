@@ -54,10 +54,10 @@ class Experiment:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "recipe.yaml")
             path.write_text(recipe.resolved(), encoding="utf-8")
-            with processes.one_after_the_other():
+            with processes.rank_zero_first():
                 self.config = yaml_util.load_yaml_file(str(path))
         import_dependencies(self.config["dependencies"])
-        if processes.count() > 1:
+        if processes.world_size() > 1:
             self._share_data()
 
     @functools.cached_property
@@ -98,7 +98,7 @@ class Experiment:
             # torchdistill goes on with random weights where this file is missing, and executes what it holds.
             path = Path(config["src_ckpt"])
             load_weights(model, read_checkpoint(path, "model")["model"], path, str(self.path))
-        if config.get("sync_bn") and processes.count() > 1:
+        if config.get("sync_bn") and processes.world_size() > 1:
             if self.device.type == "cpu":
                 raise ValueError(
                     f"{self.path}: expected sync_bn on GPUs, which alone PyTorch has it for, got CPUs; set sync_bn to "
@@ -228,7 +228,7 @@ class Experiment:
         evaluator = evaluator or EVALUATORS[self.settings["task"]]
         known = inspect.signature(evaluator).parameters
         options = {name: self.settings[name] for name in known if name in self.settings}
-        measured: dict[str, Any] = processes.of_first(lambda: evaluator(outputs, labels, **options))
+        measured: dict[str, Any] = processes.broadcast(lambda: evaluator(outputs, labels, **options))
         return measured
 
     def test_loader(self) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rkd_plugin.experiments.few_shot import few_shot
-from rkd_plugin.experiments.processes import taken_in_turn
+from rkd_plugin.experiments.processes import all_gather_in_turn
 from rkd_plugin.kernels.pairwise import rescale, widest
 
 BLOCK = 2**24  # distances at once, 128 MiB in float64
@@ -52,7 +52,7 @@ def embed(
             outputs = model(images.to(device))
             embedded.append((outputs, labels.to(device), seen.pop("features") if layer else outputs))
     model.train(training)
-    outputs, labels, features = zip(*taken_in_turn(embedded, device), strict=True)
+    outputs, labels, features = zip(*all_gather_in_turn(embedded, device), strict=True)
     whole = torch.cat(outputs)
     return whole, torch.cat(labels), torch.cat(features) if layer else whole
 

@@ -61,13 +61,13 @@ def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
         FloatingPointError: if the loss is no longer finite; the last checkpoint stays.
     """
     resolved = recipe.resolved()
-    result = processes.of_first(lambda: _done(folder, resolved))
+    result = processes.broadcast(lambda: _done(folder, resolved))
     if result is None:
         recipe.validate()
         with ExitStack() as held:
-            processes.of_first(lambda: held.enter_context(alone_in(folder)))
+            processes.broadcast(lambda: held.enter_context(alone_in(folder)))
             # Another run may have come to its end here meanwhile.
-            result = processes.of_first(lambda: _done(folder, resolved))
+            result = processes.broadcast(lambda: _done(folder, resolved))
             if result is None:
                 result = _run(recipe, resolved, folder, label or recipe.path.stem)
     return result
@@ -87,7 +87,7 @@ def _done(folder: Path, resolved: str) -> dict[str, Any] | None:
 def _run(recipe: Recipe, resolved: str, folder: Path, label: str) -> dict[str, Any]:
     experiment = Experiment(recipe)
     box = experiment.box()
-    processes.of_first(lambda: write_text(folder / "recipe.yaml", resolved))
+    processes.broadcast(lambda: write_text(folder / "recipe.yaml", resolved))
     history, part = _resume(folder / "last.pt", experiment, box)
     events = events_in(folder, len(history)) if processes.rank() == 0 else nullcontext()
     with stopping() as asked, events as writer:
@@ -98,7 +98,7 @@ def _run(recipe: Recipe, resolved: str, folder: Path, label: str) -> dict[str, A
         write_json(folder / "result.json", result)
         return result
 
-    return processes.of_first(finish)
+    return processes.broadcast(finish)
 
 
 def _train(
@@ -117,19 +117,19 @@ def _train(
             started = time.monotonic() - part["seconds"]
             box.pre_epoch_process(epoch=epoch)
             experiment.seed(epoch + 1)
-            processes.as_first(_trained(box))  # a new stage's layers were drawn by each
+            processes.broadcast_weights(_trained(box))  # a new stage's layers were drawn by each
             try:
                 for loss in steps_of(experiment, box, part):
                     part = {**part, "steps": part["steps"] + 1, "total": part["total"] + loss}
                     bar.update()
                     if processes.share(asked):
-                        random = processes.of_each(random_state(experiment.device))
+                        random = processes.all_gather(random_state(experiment.device))
                         part |= {"seconds": time.monotonic() - started, "random": random}
                         state = _state(experiment.student, box, history, part)
-                        processes.of_first(partial(write_checkpoint, folder / "last.pt", state))
+                        processes.broadcast(partial(write_checkpoint, folder / "last.pt", state))
                         return
                 rate = box.optimizer.param_groups[0]["lr"]
-                processes.as_first(_trained(box))  # statistics of BatchNorm are of each process's part
+                processes.broadcast_weights(_trained(box))  # statistics of BatchNorm are of each process's part
                 outputs, labels, _ = experiment.embed(experiment.student, box.val_data_loader)
             except FloatingPointError as error:
                 kept = f"the checkpoint of epoch {epoch} stays" if epoch else "there is no checkpoint yet"
@@ -157,7 +157,7 @@ def _train(
             if events is not None:
                 for name, value in history[-1].items():
                     events.add_scalar(name, value, epoch + 1)
-            processes.of_first(partial(_save, folder, experiment.student, box, history, next(iter(metrics))))
+            processes.broadcast(partial(_save, folder, experiment.student, box, history, next(iter(metrics))))
             part = START
             if processes.share(asked):
                 return
@@ -209,7 +209,7 @@ def steps_of(experiment: Experiment, box: Any, part: Mapping[str, Any] = START) 
                     loss = box.forward_process(experiment.place(batch), targets.to(experiment.device), supplement)
             except FloatingPointError:  # of a miner, which embeddings that are not finite leave without tuples
                 loss = torch.tensor(math.nan, device=experiment.device)
-            value = processes.mean(loss)
+            value = processes.all_reduce_mean(loss)
             if not math.isfinite(value):
                 suspects = range(0 if batch.isfinite().all() else len(loader.dataset))
                 missing = [name for name, term in terms.items() if term is None][:1]  # the one that raised
@@ -274,7 +274,7 @@ def _trained(box: Any) -> nn.Module:
 
 def _resume(path: Path, experiment: Experiment, box: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Bring a new box to the state of a checkpoint, if there is one; the epochs that are done, and the part of one."""
-    checkpoint = processes.of_first(lambda: _last(path))
+    checkpoint = processes.broadcast(lambda: _last(path))
     if checkpoint is None:
         return [], START
     history: list[dict[str, Any]] = checkpoint["history"]
@@ -298,10 +298,10 @@ def _resume(path: Path, experiment: Experiment, box: Any) -> tuple[list[dict[str
         box.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
     box.stage_grad_count = checkpoint["steps"]
     begun: dict[str, Any] = checkpoint.get("part", START)
-    if begun["steps"] and len(begun["random"]) != processes.count():
+    if begun["steps"] and len(begun["random"]) != processes.world_size():
         raise ValueError(
             f"{path}: expected the number of processes that were stopped within epoch {len(history) + 1}, "
-            f"{len(begun['random'])}, got {processes.count()}; start as many until that epoch has ended"
+            f"{len(begun['random'])}, got {processes.world_size()}; start as many until that epoch has ended"
         )
     return history, begun
 
@@ -345,7 +345,7 @@ def _result(recipe: Recipe, experiment: Experiment, history: list[dict[str, Any]
         "best": {name: best[name] for name in ("epoch", *metrics)},
         "parameters": sum(parameter.numel() for parameter in experiment.student.parameters()),
         "seconds": sum(epoch["seconds"] for epoch in history),
-        "processes": processes.count(),
+        "processes": processes.world_size(),
         "environment": environment(experiment.device.type),
         "history": history,
     }

@@ -97,12 +97,12 @@ def embed(recipe: Recipe, folder: Path, dataset_id: str | None = None, dtype: st
             "precision": experiment.settings.get("precision", "float32"),
         },
     }
-    if processes.of_first(lambda: _is_new(folder, header)):
+    if processes.broadcast(lambda: _is_new(folder, header)):
         options = loader["kwargs"]
         size = options.get("batch_size") or (loader.get("batch_sampler") or {}).get("kwargs", {}).get("batch_size")
         _write(folder, header, _Rows(dataset, views, seed), read, size or BATCH, options.get("num_workers", 0))
         where = environment(experiment.device.type)
-        processes.of_first(lambda: _finish(folder, header, where))
+        processes.broadcast(lambda: _finish(folder, header, where))
     return Bank(folder)
 
 
@@ -213,7 +213,7 @@ def _is_new(folder: Path, header: dict[str, Any]) -> bool:
 def _write(folder: Path, header: dict[str, Any], rows: _Rows, read: Reader, size: int, workers: int) -> None:
     files = [maps(folder, number, "r+") for number in range(len(header["arrays"]))]
     shards = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
-    shards = shards[processes.rank() :: processes.count()]
+    shards = shards[processes.rank() :: processes.world_size()]
     todo = [shard for shard in shards if not all(_is_written(vectors, sums, shard) for vectors, sums in files)]
     loader = DataLoader(rows, batch_sampler=todo, num_workers=workers)  # type: ignore[arg-type]
     count = sum(map(len, shards))
@@ -239,7 +239,7 @@ def _write(folder: Path, header: dict[str, Any], rows: _Rows, read: Reader, size
     for pair in files:
         for array in pair:
             array.flush()  # type: ignore[attr-defined]
-    processes.of_each(None)  # waits for all
+    processes.barrier()
 
 
 def _is_written(vectors: Any, sums: Any, shard: range) -> bool:
