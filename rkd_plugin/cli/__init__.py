@@ -20,7 +20,6 @@ from rkd_plugin.cli.failures import one_sentence
 from rkd_plugin.cli.streams import lasting_streams
 from rkd_plugin.experiments.launcher import launched
 from rkd_plugin.experiments.printing import report
-from rkd_plugin.experiments.threads import limit_spinning
 
 VERBS: dict[str, ModuleType] = {
     "ls": ls,
@@ -48,7 +47,6 @@ def _main(arguments: Sequence[str] | None) -> int:
     elif rest:
         verbs[options.verb].error(unrecognized(rest, hasattr(options, "overrides")))
     verb, name = VERBS[options.verb], f"rkd {options.verb}"
-    limit_spinning()
     try:
         rank, world_size = launched()
         if world_size > 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rkd_plugin.cli.arguments import RECIPE, add_recipe
 from rkd_plugin.experiments.printing import show
+from rkd_plugin.experiments.threads import limit_spinning
 
 ABOUT = "time and memory of the losses beside torchdistill's own, or of a recipe's training step"
 EXAMPLES = (
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A recipe and its overrides, or the sizes of a benchmark of the losses."""
     add_recipe(parser, f"time training steps of this: {RECIPE}", optional=True)
     parser.add_argument("--steps", type=int, default=20, help="of a recipe, in each of three rounds")
+    parser.add_argument("--busy", type=int, default=0, metavar="K", help="of a recipe, beside K processes that compute")
     parser.add_argument("--n", type=int, nargs="+", default=[128, 512, 1024], help="batch sizes")
     parser.add_argument("--impl", nargs="+", default=[], help="kernels (default: all that are worth a row)")
     parser.add_argument("--student-dim", type=int, default=128, help="width of the student's embeddings")
@@ -43,10 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     """Print the table, or JSON."""
     if options.recipe:
+        limit_spinning()  # as `rkd run`; the losses are measured as a user's own program has them
         from rkd_plugin.experiments.recipe import read
         from rkd_plugin.experiments.throughput import throughput
 
-        show(throughput(read(options.recipe, options.overrides), options.steps))
+        show(throughput(read(options.recipe, options.overrides), options.steps, options.busy))
         return
     from rkd_plugin import bench
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from rkd_plugin.cli.arguments import add_recipe
 from rkd_plugin.experiments.printing import show
+from rkd_plugin.experiments.threads import limit_spinning
 
 ABOUT = "write the teacher outputs that a recipe's losses read into a bank, or go on with it"
 EXAMPLES = (
@@ -29,9 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> None:
     """Write or verify a bank, and print what it holds."""
+    limit_spinning()
     from rkd_plugin.experiments.bank import writing
     from rkd_plugin.experiments.processes import process_group, rank
     from rkd_plugin.experiments.recipe import read
+    from rkd_plugin.experiments.recipe.reading import override
 
     if options.verify:
         show(f"{options.verify}: {sum(writing.verified(options.verify))} rows are as they were written")
@@ -45,4 +49,5 @@ def execute(options: argparse.Namespace) -> None:
             return
     for array in bank.arrays or ():
         show(f"the {array.io} of {array.path!r}: {bank.count} images, {bank.views or 1} views, {array.width} wide")
-    show(f"in {options.out}; learn from it with recipe.teacher_bank={options.out}")
+    advice = shlex.quote(override("recipe.teacher_bank", options.out))
+    show(f"in {options.out}; learn from it with {advice}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rkd_plugin.cli.arguments import RECIPE, add_recipe
 from rkd_plugin.experiments.printing import show
+from rkd_plugin.experiments.threads import limit_spinning
 
 ABOUT = "measure a model on test data, and draw pictures of its embeddings"
 EXAMPLES = (
@@ -33,13 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> None:
     """Print the metrics, and the paths of the pictures."""
-    from rkd_plugin.experiments.experiment import evaluate, of_folder
+    limit_spinning()
+    from rkd_plugin.experiments.experiment import evaluate
     from rkd_plugin.experiments.processes import process_group, rank
     from rkd_plugin.experiments.recipe import read
+    from rkd_plugin.experiments.run_folder import recipe_of_run
 
     folder = Path(options.recipe)
     if folder.is_dir():
-        recipe = of_folder(folder, options.overrides)
+        recipe = recipe_of_run(folder, options.overrides)
         checkpoint = options.checkpoint or "last"
         checkpoint = folder / f"{checkpoint}.pt" if checkpoint in ("last", "best") else Path(checkpoint)
     else:

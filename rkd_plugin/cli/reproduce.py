@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rkd_plugin.cli.arguments import OVERRIDES
 from rkd_plugin.experiments.printing import show
+from rkd_plugin.experiments.threads import limit_spinning
 
 ABOUT = "run a whole table, read the runs that are finished, and write tables and pictures"
 EXAMPLES = (
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> None:
     """Print the table, and where the files are."""
+    limit_spinning()
     from rkd_plugin.experiments.memory import keep_memory
     from rkd_plugin.experiments.suite import reproduce
 

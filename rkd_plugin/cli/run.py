@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rkd_plugin.cli.arguments import add_recipe
 from rkd_plugin.experiments.printing import show
+from rkd_plugin.experiments.threads import limit_spinning
 
 ABOUT = "train a model as a recipe describes it, or go on with a run; loading a recipe executes what it names"
 EXAMPLES = (
@@ -24,13 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> None:
     """Train, and print the final and the best metrics."""
+    limit_spinning()
     from rkd_plugin.experiments.memory import keep_memory
     from rkd_plugin.experiments.processes import process_group, rank
     from rkd_plugin.experiments.recipe import read
+    from rkd_plugin.experiments.run_folder import default_folder
     from rkd_plugin.experiments.runner import run
 
     recipe = read(options.recipe, options.overrides)
-    folder = options.out or Path("runs", *Path(options.recipe).with_suffix("").parts[-2:])
+    folder = options.out or default_folder(options.recipe)
+    had_ended = (folder / "result.json").is_file()
     keep_memory()
     with process_group():
         result = run(recipe, folder)
@@ -38,4 +42,4 @@ def execute(options: argparse.Namespace) -> None:
             return
     for when in ("final", "best"):
         show(f"{when:6} " + "  ".join(f"{name} {value:.4g}" for name, value in result[when].items()))
-    show(f"in {folder}")
+    show(f"finished already, in {folder}" if had_ended else f"in {folder}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import re
 import tempfile
@@ -25,16 +26,18 @@ from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
 from rkd_plugin.adapters.torchdistill import seed_epoch
-from rkd_plugin.experiments import processes
+from rkd_plugin.bench import environment
+from rkd_plugin.experiments import processes, threads
 from rkd_plugin.experiments.bank.recipes import learn_from_bank
 from rkd_plugin.experiments.datasets.folders import files_of
 from rkd_plugin.experiments.features import compared
 from rkd_plugin.experiments.few_shot import episode_accuracies
 from rkd_plugin.experiments.files import load_weights, read_checkpoint
 from rkd_plugin.experiments.metrics import EVALUATORS, Layer, check_classes, embed
-from rkd_plugin.experiments.recipe import Recipe, read
+from rkd_plugin.experiments.recipe import Recipe
 from rkd_plugin.experiments.recipe.schema import stages
 from rkd_plugin.experiments.samplers import SharedBatchSampler
+from rkd_plugin.experiments.stopping import random_state, set_random_state
 
 
 class Experiment:
@@ -49,6 +52,7 @@ class Experiment:
         self.data = recipe.data
         self.path = recipe.path
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_equal_start(recipe)
         self.layout = torch.channels_last if self.settings.get("channels_last") else torch.preserve_format
         self.seed(0)
         with tempfile.TemporaryDirectory() as folder:
@@ -57,6 +61,8 @@ class Experiment:
             with processes.rank_zero_first():
                 self.config = yaml_util.load_yaml_file(str(path))
         import_dependencies(self.config["dependencies"])
+        sizes = {f"number of images of datasets.{name}": data for name, data in self.config["datasets"].items()}
+        processes.check_equal({name: str(len(data)) for name, data in sizes.items() if hasattr(data, "__len__")})
         if processes.world_size() > 1:
             self._share_data()
 
@@ -98,6 +104,7 @@ class Experiment:
             # torchdistill goes on with random weights where this file is missing, and executes what it holds.
             path = Path(config["src_ckpt"])
             load_weights(model, read_checkpoint(path, "model")["model"], path, str(self.path))
+        check_equal_weights(model, f"weights of {config['key']}")
         if config.get("sync_bn") and processes.world_size() > 1:
             if self.device.type == "cpu":
                 raise ValueError(
@@ -124,6 +131,21 @@ class Experiment:
     def precision(self) -> AbstractContextManager[Any]:
         """What forward passes run in: autocast to bfloat16 if ``recipe.precision`` says so."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.get("precision") == "bf16")
+
+    def threads(self, loader: Any, *models: nn.Module) -> AbstractContextManager[None]:
+        """See `threads.fitted`; the work is that of the largest of ``models`` on a batch of the loader's mean size."""
+
+        def work() -> int | None:
+            before = random_state(self.device)  # transforms draw from it
+            image = loader.dataset[0][0]
+            set_random_state(before, self.device)
+            if self.device.type != "cpu" or not isinstance(image, Tensor):
+                return None
+            counts = [threads.flops(model, self.place(image[None])) for model in models]
+            known = [count for count in counts if count is not None]
+            return max(known) * len(loader.dataset) // max(len(loader), 1) if known else None
+
+        return threads.fitted(work)
 
     def box(self) -> Any:
         """Torchdistill's training or distillation box: models, criterion, optimizer and data loaders of ``train``."""
@@ -196,7 +218,7 @@ class Experiment:
             FloatingPointError: if an output is NaN or Inf.
         """
         images = ((self.place(images), labels) for images, labels, *_ in batches(loader))
-        with self.precision():
+        with self.precision(), self.threads(loader, model):
             outputs, labels, features = embed(model, images, self.device, layer)
         broken = (~outputs.isfinite().all(1)).nonzero().flatten().tolist()
         if broken:
@@ -235,6 +257,26 @@ class Experiment:
         """The loader that ``test`` describes."""
         config = self.config["test"]["test_data_loader"]
         return build_data_loader(self.config["datasets"][config["dataset_id"]], config, False)
+
+
+def check_equal_start(recipe: Recipe) -> None:
+    """Raise on every rank if some rank was started with another recipe, code or device; see `processes.check_equal`."""
+    if processes.world_size() > 1:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        digest = hashlib.sha256(recipe.resolved().encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        where = environment(device)
+        code = {f"version of {name}": where[name] for name in ("torch", "torchdistill")}
+        processes.check_equal({"recipe": digest, "commit of rkd_plugin": where["commit"], **code, "device": device})
+
+
+def check_equal_weights(model: nn.Module, name: str) -> None:
+    """Raise on every rank if some rank's model has other weights than that of rank 0; see `processes.check_equal`."""
+    if processes.world_size() > 1:
+        digest = hashlib.sha256()
+        for key, tensor in model.state_dict().items():
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        processes.check_equal({name: digest.hexdigest()[:12]})
 
 
 def _shared(loader: dict[str, Any], whole: bool) -> dict[str, Any]:
@@ -308,19 +350,9 @@ def evaluate(recipe: Recipe, checkpoint: Path | None = None, data: Recipe | None
     experiment = Experiment(recipe)
     if checkpoint is not None:
         load_weights(experiment.student, weights, checkpoint, str(recipe.path))
+        check_equal_weights(experiment.student, f"weights in {checkpoint}")
     source = Experiment(data) if data else experiment
     loader = source.test_loader()
     layer = compared(experiment.config, experiment.student, "student")
     outputs, labels, features = experiment.embed(experiment.student, loader, layer)
     return Evaluation(source.measure(outputs, labels), outputs, labels, features, loader, experiment)
-
-
-def of_folder(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a run, as it was resolved.
-
-    Raises:
-        FileNotFoundError: if the folder holds no run.
-    """
-    if not (folder / "recipe.yaml").is_file():
-        raise FileNotFoundError(f"expected a folder of `rkd run` with recipe.yaml, found none in {folder}")
-    return read(folder / "recipe.yaml", overrides)

@@ -7,9 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rkd_plugin import markdown
 from rkd_plugin.experiments import pictures as draw
-from rkd_plugin.experiments.experiment import Evaluation, evaluate, of_folder
+from rkd_plugin.experiments.experiment import Evaluation, evaluate
 from rkd_plugin.experiments.features import compared
+from rkd_plugin.experiments.run_folder import recipe_of_run
 from rkd_plugin.experiments.runner import events_in
 
 Result = dict[str, Any]
@@ -24,7 +26,6 @@ def table(suite: Result, rows: list[Result], results: dict[str, list[Result]]) -
     """
     lines = [line for row in rows for line in _lines(suite, row, rows)]
     heads = max(lines, key=len)
-    cells = [list(heads), ["---"] * len(heads), *([line.get(head, "") for head in heads] for line in lines)]
     runs = [run for row in results.values() for run in row if "environment" in run]
     conditions = {", ".join(f"{key} {value}" for key, value in run["environment"].items()) for run in runs}
     seeds = ", ".join(str(run["seed"]) for run in results[rows[0]["name"]])
@@ -32,7 +33,7 @@ def table(suite: Result, rows: list[Result], results: dict[str, list[Result]]) -
     text = [
         f"# {suite['title']}",
         "",
-        *(f"| {' | '.join(line)} |" for line in cells),
+        markdown.table(list(heads), [[line.get(head, "") for head in heads] for line in lines]),
         "",
         f"{', '.join(suite['metrics'].values())}. Mean ± standard deviation over the seeds {seeds}{changed}; "
         f"{len(runs)} runs, {sum(run['seconds'] for run in runs):.0f} s of training and measuring. The last epoch is "
@@ -101,7 +102,7 @@ def suite_pictures(suite: Result, stem: Path, results: dict[str, list[Result]], 
     figures = {f"{stem.name}_learning_curves": draw.learning_curves(histories, metric, metric_label, suite["title"])}
     panels = [name for name in suite.get("panels", ()) if name in shown]
     if panels:
-        seen = {labels[name]: evaluate(of_folder(shown[name]), shown[name] / "last.pt") for name in panels}
+        seen = {labels[name]: evaluate(recipe_of_run(shown[name]), shown[name] / "last.pt") for name in panels}
         first = next(iter(seen.values()))
         figures[f"{stem.name}_retrieval"] = draw.retrieval_panel(
             {label: evaluation.outputs for label, evaluation in seen.items()}, first.labels, _image(first)

@@ -34,18 +34,19 @@ def _names() -> dict[str, Path]:
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
 
 
-def find(name: str | Path) -> Path:
+def find(name: str | Path, folder: Path = Path()) -> Path:
     """The file of a recipe or suite, given its path or the name of a packaged one.
 
     Args:
         name: a path that exists, or a name such as ``quickstart/rkd_da``, with or without ``.yaml``.
+        folder: where a relative path starts.
 
     Raises:
         RecipeError: if there is no such file; it names the closest packaged ones.
     """
     try:
-        if Path(name).is_file():
-            return Path(name)
+        if (path := folder / name).is_file():
+            return path
     except (OSError, ValueError):  # a name that no file can have
         pass
     packaged = _names()

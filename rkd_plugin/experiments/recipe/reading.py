@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,23 @@ def read(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return parse(path.read_bytes(), path, overrides)
     except OSError as error:
         raise RecipeError(path, [("", f"cannot be read: {error.strerror}")]) from error
+
+
+def override(key: str, value: object) -> str:
+    """An override of a text, quoted where YAML would read something else.
+
+    Example:
+        >>> print(override("recipe.data_root", "/data"), override("recipe.data_root", "try #2"))
+        recipe.data_root=/data recipe.data_root="try #2"
+    """
+    text = str(value)
+    try:
+        node = _value(text)
+    except yaml.YAMLError:
+        node = None
+    is_plain = isinstance(node, yaml.ScalarNode) and (node.tag, node.value) == (_STR, text)
+    quoted: str = yaml.dump(text, Dumper=yaml.SafeDumper, default_style='"', allow_unicode=True, width=math.inf)
+    return f"{key}={text if is_plain else quoted.removesuffix(chr(10))}"
 
 
 def parse(text: str | bytes, path: Path, overrides: Sequence[str] = ()) -> Recipe:
