@@ -72,7 +72,10 @@ def test_the_seed_decides_everything(undisturbed, tmp_path):
 def test_a_folder_of_another_recipe_is_refused_untouched(undisturbed):
     folder, _ = undisturbed
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(FileExistsError, match="another recipe: recipe.seed is 0 there and 1 here; give this one another folder with --out"):
+    with pytest.raises(
+        FileExistsError,
+        match=r"another recipe: recipe\.seed is 0 there and 1 here; give this one another folder with --out",
+    ):
         run(folder, overrides=[*TINY, "recipe.seed=1"])
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 

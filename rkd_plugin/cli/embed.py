@@ -34,8 +34,7 @@ def execute(options: argparse.Namespace) -> None:
     limit_spinning()
     from rkd_plugin.experiments.bank import writing
     from rkd_plugin.experiments.processes import process_group, rank
-    from rkd_plugin.experiments.recipe import read
-    from rkd_plugin.experiments.recipe.reading import override
+    from rkd_plugin.experiments.recipe import quoted, read
 
     if options.verify:
         show(f"{options.verify}: {sum(writing.verified(options.verify))} rows are as they were written")
@@ -49,5 +48,5 @@ def execute(options: argparse.Namespace) -> None:
             return
     for array in bank.arrays or ():
         show(f"the {array.io} of {array.path!r}: {bank.count} images, {bank.views or 1} views, {array.width} wide")
-    advice = shlex.quote(override("recipe.teacher_bank", options.out))
+    advice = shlex.quote(quoted("recipe.teacher_bank", options.out))
     show(f"in {options.out}; learn from it with {advice}")

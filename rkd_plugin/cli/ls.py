@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(_: argparse.Namespace) -> None:
     """Print name, kind and summary of each."""
-    from rkd_plugin.experiments.recipe import names
+    from rkd_plugin.experiments.recipe.catalog import names
 
     entries = names()
     width = max(len(entry.name) for entry in entries)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import sys
 
 
-def printable(line: str) -> str:
-    r"""A text that neither ends the line nor moves the cursor of a terminal.
+def printable(text: str, limit: int | None = None) -> str:
+    r"""Text as one line that cannot move a terminal's cursor: what is not printable is escaped.
+
+    Args:
+        text: such as the name of a tensor.
+        limit: the number of characters, after which the rest is cut.
 
     Example:
-        >>> print(printable("a\x1b[2Jb\nc"), printable("µ #"))
-        a\x1b[2Jb\nc µ #
+        >>> print(printable("a\x1b[2Jb\nc"), printable("µ #"), printable("backbone.layer4", limit=8))
+        a\x1b[2Jb\nc µ # backbone...
     """
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+    shown = text if limit is None else text[:limit]
+    escaped = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in shown)
+    return escaped if len(shown) == len(text) else f"{escaped}..."
 
 
 def show(text: object) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rkd_plugin.experiments.files import write_text
-from rkd_plugin.experiments.recipe import Recipe, RecipeError
+from rkd_plugin.experiments.recipe import Recipe
 from rkd_plugin.experiments.recipe.errors import difference
 from rkd_plugin.experiments.recipe.reading import parse
 
@@ -42,16 +42,10 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
     if not path.is_file():
         return
     _, held = _parts(path)
-    if held == recipe.resolved():
-        return
-    try:
-        differs = difference(parse(held, path).data, recipe.data)
-    except RecipeError:
-        differs = f"{RECIPE} is damaged"
-    if differs:
+    if held != recipe.resolved():
         raise FileExistsError(
-            f"{folder} holds a run of another recipe: {differs}; give this one another folder with --out, or delete "
-            "that one"
+            f"{folder} holds a run of another recipe: {difference(held, recipe.resolved())}; give this one another "
+            "folder with --out, or delete that one"
         )
 
 

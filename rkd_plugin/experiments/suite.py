@@ -18,9 +18,8 @@ from rkd_plugin.experiments.experiment import evaluate
 from rkd_plugin.experiments.few_shot import episode_accuracies, interval
 from rkd_plugin.experiments.files import write_json, write_text
 from rkd_plugin.experiments.printing import printable
-from rkd_plugin.experiments.recipe import Recipe, RecipeError, read, read_suite
+from rkd_plugin.experiments.recipe import Recipe, RecipeError, quoted, read, read_suite
 from rkd_plugin.experiments.recipe.errors import suggest
-from rkd_plugin.experiments.recipe.reading import override
 from rkd_plugin.experiments.run_folder import RUNS, default_folder, recipe_of_run
 
 Result = dict[str, Any]
@@ -177,7 +176,7 @@ def _overrides(
     shorter = [] if schedule is None else [*schedule, *row.get("fast", [])]
     overrides = [*shorter, *everywhere, f"recipe.seed={seed}", *row.get("overrides", [])]
     if "teacher" in row:
-        overrides.append(override("recipe.teacher_checkpoint", _folder(folder, row["teacher"], seed) / "last.pt"))
+        overrides.append(quoted("recipe.teacher_checkpoint", _folder(folder, row["teacher"], seed) / "last.pt"))
     return overrides
 
 

@@ -2,7 +2,7 @@
 
 from rkd_plugin.experiments.recipe.catalog import Entry, configs_root, find, names
 from rkd_plugin.experiments.recipe.errors import Problem, RecipeError
-from rkd_plugin.experiments.recipe.reading import Recipe, Tagged, check, read
+from rkd_plugin.experiments.recipe.reading import Recipe, Tagged, check, quoted, read
 from rkd_plugin.experiments.recipe.suites import read_suite
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "configs_root",
     "find",
     "names",
+    "quoted",
     "read",
     "read_suite",
 ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import zip_longest
 from typing import Any
+
+import yaml
 
 from rkd_plugin.experiments.printing import printable
 
@@ -33,43 +34,48 @@ class RecipeError(ValueError):
         super().__init__("\n".join(map(printable, [f"{source}: {count}", *lines])))
 
 
-def difference(old: Any, new: Any) -> str:
-    """The first difference between the plain data of two recipes, and how many more there are; "" if they are equal.
+def difference(old: str, new: str) -> str:
+    r"""How two resolved recipes differ: the first keys with both values.
+
+    Args:
+        old: YAML, such as ``recipe.yaml`` of a run.
+        new: YAML, such as `Recipe.resolved` gives it.
 
     Example:
-        >>> difference({"a": {"b": 1, "c": [1]}}, {"a": {"b": 2, "c": [1, 3]}})
-        'a.b is 1 there and 2 here, and 1 more difference'
-        >>> difference({"a": 1}, {"a": 1})
-        ''
+        >>> difference("recipe: {seed: &s 0}\nval: *s", "recipe: {seed: &s 1}\nval: *s")
+        'recipe.seed is 0 there and 1 here'
     """
-    found = list(_differences(old, new, ()))
-    if not found:
-        return ""
-    path, there, here = found[0]
-    more = len(found) - 1
-    end = f", and {more} more difference{'s' if more > 1 else ''}" if more else ""
-    return f"{'.'.join(map(str, path)) or 'it'} is {_brief(there)} there and {_brief(here)} here{end}"
+    try:
+        there, here = (dict(_leaves(yaml.compose(text, Loader=yaml.SafeLoader))) for text in (old, new))
+    except (yaml.YAMLError, RecursionError):
+        return "its recipe.yaml cannot be read"
+    differing = [path for path in here | there if here.get(path) != there.get(path)]
+    shown = [f"{path} is {there.get(path, 'missing')} there and {here.get(path, 'missing')} here" for path in differing]
+    if not shown:
+        return "it is written differently"
+    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+    return ", ".join(printable(words, limit=200) for words in shown[:3]) + more
 
 
-_MISSING = object()
-
-
-def _differences(old: Any, new: Any, path: tuple[object, ...]) -> Iterator[tuple[tuple[object, ...], Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in dict.fromkeys([*old, *new]):
-            yield from _differences(old.get(key, _MISSING), new.get(key, _MISSING), (*path, key))
-    elif isinstance(old, list) and isinstance(new, list):
-        for index, (first, second) in enumerate(zip_longest(old, new, fillvalue=_MISSING)):
-            yield from _differences(first, second, (*path, index))
-    elif (tag := getattr(old, "tag", None)) is not None and tag == getattr(new, "tag", None):
-        yield from _differences(old.value, new.value, path)
-    elif type(old) is not type(new) or (old != new and not (old != old and new != new)):  # NaN is not itself
-        yield path, old, new
-
-
-def _brief(value: Any) -> str:
-    text = "missing" if value is _MISSING else getattr(value, "tag", None) or repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _leaves(root: Any) -> Iterator[tuple[str, str]]:
+    """Paths and values; what an anchor names, once."""
+    seen: set[int] = set()
+    left = [("", root)]
+    while left:
+        path, node = left.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        inner: list[tuple[Any, Any]] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [(key.value, value) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = list(enumerate(node.value))
+        elif node is not None:
+            yield path, node.value
+        if inner or isinstance(node, yaml.CollectionNode):
+            yield f"{path}{{}}", node.tag.removeprefix("tag:yaml.org,2002:")
+        left += reversed([(f"{path}.{key}".lstrip("."), value) for key, value in inner])
 
 
 def suggest(name: str, known: Iterable[object]) -> str:

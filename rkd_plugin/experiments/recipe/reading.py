@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -105,21 +105,14 @@ def read(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(path, [("", f"cannot be read: {error.strerror}")]) from error
 
 
-def override(key: str, value: object) -> str:
-    """An override of a text, quoted where YAML would read something else.
+def quoted(key: str, value: object) -> str:
+    """An override whose value is read as it is, whatever it contains.
 
     Example:
-        >>> print(override("recipe.data_root", "/data"), override("recipe.data_root", "try #2"))
-        recipe.data_root=/data recipe.data_root="try #2"
+        >>> quoted("recipe.data_root", "/data/try #2")
+        'recipe.data_root="/data/try #2"'
     """
-    text = str(value)
-    try:
-        node = _value(text)
-    except yaml.YAMLError:
-        node = None
-    is_plain = isinstance(node, yaml.ScalarNode) and (node.tag, node.value) == (_STR, text)
-    quoted: str = yaml.dump(text, Dumper=yaml.SafeDumper, default_style='"', allow_unicode=True, width=math.inf)
-    return f"{key}={text if is_plain else quoted.removesuffix(chr(10))}"
+    return f"{key}={json.dumps(str(value), ensure_ascii=False)}"
 
 
 def parse(text: str | bytes, path: Path, overrides: Sequence[str] = ()) -> Recipe:
