@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from rkd_plugin import cli
 from rkd_plugin.adapters.torchdistill import PMLLoss
 from rkd_plugin.experiments import experiment, runner
 from rkd_plugin.experiments.files import read_checkpoint, replacing, write_checkpoint
@@ -78,6 +79,37 @@ def test_a_folder_of_another_recipe_is_refused_untouched(undisturbed):
     ):
         run(folder, overrides=[*TINY, "recipe.seed=1"])
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_recipe_that_was_changed_since_is_named_before_anything_is_imported(
+    undisturbed, tmp_path, monkeypatch, capsys
+):
+    folder, _ = undisturbed
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "recipe.yaml"
+    (tmp_path / "evil.py").write_text("import pathlib; pathlib.Path(__file__).with_name('imported').touch()")
+    monkeypatch.syspath_prepend(tmp_path)
+    path.write_text(path.read_text().replace("dependencies: [", "dependencies: [evil, "))
+    assert cli.main(["eval", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert "recipe.yaml: expected the recipe that the run wrote, got a changed one" in error
+    with pytest.raises(FileExistsError, match=r"holds a run of another recipe: dependencies"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "imported").exists()
+    # The way to go on that the message names.
+    command = error.strip().rpartition(": rkd ")[2].split()
+    assert cli.main(command) == 0
+    assert (tmp_path / "imported").exists()
+
+
+def test_the_line_with_the_digest_is_part_of_it(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    text = (folder / "recipe.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(text.partition("\n")[2])
+    with pytest.raises(ValueError, match="got a changed one"):
+        recipe_of_run(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert recipe_of_run(tmp_path).settings["seed"] == 0
 
 
 def interrupt_before_epoch(monkeypatch, epoch):

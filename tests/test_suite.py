@@ -204,6 +204,32 @@ def test_a_problem_in_any_recipe_stops_before_the_first_run(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_recipes_are_looked_up_from_the_folder_of_the_suite(tmp_path, monkeypatch):
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    for folder in ("suites", "elsewhere"):
+        (tmp_path / folder / "mine.yaml").write_text((configs_root() / "quickstart" / "teacher.yaml").read_text())
+    name = written(tmp_path / "suites", rows=[{**SUITE["rows"][0], "recipe": "mine.yaml"}], panels=[])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for given in (name, "../suites/small.yaml"):
+        (row,) = read_suite(given)["rows"]
+        assert Path(row["recipe"]).samefile(tmp_path / "suites" / "mine.yaml")
+    (tmp_path / "suites" / "mine.yaml").unlink()
+    with pytest.raises(RecipeError, match=r"suite\.rows\.0\.recipe: 'mine\.yaml' is neither a file nor a packaged"):
+        read_suite(name)
+
+
+@pytest.mark.parametrize("folder", ["try #2", "a: b", "1e-3", "[x]", "~", "quo'te\"s"])
+def test_paths_reach_the_recipe_as_they_are(tmp_path, monkeypatch, folder):
+    plans = []
+    monkeypatch.setattr(suites, "_results", lambda plan: plans.append(plan) or {})
+    monkeypatch.setattr(suites, "_write", lambda *_: "")
+    suites.reproduce(written(tmp_path), tmp_path / folder, [3])
+    (teacher, student) = plans[0].runs
+    assert student.recipe.settings["teacher_checkpoint"] == str(teacher.folder / "last.pt")
+    assert teacher.folder.parent == tmp_path / folder
+
+
 def test_the_quickstart_names_every_row_of_the_table():
     rows = read_suite("quickstart")["rows"]
     assert [row["name"] for row in rows] == ["teacher", "student", "rkd_d", "rkd_a", "rkd_da"]

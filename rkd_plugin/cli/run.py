@@ -26,18 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     """Train, and print the final and the best metrics."""
     limit_spinning()
+    from rkd_plugin.experiments import runner
     from rkd_plugin.experiments.memory import keep_memory
     from rkd_plugin.experiments.processes import process_group, rank
     from rkd_plugin.experiments.recipe import read
     from rkd_plugin.experiments.run_folder import default_folder
-    from rkd_plugin.experiments.runner import run
 
     recipe = read(options.recipe, options.overrides)
     folder = options.out or default_folder(options.recipe)
     had_ended = (folder / "result.json").is_file()
     keep_memory()
     with process_group():
-        result = run(recipe, folder)
+        result = runner.run(recipe, folder)
         if rank() > 0:
             return
     for when in ("final", "best"):

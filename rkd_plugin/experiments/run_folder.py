@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,8 +64,8 @@ def recipe_of_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     if head != _head(resolved):
         raise ValueError(
             f"{path}: expected the recipe that the run wrote, got a changed one, which may execute other code and "
-            f"measure another model; read it, then give it as a recipe: rkd eval {path} --checkpoint "
-            f"{folder / 'last.pt'}"
+            f"measure another model; read it, then give it as a recipe: rkd eval {shlex.quote(str(path))} --checkpoint "
+            f"{shlex.quote(str(folder / 'last.pt'))}"
         )
     return parse(resolved, path, overrides)
 
