@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
@@ -54,7 +54,7 @@ def process_group() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         # Where each process sees its own GPU only, that one has number 0.
-        torch.cuda.set_device(_local_rank() % torch.cuda.device_world_size())
+        torch.cuda.set_device(_local_rank() % torch.cuda.device_count())
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
@@ -136,6 +136,8 @@ def check_equal(values: Mapping[str, str]) -> None:
         differing = [name for name, value in everywhere[0].items() if found.get(name) != value]
         if differing:
             name = differing[0]
+            with suppress(RuntimeError):  # raised by a rank that came too late; all have received the values
+                barrier()
             raise ValueError(
                 f"rank {number} of {len(everywhere)}: expected the {', '.join(differing)} of rank 0, got another one "
                 f"({found.get(name)} instead of {everywhere[0][name]}); start all processes with the same command, "
