@@ -136,10 +136,12 @@ class Experiment:
         """See `threads.fitted`; the work is that of the largest of ``models`` on a batch of the loader's mean size."""
 
         def work() -> int | None:
+            if self.device.type != "cpu":
+                return None
             before = random_state(self.device)  # transforms draw from it
             image = loader.dataset[0][0]
             set_random_state(before, self.device)
-            if self.device.type != "cpu" or not isinstance(image, Tensor):
+            if not isinstance(image, Tensor):
                 return None
             counts = [threads.flops(model, self.place(image[None])) for model in models]
             known = [count for count in counts if count is not None]

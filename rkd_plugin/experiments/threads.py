@@ -2,8 +2,8 @@
 
 PyTorch starts as many threads as the machine has cores, whatever share of them a container, or other processes of the
 same run, leave to this one; and OpenMP's threads spin for milliseconds after each of the thousands of small parallel
-regions of a step, on cores that other work needs. So `rkd` limits both, as long as the user's environment sets neither;
-the losses and the adapters change nothing.
+regions of a step, on cores that other work needs. So `rkd` limits both, as long as the environment sets neither, as
+``torchrun`` does with OMP_NUM_THREADS=1 for several processes; the losses and the adapters change nothing.
 
 ``rkd bench RECIPE`` measures it: rows with one and with all threads, on a quiet machine, and with ``--busy K`` beside K
 processes that compute. ``OMP_WAIT_POLICY=ACTIVE rkd bench RECIPE`` and ``GOMP_SPINCOUNT=300000`` (OpenMP's default)
