@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 import rkd_plugin
 from rkd_plugin.experiments.recipe.errors import RecipeError, suggest
 
@@ -66,6 +64,5 @@ def _entry(name: str, text: str) -> Entry:
     header = re.match(r"(?:#.*\n)*", text)
     words = " ".join(line.lstrip("# ") for line in header.group().splitlines()) if header else ""
     sentence = re.match(r".*?\.(?=\s|$)", words)
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
-    return Entry(name, sentence.group() if sentence else words, "suite" in keys)
+    is_suite = re.search(r"^suite:", text, re.MULTILINE) is not None  # parsing all files as YAML takes a second
+    return Entry(name, sentence.group() if sentence else words, is_suite)
