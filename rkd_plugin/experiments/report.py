@@ -1,4 +1,4 @@
-"""What is shown of runs: tables, and which pictures of `pictures` are drawn of what."""
+"""Tables of runs, and the pictures that belong to a suite and to an evaluation; `pictures` draws them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ WHEN = {"final": "last epoch", "best": "best test epoch"}
 def table(suite: Result, rows: list[Result], results: dict[str, list[Result]]) -> str:
     """Markdown: a line for each row and metric, with the paper's number beside ours, and the conditions below.
 
-    The *last epoch* is chosen by nobody. The *best test epoch* is what the authors' code reports: the highest of the
-    first metric over all epochs on the data that it is measured on, so that it flatters every row.
+    The *last epoch* involves no choice. The *best test epoch* is what the authors' code reports: the highest value of
+    the first metric over all epochs on the data that it is measured on, which is optimistic for every row.
     """
     lines = [line for row in rows for line in _lines(suite, row, rows)]
     heads = max(lines, key=len)
@@ -47,7 +47,7 @@ def table(suite: Result, rows: list[Result], results: dict[str, list[Result]]) -
 
 
 def _lines(suite: Result, row: Result, rows: list[Result]) -> Iterator[dict[str, str]]:
-    """Cells by their column's head, for each metric or set of test data; a line has all columns that any has."""
+    """Cells by the head of their column, a line for each metric or set of test data."""
     labels: dict[str, str] = suite["test_sets"] if "test_sets" in suite else suite["metrics"]
     digits = suite.get("decimals", 1)
     has_paper = any(other["paper"] for other in rows)
@@ -92,7 +92,7 @@ def suite_pictures(suite: Result, stem: Path, results: dict[str, list[Result]], 
         shown: by row, the folder of one run.
 
     Returns:
-        The files; none without matplotlib, which the extra ``rkd-plugin[report]`` brings.
+        The files; none without matplotlib, which the extra ``rkd-plugin[report]`` installs.
     """
     if find_spec("matplotlib") is None:
         return []
@@ -111,7 +111,7 @@ def suite_pictures(suite: Result, stem: Path, results: dict[str, list[Result]], 
 
 
 def evaluation_pictures(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """What a model makes of its test data, as PNG and TensorBoard events in ``folder``.
+    """Draw a model's outputs on its test data, as PNG and TensorBoard events in ``folder``.
 
     ``retrieval``, or of image classification ``confusion``; ``embedding_map`` and ``distances``; with a teacher in the
     recipe also ``relations``: the teacher's distances and angles against the student's. All but the first show what

@@ -220,7 +220,7 @@ class _Training:
 
 
 def _metrics(history: list[dict[str, Any]]) -> list[str]:
-    """Names of what is measured, the one that `best` goes by first."""
+    """Names of the metrics; the first one chooses `best`."""
     return [name for name in history[-1] if name not in ("epoch", "loss", "lr", "seconds")]
 
 
@@ -234,7 +234,7 @@ def _is_settled(history: list[dict[str, Any]], patience: int | None) -> bool:
 
 
 def steps_of(experiment: Experiment, box: Any, part: Mapping[str, Any] = START) -> Iterator[float]:
-    """One epoch, or the rest of it; the loss of each step, of all processes together, whose update is done.
+    """Train one epoch, or the rest of it, and yield the loss of each step after its update, the mean over all ranks.
 
     Args:
         experiment: of the box.
@@ -253,7 +253,7 @@ def steps_of(experiment: Experiment, box: Any, part: Mapping[str, Any] = START) 
         )
     loaded = batches(loader)
     if part["steps"]:
-        # Loaded in vain: what samplers, transforms and the loader's processes have drawn then is known to them alone.
+        # Load the batches that are done again: only so samplers, transforms and the loader's processes draw as before.
         next(islice(loaded, part["steps"] - 1, None))
         set_random_state(part["random"][processes.rank()], experiment.device)
     with _terms(box.criterion) as terms:
@@ -300,7 +300,7 @@ def _terms(criterion: Any) -> Iterator[dict[str, Tensor | None]]:
 
 
 def _state(student: nn.Module, box: Any, history: list[dict[str, Any]], part: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds after the epochs of ``history`` and a part of the next one."""
+    """The content of a checkpoint after the epochs of ``history`` and a part of the next one."""
     trained = _trained(box)
     return {
         "model": student.state_dict(),
@@ -320,13 +320,13 @@ def models_of(experiment: Experiment, box: Any) -> list[nn.Module]:
 
 
 def _trained(box: Any) -> nn.Module:
-    """What the box trains: the student, or what torchdistill wrapped around it for this stage."""
+    """The module that the box trains: the student, or torchdistill's wrapper of it for this stage."""
     model: nn.Module = box.student_model if hasattr(box, "student_model") else box.model
     return model
 
 
 def _resume(path: Path, experiment: Experiment, box: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Bring a new box to the state of a checkpoint, if there is one; the epochs that are done, and the part of one."""
+    """Load a checkpoint, if there is one, into a new box; returns the finished epochs, and the part of the next."""
     checkpoint = processes.broadcast(lambda: _last(path))
     if checkpoint is None:
         return [], START
@@ -376,7 +376,7 @@ def _last(path: Path) -> dict[str, Any] | None:
             checkpoint = read_checkpoint(best, *PARTS)
         except (FileNotFoundError, ValueError):
             raise error from None
-        # The epochs since come out the same again.
+        # The epochs after it are repeated with the same numbers.
         warnings.warn(f"{error}; going on from {best}, epoch {len(checkpoint['history'])}", stacklevel=2)
         return checkpoint
 
