@@ -1,11 +1,17 @@
 """Relational Knowledge Distillation for torchdistill and pytorch-metric-learning.
 
-The losses are here; importing this package loads torch and nothing else. The hosts' forms are opt-in imports:
+The losses are here; the first use of one loads torch and nothing else. The hosts' forms are opt-in imports:
 ``rkd_plugin.adapters.torchdistill`` and ``rkd_plugin.adapters.pml``.
 """
 
-from rkd_plugin.functional import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
-from rkd_plugin.losses import RKDAngleLoss, RKDDALoss, RKDDistanceLoss
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rkd_plugin.functional import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
+    from rkd_plugin.losses import RKDAngleLoss, RKDDALoss, RKDDistanceLoss
 
 __version__ = "0.1.0"
 
@@ -17,3 +23,15 @@ __all__ = [
     "rkd_da_loss",
     "rkd_distance_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy (PEP 562), so that `rkd --help` need not load torch.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{'losses' if name.startswith('RKD') else 'functional'}")
+    return globals().setdefault(name, getattr(module, name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

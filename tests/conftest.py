@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 import signal
 import threading
@@ -36,6 +37,8 @@ def pytest_configure() -> None:
     # A shell has what it runs in the background ignore SIGINT, and so would everything that the tests start and stop.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Runs and torchdistill's loops are compared number by number, and have to use as many threads.
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -79,7 +79,7 @@ def gradients_of_fsdp():
     images, teacher = torch.randn(14, 6, dtype=torch.float64), torch.randn(14, 7, dtype=torch.float64)
     student, sharded = Perceptron(9, 4), Perceptron(9, 4)
     sharded.load_state_dict(student.state_dict())
-    mesh = init_device_mesh("cpu", (processes.count(),))
+    mesh = init_device_mesh("cpu", (processes.world_size(),))
     for module in (sharded[0], sharded[2], sharded):
         fully_shard(module, mesh=mesh)
     own = slice(0, 5) if processes.rank() == 0 else slice(5, 14)
@@ -103,7 +103,7 @@ def mean_gradients():
 
 def main():
     todo = json.loads(sys.argv[1])
-    with processes.joined():
+    with processes.process_group():
         for arguments in todo["train"]:
             train(*arguments)
         found = {path: measure(path, checkpoint) for path, checkpoint in todo["measure"]}

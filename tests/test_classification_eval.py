@@ -12,10 +12,11 @@ from torch.nn.functional import normalize
 from rkd_plugin.cli import main
 from rkd_plugin.experiments import report
 from rkd_plugin.experiments.checkpoints import load_weights, read_checkpoint, write_checkpoint
-from rkd_plugin.experiments.experiment import Experiment, evaluate, of_folder
+from rkd_plugin.experiments.experiment import Experiment, evaluate
 from rkd_plugin.experiments.features import compared
 from rkd_plugin.experiments.metrics import classification
 from rkd_plugin.experiments.recipe import read
+from rkd_plugin.experiments.run_folder import recipe_of_run
 
 TEACHER, STUDENT = "classification/small_cifar100/teacher", "classification/small_cifar100/rkd_da"
 NAMES = [f"kind_{label}" for label in range(100)]
@@ -74,7 +75,7 @@ def test_eval_prints_what_the_run_ended_with(runs, capsys):
     measured, *metrics = capsys.readouterr().out.splitlines()
     assert measured == "measured on 64 images of 64 of 100 classes"
     printed = dict(line.split() for line in metrics)
-    evaluation = evaluate(of_folder(runs / "student"), runs / "student" / "last.pt")
+    evaluation = evaluate(recipe_of_run(runs / "student"), runs / "student" / "last.pt")
     assert {name: float(value) for name, value in printed.items()} == pytest.approx(evaluation.metrics, rel=1e-3)
     assert list(printed) == ["top1", "top5"]
     assert evaluation.metrics == classification(evaluation.outputs, evaluation.labels)
@@ -106,7 +107,7 @@ def test_pictures_show_features_and_each_model_sees_the_data_once(runs, tmp_path
     monkeypatch.setattr(report.draw, "confusion", lambda *args: drawn.update(confusion=args))
     monkeypatch.setattr(report.draw, "relations", lambda *args: drawn.update(relations=args))
     monkeypatch.setattr(report.draw, "save", lambda figures, *_: list(figures))
-    evaluation = evaluate(of_folder(runs / "student"), runs / "student" / "last.pt")
+    evaluation = evaluate(recipe_of_run(runs / "student"), runs / "student" / "last.pt")
     report.evaluation_pictures(evaluation, tmp_path)
     student, teacher = seen
     images = torch.stack([image for image, _ in evaluation.loader.dataset])

@@ -9,9 +9,10 @@ from torchdistill.losses.mid_level import ATLoss
 
 from rkd_plugin import rkd_angle_loss, rkd_distance_loss
 from rkd_plugin.experiments import suite as suites
-from rkd_plugin.experiments.experiment import Experiment, evaluate, of_folder
+from rkd_plugin.experiments.experiment import Experiment, evaluate
 from rkd_plugin.experiments.few_shot import PrototypicalLoss, episode_accuracies
 from rkd_plugin.experiments.recipe import RecipeError, read, read_suite
+from rkd_plugin.experiments.run_folder import recipe_of_run
 from rkd_plugin.experiments.runner import run, steps_of
 from tests.test_few_shot_data import SIZES, write_mini, write_omniglot
 from tests.test_torchdistill import build_as_the_example_scripts_do, train_as_the_example_scripts_do
@@ -127,7 +128,7 @@ def test_a_run_ends_as_one_that_was_stopped(recipe, tmp_path):
 
 def test_metrics_are_those_of_the_test_episodes(recipe, tmp_path):
     result = run(recipe("omniglot", "teacher"), tmp_path)
-    evaluation = evaluate(of_folder(tmp_path), tmp_path / "last.pt")
+    evaluation = evaluate(recipe_of_run(tmp_path), tmp_path / "last.pt")
     options = {"test_tasks": [[3, 1], [2, 2]], "test_queries": 2, "test_episodes": 20}
     accuracies = episode_accuracies(evaluation.outputs, evaluation.labels, 0, **options)
     assert list(result["final"]) == ["3way_1shot", "3way_1shot_ci95", "2way_2shot", "2way_2shot_ci95"]
@@ -240,8 +241,8 @@ def test_the_schedule_comes_from_early_stopping_on_validation_classes(small_suit
     folder, table = suites.reproduce(small_suite(), tmp_path / "out")
     for seed in (1, 2):
         assert [epochs_of(folder, row, seed) for row in ("search", "teacher", "long", "rkd_d")] == [3, 2, 4, 2]
-        assert of_folder(folder / f"search-seed{seed}").settings["train_split"] == "train"
-        assert of_folder(folder / f"teacher-seed{seed}").settings["train_split"] == "trainval"
+        assert recipe_of_run(folder / f"search-seed{seed}").settings["train_split"] == "train"
+        assert recipe_of_run(folder / f"teacher-seed{seed}").settings["train_split"] == "trainval"
     head = next(line for line in table.splitlines() if line.startswith("|"))
     for column in ("Snell et al.", "paper", "± 95 % of episodes", "over Teacher", "over Teacher, longer"):
         assert f"| {column} |" in head
@@ -256,7 +257,7 @@ def test_differences_are_paired_by_episode(small_suite, tmp_path):
     folder, table = suites.reproduce(small_suite(), tmp_path / "out", seeds=[1], rows=["rkd_d"])
     accuracies = {}
     for row in ("teacher", "rkd_d"):
-        evaluation = evaluate(of_folder(folder / f"{row}-seed1"), folder / f"{row}-seed1" / "last.pt")
+        evaluation = evaluate(recipe_of_run(folder / f"{row}-seed1"), folder / f"{row}-seed1" / "last.pt")
         options = {"test_tasks": [[3, 1], [2, 2]], "test_queries": 2, "test_episodes": 20}
         accuracies[row] = episode_accuracies(evaluation.outputs, evaluation.labels, 1, **options)
     results = json.loads((folder / "small.json").read_text())

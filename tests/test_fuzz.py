@@ -263,9 +263,9 @@ def test_any_command_line(calls, command):
     out = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="")
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", newline="")
     with pytest.MonkeyPatch.context() as patch, watched() as seen:
-        for other in ("_eval", "_reproduce", "_embed", "_bench"):
-            patch.setattr(cli, other, lambda options: 0)
-        patch.setattr(cli, "_run", cli._check)  # what a run begins with
+        for other in ("eval", "reproduce", "embed", "bench"):
+            patch.setattr(cli.VERBS[other], "execute", lambda options: None)
+        patch.setattr(cli.run, "execute", cli.check.execute)  # what a run begins with
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 code = cli.main([verb, name, *rest])

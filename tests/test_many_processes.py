@@ -20,8 +20,8 @@ import torch
 from rkd_plugin import cli
 from rkd_plugin.experiments import processes
 from rkd_plugin.experiments.checkpoints import read_checkpoint
-from rkd_plugin.experiments.experiment import Experiment
-from rkd_plugin.experiments.processes import launched
+from rkd_plugin.experiments.experiment import Experiment, check_equal_weights
+from rkd_plugin.experiments.launcher import launched
 from rkd_plugin.experiments.recipe import read
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]  # on a port of its own
@@ -126,24 +126,30 @@ def few_shot(path):
     )
 
 
-def python(*arguments, **environment):
+def python(*arguments, folder=None, **environment):
     """The result of a fresh interpreter with one thread."""
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [sys.executable, *map(str, arguments)], cwd=folder,
         capture_output=True, text=True, timeout=240,  # so that a test ends; what is promised is measured
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 
 
-def tasks_of_slurm(*arguments, **environment):
-    """Two processes that know each other from SLURM's variables alone, as `python`'s results."""
+def tasks_of_slurm(*commands, folders=(None, None), **environment):
+    """Two processes that know each other from SLURM's variables alone, as `python`'s results.
+
+    Both have one command, or each its own.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         environment["MASTER_PORT"] = str(free.getsockname()[1])
     environment |= {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "127.0.0.[1-2],other"}
     with ThreadPoolExecutor() as pool:
-        tasks = [pool.submit(python, *arguments, **environment, SLURM_PROCID=p, SLURM_LOCALID=p) for p in "01"]
+        tasks = [
+            pool.submit(python, *command, folder=folder, **environment, SLURM_PROCID=rank, SLURM_LOCALID=rank)
+            for rank, command, folder in zip("01", commands * 2, folders, strict=False)
+        ]
         return [task.result() for task in tasks]
 
 
@@ -234,6 +240,7 @@ def epochs(folder):
     return len(read_checkpoint(folder / "last.pt")["history"])
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_all_and_any_number_goes_on(alone, tmp_path, monkeypatch):
     """Killed with two, broken with one, broken with two, and at last through SLURM's variables to the end of one."""
     path, folder = alone[1]["two_stages"], tmp_path / "run"
@@ -254,11 +261,11 @@ def test_a_process_that_dies_ends_all_and_any_number_goes_on(alone, tmp_path, mo
     broken = python(*TORCHRUN, *command, BREAK="1,50,raise")
     assert waited(folder) < 60
     assert broken.returncode != 0
-    assert re.search(r"rkd run, rank 1 of 2 processes: cannot read point \d+\n", broken.stderr)
+    assert re.search(r"rkd run, rank 1 of 2: cannot read point \d+\n", broken.stderr)
     assert epochs(folder) == 10
     assert not (folder / "result.json").exists()
 
-    first, second = tasks_of_slurm(*command)
+    first, second = tasks_of_slurm(command)
     assert first.returncode == second.returncode == 0, second.stderr
     assert "recall_at_1" in first.stdout
     assert "step/s" in first.stderr
@@ -274,15 +281,16 @@ def test_a_process_that_dies_ends_all_and_any_number_goes_on(alone, tmp_path, mo
 def test_data_that_one_process_cannot_load_keeps_no_other_waiting(alone, tmp_path):
     """Also where no launcher ends it."""
     command = ["-m", "rkd_plugin", "run", alone[1]["classification"], "--out", tmp_path]
-    waiting, broken = tasks_of_slurm(*command, BREAK="1,120,raise")
+    waiting, broken = tasks_of_slurm(command, BREAK="1,120,raise")
     assert waited(tmp_path) < 60
     assert epochs(tmp_path) == 2  # of 45 images for each process; of all 90 it would be one
     assert [waiting.returncode, broken.returncode] == [1, 1]
-    assert re.fullmatch(r"rkd run, rank 1 of 2 processes: cannot read point \d+\n", broken.stderr)
+    assert re.fullmatch(r"rkd run, rank 1 of 2: cannot read point \d+\n", broken.stderr)
     assert "Traceback" not in waiting.stderr
-    assert re.search(r"rkd run, rank 0 of 2 processes: expected the other processes to go on, .*\n$", waiting.stderr)
+    assert re.search(r"rkd run, rank 0 of 2: expected the other processes to go on, .*\n$", waiting.stderr)
 
 
+@pytest.mark.slow
 def test_asked_to_stop_one_stops_all_after_the_same_step(alone, tmp_path):
     path, folder = alone[1]["two_stages"], tmp_path / "run"
     command = ["-m", "rkd_plugin", "run", path, "--out", str(folder)]
@@ -298,6 +306,65 @@ def test_asked_to_stop_one_stops_all_after_the_same_step(alone, tmp_path):
     same([result(where)["history"] for where in (alone[0] / "two_stages", folder)])
 
 
+# Ranks that differ
+
+
+def test_a_rank_with_other_values_is_named(monkeypatch):
+    ranks = [{"recipe": "a", "torch": "1"}, {"recipe": "a", "torch": "1"}, {"recipe": "b", "torch": "1"}]
+    monkeypatch.setattr(processes, "all_gather", lambda _: ranks)
+    with pytest.raises(
+        ValueError, match=r"^rank 2 of 3: expected the recipe of rank 0, got another one \(b instead of"
+    ):
+        processes.check_equal(ranks[0])
+    monkeypatch.setattr(processes, "all_gather", lambda _: ranks[:2])
+    processes.check_equal(ranks[0])
+
+
+def test_weights_that_differ_in_one_number_are_found(monkeypatch):
+    sent = []
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "barrier", lambda: None)
+    monkeypatch.setattr(processes, "all_gather", lambda values: sent.append(values) or sent)
+    model = torch.nn.BatchNorm1d(3).bfloat16()
+    check_equal_weights(model, "weights of the teacher")
+    check_equal_weights(model, "weights of the teacher")
+    model.running_mean[2] += 1
+    with pytest.raises(ValueError, match="rank 2 of 3: expected the weights of the teacher of rank 0"):
+        check_equal_weights(model, "weights of the teacher")
+
+
+def test_ranks_with_other_recipes_all_end_with_an_error(alone, tmp_path):
+    command = ["-m", "rkd_plugin", "run", alone[1]["classification"], "--out", tmp_path / "run"]
+    done = tasks_of_slurm(command, [*command, "recipe.seed=4"])
+    for rank, one in enumerate(done):
+        assert one.returncode == 1
+        assert re.fullmatch(
+            rf"rkd run, rank {rank} of 2: rank 1 of 2: expected the recipe of rank 0, got another one .*\n", one.stderr
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["run", "eval"])
+def test_ranks_with_other_weights_all_end_with_an_error(alone, tmp_path, verb):
+    """The same path on two machines, and another file behind it."""
+    text = Path(alone[1]["classification"]).read_text()
+    source = "{key: Perceptron, src_ckpt: teacher.pt, kwargs: {width: 12, dim: 10}}"
+    (tmp_path / "taught.yaml").write_text(text.replace("{key: Perceptron, kwargs: {width: 12, dim: 10}}", source))
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for file, width in (("teacher.pt", 12), ("student.pt", 5)):
+            torch.save({"model": many_processes.Perceptron(width, 10).state_dict()}, tmp_path / name / file)
+    ends = {"run": ["--out", tmp_path / "run"], "eval": ["--checkpoint", "student.pt"]}[verb]
+    done = tasks_of_slurm(
+        ["-m", "rkd_plugin", verb, tmp_path / "taught.yaml", *ends], folders=[tmp_path / "a", tmp_path / "b"]
+    )
+    for one in done:
+        assert one.returncode == 1
+        assert "rank 1 of 2: expected the weights " in one.stderr
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
 @pytest.mark.parametrize("variables", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
 def test_what_processes_do_not_share_is_refused(monkeypatch, capsys, variables):
     for name, value in zip((*variables, "MASTER_ADDR", "MASTER_PORT"), "1234", strict=True):
@@ -305,8 +372,8 @@ def test_what_processes_do_not_share_is_refused(monkeypatch, capsys, variables):
     monkeypatch.setattr(os, "environ", os.environ.copy())  # which gains the launcher's
     assert cli.main(["reproduce", "quickstart"]) == 1
     assert capsys.readouterr().err == (
-        "rkd reproduce, rank 1 of 2 processes: expected one process, got 2, which share the work of `rkd run` and "
-        "`rkd eval` and `rkd embed` alone; start this without torchrun or srun\n"
+        "rkd reproduce, rank 1 of 2: expected one process, got 2, which share the work of `rkd run` and `rkd eval` and "
+        "`rkd embed` only; start this without torchrun or srun\n"
     )
 
 
@@ -338,8 +405,9 @@ def test_a_first_host_that_nobody_names(slurm):
 
 @pytest.fixture
 def as_if_two(monkeypatch):
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    monkeypatch.setattr(processes, "one_after_the_other", nullcontext)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "all_gather", lambda value: [value] * 2)
+    monkeypatch.setattr(processes, "rank_zero_first", nullcontext)
 
 
 def test_wrappers_of_torchdistill_are_refused(alone, as_if_two):
@@ -363,6 +431,7 @@ def test_synchronised_statistics_need_gpus(alone, as_if_two):
         Experiment(read(path)).box()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("accelerate") is None, reason="not installed")
 def test_accelerate_starts_processes_as_well(alone, tmp_path):
     start = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--num_processes=2"]

@@ -178,3 +178,13 @@ def test_matplotlib_is_loaded_by_the_first_picture_only():
     code = "import sys, rkd_plugin.experiments.pictures; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_names_are_neither_formulas_nor_escapes(tmp_path):
+    """A formula that matplotlib cannot read would stop the picture."""
+    name = "$\\frac$ \x1b[31m"
+    figure = pictures.confusion(torch.eye(3)[[0, 2, 2]], torch.tensor([0, 1, 2]), {1: name})
+    curves = pictures.learning_curves({name: [[{"epoch": 1, "recall": 1.0}]]}, "recall", name, name)
+    for path in pictures.save({"confusion": figure, "curves": curves}, tmp_path):
+        assert path.stat().st_size > 1000
+    assert r"\$\frac\$ \x1b[31m" in [label.get_text() for label in figure.axes[0].get_yticklabels()]

@@ -10,11 +10,13 @@ import pytest
 import torch
 import yaml
 
+from rkd_plugin import cli
 from rkd_plugin.adapters.torchdistill import PMLLoss
 from rkd_plugin.experiments import experiment, runner
 from rkd_plugin.experiments.checkpoints import read_checkpoint, write_checkpoint
 from rkd_plugin.experiments.files import replacing
 from rkd_plugin.experiments.recipe import read
+from rkd_plugin.experiments.run_folder import recipe_of_run
 
 TINY = ["recipe.num_epochs=4", "recipe.samples_per_epoch=256", "recipe.batch_size=64", "models.model.kwargs.width=4"]
 
@@ -49,7 +51,7 @@ def test_what_a_run_leaves(undisturbed):
 
 def test_checkpoints_hold_the_epochs_they_claim(undisturbed):
     folder, result = undisturbed
-    recipe = experiment.of_folder(folder)
+    recipe = recipe_of_run(folder)
     assert experiment.evaluate(recipe, folder / "last.pt").metrics == result["final"]
     best = experiment.evaluate(recipe, folder / "best.pt").metrics
     assert best == {name: value for name, value in result["best"].items() if name != "epoch"}
@@ -76,6 +78,37 @@ def test_a_folder_of_another_recipe_is_refused_untouched(undisturbed):
     with pytest.raises(FileExistsError, match=match):
         run(folder, overrides=[*TINY, "recipe.seed=1"])
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_recipe_that_was_changed_since_is_named_before_anything_is_imported(
+    undisturbed, tmp_path, monkeypatch, capsys
+):
+    folder, _ = undisturbed
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "recipe.yaml"
+    (tmp_path / "evil.py").write_text("import pathlib; pathlib.Path(__file__).with_name('imported').touch()")
+    monkeypatch.syspath_prepend(tmp_path)
+    path.write_text(path.read_text().replace("dependencies: [", "dependencies: [evil, "))
+    assert cli.main(["eval", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert "recipe.yaml: expected the recipe that the run wrote, got a changed one" in error
+    with pytest.raises(FileExistsError, match=r"holds a run of another recipe: dependencies"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "imported").exists()
+    # The way to go on that the message names.
+    command = error.strip().rpartition(": rkd ")[2].split()
+    assert cli.main(command) == 0
+    assert (tmp_path / "imported").exists()
+
+
+def test_the_line_with_the_digest_is_part_of_it(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    text = (folder / "recipe.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(text.partition("\n")[2])
+    with pytest.raises(ValueError, match="got a changed one"):
+        recipe_of_run(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert recipe_of_run(tmp_path).settings["seed"] == 0
 
 
 def interrupt_before_epoch(monkeypatch, epoch):
@@ -152,8 +185,8 @@ def test_the_teacher_of_a_run_stands_still_and_the_student_learns_from_it(undist
         f"recipe.teacher_checkpoint={folder / 'last.pt'}",
         "models.teacher_model.kwargs={width: 4, embedding_dim: 8, l2_normalize: True}",
     ]  # fmt: skip
-    boxes = []
-    monkeypatch.setattr(runner, "_train", lambda *args, train=runner._train: (boxes.append(args[1]), train(*args)))
+    boxes, steps_of = [], runner.steps_of
+    monkeypatch.setattr(runner, "steps_of", lambda _, box, part: (boxes.append(box), steps_of(_, box, part))[1])
     result = run(tmp_path, "quickstart/rkd_d", overrides)
     teacher = read_checkpoint(folder / "last.pt")["model"]
     assert all(torch.equal(value, teacher[name]) for name, value in boxes[0].teacher_model.state_dict().items())
@@ -191,7 +224,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 def test_eval_of_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected a folder of `rkd run` with recipe\.yaml"):
-        experiment.of_folder(tmp_path)
+        recipe_of_run(tmp_path)
 
 
 def test_best_is_kept_apart_from_last(undisturbed, tmp_path):
@@ -199,7 +232,7 @@ def test_best_is_kept_apart_from_last(undisturbed, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "best.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected a checkpoint at .*best\.pt"):
-        experiment.evaluate(experiment.of_folder(tmp_path / "copy"), tmp_path / "copy" / "best.pt")
+        experiment.evaluate(recipe_of_run(tmp_path / "copy"), tmp_path / "copy" / "best.pt")
 
 
 def test_a_checkpoint_of_another_model_is_refused(undisturbed):
@@ -210,7 +243,7 @@ def test_a_checkpoint_of_another_model_is_refused(undisturbed):
 
 def test_without_a_checkpoint_the_model_is_measured_as_it_is_built(undisturbed):
     folder, result = undisturbed
-    first, second = (experiment.evaluate(experiment.of_folder(folder)) for _ in range(2))
+    first, second = (experiment.evaluate(recipe_of_run(folder)) for _ in range(2))
     assert first.metrics == second.metrics
     assert first.metrics["recall_at_1"] < result["final"]["recall_at_1"]
 

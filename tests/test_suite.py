@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from rkd_plugin.experiments import suite as suites
-from rkd_plugin.experiments.experiment import Experiment, evaluate, of_folder
+from rkd_plugin.experiments.experiment import Experiment, evaluate
 from rkd_plugin.experiments.recipe import RecipeError, configs_root, read, read_suite
+from rkd_plugin.experiments.run_folder import recipe_of_run
 
 SMALL = ["recipe.num_epochs=2", "recipe.samples_per_epoch=256", "recipe.batch_size=64"]
 SUITE = {
@@ -77,7 +78,7 @@ def test_pictures_show_something(reproduced):
 
 def test_what_is_there_is_read(reproduced, monkeypatch):
     name, folder, table = reproduced
-    monkeypatch.setattr("rkd_plugin.experiments.runner._train", None)
+    monkeypatch.setattr("rkd_plugin.experiments.runner._Training", None)
     assert suites.reproduce(name, folder)[1] == table
 
 
@@ -133,7 +134,7 @@ def test_the_papers_number_stands_beside_ours(reproduced, tmp_path):
 
 def test_some_rows_and_the_teachers_they_need(reproduced, monkeypatch):
     name, folder, _ = reproduced
-    monkeypatch.setattr("rkd_plugin.experiments.runner._train", None)
+    monkeypatch.setattr("rkd_plugin.experiments.runner._Training", None)
     _, table = suites.reproduce(name, folder, rows=["rkd_d"])
     assert [line[""] for line in cells_of(table)] == ["Teacher", "RKD-D"]
     _, table = suites.reproduce(name, folder, rows=["teacher"])
@@ -157,7 +158,7 @@ def test_fast_is_the_stated_fraction_of_the_schedule(tmp_path):
     folder, table = suites.reproduce(name, tmp_path, [3], fast=True)
     assert folder == tmp_path / "fast"
     assert "A small table (one epoch of twenty)" in table
-    recipe = of_folder(folder / "teacher-seed3")
+    recipe = recipe_of_run(folder / "teacher-seed3")
     assert recipe.settings["num_epochs"] == 1
     assert recipe.settings["samples_per_epoch"] == 128
     folder, _ = suites.reproduce(name, tmp_path / "two", [3], overrides=["recipe.num_epochs=2"], fast=True)
@@ -185,7 +186,9 @@ def test_models_are_tested_on_other_data(reproduced, tmp_path, monkeypatch):
     result = json.loads((folder / "teacher-seed3" / "result.json").read_text())
     assert lines[0]["last epoch"] == f"{result['final']['recall_at_1']:.1f}"
     assert lines[0]["best test epoch"] == f"{result['best']['recall_at_1']:.1f}"
-    expected = evaluate(of_folder(folder / "teacher-seed3"), folder / "teacher-seed3" / "last.pt", read(sets["sevens"]))
+    expected = evaluate(
+        recipe_of_run(folder / "teacher-seed3"), folder / "teacher-seed3" / "last.pt", read(sets["sevens"])
+    )
     assert lines[1]["last epoch"] == f"{expected.metrics['recall_at_1']:.1f}"
     assert set(expected.labels.tolist()) == {7, 8}
     assert lines[5]["paper"] == "12.50"
@@ -199,6 +202,32 @@ def test_a_problem_in_any_recipe_stops_before_the_first_run(tmp_path):
     with pytest.raises(RecipeError, match=r"train\.optimizer\.key"):
         suites.reproduce(written(tmp_path, rows=rows), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_recipes_are_looked_up_from_the_folder_of_the_suite(tmp_path, monkeypatch):
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    for folder in ("suites", "elsewhere"):
+        (tmp_path / folder / "mine.yaml").write_text((configs_root() / "quickstart" / "teacher.yaml").read_text())
+    name = written(tmp_path / "suites", rows=[{**SUITE["rows"][0], "recipe": "mine.yaml"}], panels=[])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for given in (name, "../suites/small.yaml"):
+        (row,) = read_suite(given)["rows"]
+        assert Path(row["recipe"]).samefile(tmp_path / "suites" / "mine.yaml")
+    (tmp_path / "suites" / "mine.yaml").unlink()
+    with pytest.raises(RecipeError, match=r"suite\.rows\.0\.recipe: 'mine\.yaml' is neither a file nor a packaged"):
+        read_suite(name)
+
+
+@pytest.mark.parametrize("folder", ["try #2", "a: b", "1e-3", "[x]", "~", "quo'te\"s"])
+def test_paths_reach_the_recipe_as_they_are(tmp_path, monkeypatch, folder):
+    plans = []
+    monkeypatch.setattr(suites, "_results", lambda plan: plans.append(plan) or {})
+    monkeypatch.setattr(suites, "_write", lambda *_: "")
+    suites.reproduce(written(tmp_path), tmp_path / folder, [3])
+    (teacher, student) = plans[0].runs
+    assert student.recipe.settings["teacher_checkpoint"] == str(teacher.folder / "last.pt")
+    assert teacher.folder.parent == tmp_path / folder
 
 
 def test_the_quickstart_names_every_row_of_the_table():

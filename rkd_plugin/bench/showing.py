@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rkd_plugin import markdown
+
 Result = Mapping[str, Any]
 METER_MB = 1.0  # a smaller growth is lost in what the process had spare
 LARGE = 256  # rows from which on the leading power of N shows
@@ -29,8 +31,6 @@ HEADS = {
 def table(measured: Mapping[str, Any]) -> str:
     """Markdown; "~" marks an estimate, "-" what was not measured, "<1" what the meter does not resolve."""
     results: Sequence[Result] = measured["results"]
-    lines = [tuple(HEADS.values()), ("---",) * len(HEADS)]
-    lines += [tuple(_cell(row, name) for name in HEADS) for row in results]
     cases = {(row["student_dim"], row["teacher_dim"], row["dtype"]) for row in results}
     said = "; ".join(f"student {student}-d, teacher {teacher}-d, {dtype}" for student, teacher, dtype in sorted(cases))
     growth = [
@@ -39,7 +39,7 @@ def table(measured: Mapping[str, Any]) -> str:
         for time, memory in [(exponent(results, loss, "both_ms"), exponent(results, loss, "memory_mb"))]
         if time is not None and memory is not None
     ]
-    text = [f"| {' | '.join(line)} |" for line in lines]
+    text = [markdown.table(list(HEADS.values()), [[_cell(row, name) for name in HEADS] for row in results])]
     text += ["", f"RKD-DA, {said}. " + "; ".join(growth) + (f" (fitted from N = {LARGE} on)." if growth else "")]
     text += ["Measured with " + ", ".join(f"{key} {value}" for key, value in measured["environment"].items()) + "."]
     return "\n".join(line.rstrip() for line in text)

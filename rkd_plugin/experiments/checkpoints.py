@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from rkd_plugin.experiments.files import printable, read_json, replacing
+from rkd_plugin.experiments.files import read_json, replacing
+from rkd_plugin.experiments.printing import printable
 
 SHOWN = 3  # names in a message
 LONGEST = 80  # characters of a name in a message

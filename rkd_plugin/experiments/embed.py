@@ -100,15 +100,15 @@ def embed(recipe: Recipe, folder: Path, dataset_id: str | None = None, dtype: st
             "precision": experiment.settings.get("precision", "float32"),
         },
     }
-    _check_same(processes.of_each({name: digest(value) for name, value in header.items()}))
+    _check_same(processes.all_gather({name: digest(value) for name, value in header.items()}))
     with ExitStack() as held:
-        processes.of_first(lambda: held.enter_context(alone_in(folder)))
-        if processes.of_first(lambda: _is_new(folder, header)):
+        processes.broadcast(lambda: held.enter_context(alone_in(folder)))
+        if processes.broadcast(lambda: _is_new(folder, header)):
             options = loader["kwargs"]
             size = options.get("batch_size") or (loader.get("batch_sampler") or {}).get("kwargs", {}).get("batch_size")
             _write(folder, header, _Rows(dataset, views, seed), read, size or BATCH, options.get("num_workers", 0))
             where = environment(experiment.device.type)
-            processes.of_first(lambda: _finish(folder, header, where))
+            processes.broadcast(lambda: _finish(folder, header, where))
     return Bank(folder)
 
 
@@ -222,7 +222,7 @@ def _write(folder: Path, header: dict[str, Any], rows: _Rows, read: Reader, size
     held, writer = ShardReader(folder, layout), ShardWriter(folder, layout)
     step = max(size // layout.shard_rows, 1)
     batches = [range(start, min(start + step, layout.shards)) for start in range(0, layout.shards, step)]
-    batches = batches[processes.rank() :: processes.count()]
+    batches = batches[processes.rank() :: processes.world_size()]
     # A batch is computed as a whole: its rows would be rounded otherwise in a smaller one.
     todo = [
         range(layout.shard(batch[0]).start, layout.shard(batch[-1]).stop)
@@ -249,7 +249,7 @@ def _write(folder: Path, header: dict[str, Any], rows: _Rows, read: Reader, size
                     )
             writer.write(first, blocks)
             bar.update(len(numbers))
-    processes.of_each(None)  # waits for all
+    processes.barrier()
 
 
 def _finish(folder: Path, header: dict[str, Any], where: dict[str, Any]) -> None:

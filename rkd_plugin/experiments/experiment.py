@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import hashlib
 import inspect
 import re
 import tempfile
@@ -26,15 +27,17 @@ from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
 from rkd_plugin.adapters.torchdistill import seed_epoch
-from rkd_plugin.experiments import processes
+from rkd_plugin.environment import environment
+from rkd_plugin.experiments import processes, threads
 from rkd_plugin.experiments.checkpoints import load_weights, read_weights
 from rkd_plugin.experiments.features import compared
 from rkd_plugin.experiments.few_shot import episode_accuracies
 from rkd_plugin.experiments.metrics import EVALUATORS, Layer, check_classes, embed, in_eval_mode, named_channels
-from rkd_plugin.experiments.recipe import Recipe, configs_root, read
+from rkd_plugin.experiments.recipe import Recipe, configs_root
 from rkd_plugin.experiments.recipe.schema import stages
 from rkd_plugin.experiments.recipe.teacher_bank import learn_from_bank
 from rkd_plugin.experiments.samplers import SharedBatchSampler
+from rkd_plugin.experiments.stopping import random_state, set_random_state
 from rkd_plugin.teacher_bank.labels import class_names, item_name, labels_of, unwrapped
 
 PLAIN = {"forward_batch_only", "forward_in_eval_mode"}  # forward processes that give a model the images alone
@@ -60,15 +63,18 @@ class Experiment:
         self.data = recipe.data
         self.path = recipe.path
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_equal_start(recipe)
         self.layout = torch.channels_last if self.settings.get("channels_last") else torch.preserve_format
         self.seed(0)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "recipe.yaml")
             path.write_text(recipe.resolved(), encoding="utf-8")
-            with processes.one_after_the_other():
+            with processes.rank_zero_first():
                 self.config = yaml_util.load_yaml_file(str(path))
         import_dependencies(self.config.get("dependencies"))
-        if processes.count() > 1:
+        sizes = {f"number of images of datasets.{name}": data for name, data in self.config["datasets"].items()}
+        processes.check_equal({name: str(len(data)) for name, data in sizes.items() if hasattr(data, "__len__")})
+        if processes.world_size() > 1:
             self._share_data()
 
     @functools.cached_property
@@ -126,7 +132,8 @@ class Experiment:
             settings = (f"recipe.{name}" for name, value in self.settings.items() if value == config["src_ckpt"])
             option = next(settings, f"{self._place(config)}.src_ckpt")
             self.load(model, config, _weights(path, f"{option}="), path)
-        if config.get("sync_bn") and processes.count() > 1:
+        check_equal_weights(model, f"weights of {config['key']}")
+        if config.get("sync_bn") and processes.world_size() > 1:
             if self.device.type == "cpu":
                 raise ValueError(
                     f"{self.path}: expected sync_bn on GPUs, which alone PyTorch has it for, got CPUs; set sync_bn to "
@@ -152,6 +159,23 @@ class Experiment:
     def precision(self) -> AbstractContextManager[Any]:
         """What forward passes run in: autocast to bfloat16 if ``recipe.precision`` says so."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.get("precision") == "bf16")
+
+    def threads(self, loader: Any, *models: nn.Module) -> AbstractContextManager[None]:
+        """See `threads.fitted`; the work is that of the largest of ``models`` on a batch of the loader's mean size."""
+
+        def work() -> int | None:
+            if self.device.type != "cpu":
+                return None
+            before = random_state(self.device)  # transforms draw from it
+            image = loader.dataset[0][0]
+            set_random_state(before, self.device)
+            if not isinstance(image, Tensor):
+                return None
+            counts = [threads.flops(model, self.place(image[None])) for model in models]
+            known = [count for count in counts if count is not None]
+            return max(known) * len(loader.dataset) // max(len(loader), 1) if known else None
+
+        return threads.fitted(work)
 
     def box(self) -> Any:
         """Torchdistill's training or distillation box: models, criterion, optimizer and data loaders of ``train``."""
@@ -219,7 +243,7 @@ class Experiment:
             FloatingPointError: if an output is NaN or Inf.
         """
         images = ((self.place(images), labels) for images, labels, *_ in batches(loader))
-        with self.precision():
+        with self.precision(), self.threads(loader, model):
             outputs, labels, features = embed(model, images, self.device, layer)
         broken = (~outputs.isfinite().all(1)).nonzero().flatten().tolist()
         if broken:
@@ -251,7 +275,7 @@ class Experiment:
         evaluator = evaluator or EVALUATORS[self.settings["task"]]
         known = inspect.signature(evaluator).parameters
         options = {name: self.settings[name] for name in known if name in self.settings}
-        measured: dict[str, Any] = processes.of_first(lambda: evaluator(outputs, labels, **options))
+        measured: dict[str, Any] = processes.broadcast(lambda: evaluator(outputs, labels, **options))
         return measured
 
     def test_loader(self, all_classes: bool = False) -> Any:
@@ -265,7 +289,7 @@ class Experiment:
                     f"datasets.{name}: expected a data set that is split by class, got {type(dataset).__name__}, which "
                     "has no other classes than those that are measured already; leave out --classes all"
                 )
-            with processes.one_after_the_other():
+            with processes.rank_zero_first():
                 dataset = dataset.all_classes()
         return build_data_loader(dataset, config, False)
 
@@ -291,6 +315,26 @@ def _weights(path: Path, option: str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"expected a checkpoint at {path}, found none; train that model first with `{command}`{instead}"
         ) from error
+
+
+def check_equal_start(recipe: Recipe) -> None:
+    """Raise on every rank if some rank was started with another recipe, code or device; see `processes.check_equal`."""
+    if processes.world_size() > 1:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        digest = hashlib.sha256(recipe.resolved().encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        where = environment(device)
+        code = {f"version of {name}": where[name] for name in ("torch", "torchdistill")}
+        processes.check_equal({"recipe": digest, "commit of rkd_plugin": where["commit"], **code, "device": device})
+
+
+def check_equal_weights(model: nn.Module, name: str) -> None:
+    """Raise on every rank if some rank's model has other weights than that of rank 0; see `processes.check_equal`."""
+    if processes.world_size() > 1:
+        digest = hashlib.sha256()
+        for key, tensor in model.state_dict().items():
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        processes.check_equal({name: digest.hexdigest()[:12]})
 
 
 def _shared(loader: dict[str, Any], whole: bool) -> dict[str, Any]:
@@ -374,20 +418,10 @@ def evaluate(
         models = experiment.config["models"]
         config = models.get("student_model") or models["model"]
         experiment.load(experiment.student, config, weights, checkpoint)
+        check_equal_weights(experiment.student, f"weights in {checkpoint}")
     source = Experiment(data) if data else experiment
     loader = source.test_loader(all_classes)
     layer = compared(experiment.config, experiment.student, "student")
     outputs, labels, features = experiment.embed(experiment.student, loader, layer)
     measured = measured_on(loader.dataset, labels)
     return Evaluation(source.measure(outputs, labels), measured, outputs, labels, features, loader, experiment)
-
-
-def of_folder(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a run, as it was resolved.
-
-    Raises:
-        FileNotFoundError: if the folder holds no run.
-    """
-    if not (folder / "recipe.yaml").is_file():
-        raise FileNotFoundError(f"expected a folder of `rkd run` with recipe.yaml, found none in {folder}")
-    return read(folder / "recipe.yaml", overrides)

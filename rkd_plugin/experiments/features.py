@@ -1,4 +1,4 @@
-"""Which features of an image classifier are shown beside its scores."""
+"""The features of an image classifier that pictures show beside its scores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rkd_plugin.experiments.recipe.schema import stages
 
 
 def compared(config: Mapping[str, Any], model: nn.Module, side: str) -> Layer | None:
-    """What the recipe's relational loss reads of a classifier, else the output of its ``backbone``, else its scores.
+    """The output that the recipe's relational loss reads, else that of the ``backbone``, else the scores.
 
     Args:
         config: a recipe, as torchdistill loads it.
@@ -24,9 +24,8 @@ def compared(config: Mapping[str, Any], model: nn.Module, side: str) -> Layer | 
         side: ``"student"`` or ``"teacher"``.
 
     Returns:
-        The layer, pooled and L2-normalised as for the last such loss of the recipe, so that pictures of relations show
-        what was learnt from; a backbone's maps are averaged. None for the outputs themselves, as where the task is
-        another one.
+        The layer, pooled and L2-normalised as by the last such loss of the recipe, so that pictures of relations show
+        what the loss compared; a backbone's maps are averaged. None for the outputs themselves, and for other tasks.
     """
     if config["recipe"]["task"] != "classification":
         return None

@@ -23,24 +23,6 @@ TEMPORARY = re.compile(r"\..+\.rkd-tmp-(?P<host>[0-9a-f]{8})-(?P<process>\d+)(\.
 OLD = 24 * 3600.0  # seconds after which no process is still writing a temporary file
 
 
-def printable(text: str, limit: int | None = None) -> str:
-    r"""Text from a file as one line that cannot move a terminal's cursor: what is not printable is escaped.
-
-    Args:
-        text: such as the name of a tensor.
-        limit: the number of characters, after which the rest is cut.
-
-    Example:
-        >>> printable("fc.\x1b[31mweight\n")
-        'fc.\\x1b[31mweight\\n'
-        >>> printable("backbone.layer4", limit=8)
-        'backbone...'
-    """
-    shown = text if limit is None else text[:limit]
-    escaped = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in shown)
-    return escaped if len(shown) == len(text) else f"{escaped}..."
-
-
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Lock ``folder`` for the block, and create it if needed; it is removed again if it stays empty.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rkd_plugin.experiments.few_shot import few_shot
-from rkd_plugin.experiments.processes import taken_in_turn
+from rkd_plugin.experiments.processes import all_gather_in_turn
 from rkd_plugin.kernels.pairwise import rescale, widest
 from rkd_plugin.teacher_bank.labels import check_labels
 
@@ -91,7 +91,7 @@ def embed(
             with named_channels(images, "test data"):
                 outputs = model(images.to(device))
             embedded.append((outputs, labels.to(device), seen.pop("features") if layer else outputs))
-    outputs, labels, features = zip(*taken_in_turn(embedded, device), strict=True)
+    outputs, labels, features = zip(*all_gather_in_turn(embedded, device), strict=True)
     whole = torch.cat(outputs)
     return whole, torch.cat(labels), torch.cat(features) if layer else whole
 

@@ -1,6 +1,6 @@
-"""Pictures of embeddings, as figures of matplotlib, which the extra ``rkd-plugin[report]`` brings.
+"""Pictures of embeddings, as figures of matplotlib, which the extra ``rkd-plugin[report]`` installs.
 
-The same input gives the same picture: what is drawn of many rows is an even or seeded share of them.
+The same input gives the same picture: of many rows an evenly spaced or seeded part is drawn.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 from rkd_plugin import rkd_angle_loss, rkd_distance_loss
 from rkd_plugin.experiments.files import replacing
+from rkd_plugin.experiments.printing import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +29,7 @@ History = Sequence[Mapping[str, float]]
 
 
 def save(figures: Mapping[str, Figure], folder: Path, events: Any = None) -> list[Path]:
-    """Write ``<name>.png`` for each figure, and the same to a TensorBoard writer if there is one."""
+    """Write ``<name>.png`` for each figure, and add it to a TensorBoard writer if there is one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     paths = []
@@ -53,9 +54,9 @@ def learning_curves(runs: Mapping[str, Sequence[History]], metric: str, metric_l
         epochs = [epoch["epoch"] for epoch in histories[0]]
         values = [[history[at][metric] for history in histories] for at in range(len(epochs))]
         means = [statistics.mean(at) for at in values]
-        (line,) = axes.plot(epochs, means, style, marker="o", markersize=3, label=f"{label}: {means[-1]:.1f}")
+        (line,) = axes.plot(epochs, means, style, marker="o", markersize=3, label=f"{_plain(label)}: {means[-1]:.1f}")
         axes.fill_between(epochs, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.15)
-    axes.set(xlabel="epoch", ylabel=metric_label, title=f"{title}\nmean and range over the seeds")
+    axes.set(xlabel="epoch", ylabel=_plain(metric_label), title=f"{_plain(title)}\nmean and range over the seeds")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     return figure
@@ -64,24 +65,24 @@ def learning_curves(runs: Mapping[str, Sequence[History]], metric: str, metric_l
 def retrieval_panel(
     models: Mapping[str, Tensor], labels: Tensor, image: Callable[[int], Tensor], queries: int = 8, neighbours: int = 6
 ) -> Figure:
-    """A query in each row and its nearest others in every model's eyes, framed green if of its class, else red.
+    """A query in each row and its nearest others by every model, with a green frame if of its class, else red.
 
     Args:
         models: label -> embeddings ``(M, D)``.
         labels: classes ``(M,)``.
         image: index -> ``(C, H, W)``, of any range.
-        queries: classes, evenly spread, whose first image is asked for.
+        queries: number of classes, evenly spaced, whose first images are the queries.
         neighbours: how many are shown.
     """
     figure = _figure(3.6 * len(models), 0.6 + 0.55 * queries)
     classes = torch.unique(labels)
-    asked = [int((labels == c).nonzero()[0, 0]) for c in classes[_even(len(classes), queries)]]
+    chosen = [int((labels == c).nonzero()[0, 0]) for c in classes[_even(len(classes), queries)]]
     for part, (label, outputs) in zip(_parts(figure, len(models)), models.items(), strict=True):
         search = CustomKNN(LpDistance(normalize_embeddings=False))
-        nearest = search(outputs[asked], min(neighbours + 1, len(outputs)), outputs)[1].tolist()
-        axes = part.subplots(len(asked), neighbours + 1, squeeze=False)
+        nearest = search(outputs[chosen], min(neighbours + 1, len(outputs)), outputs)[1].tolist()
+        axes = part.subplots(len(chosen), neighbours + 1, squeeze=False)
         right = 0
-        for row, (query, found) in enumerate(zip(asked, nearest, strict=True)):
+        for row, (query, found) in enumerate(zip(chosen, nearest, strict=True)):
             others = [index for index in found if index != query][:neighbours]
             for cell in axes[row]:
                 cell.set(xticks=[], yticks=[])
@@ -95,7 +96,7 @@ def retrieval_panel(
                 for spine in axes[row, column].spines.values():
                     spine.set(color=colour, linewidth=2.5)
         axes[0, 0].set_title("query", fontsize=8)
-        part.suptitle(f"{label}\n{right} of {len(asked) * neighbours} nearest are right", fontsize=9)
+        part.suptitle(f"{_plain(label)}\n{right} of {len(chosen) * neighbours} nearest are right", fontsize=9)
     return figure
 
 
@@ -118,7 +119,7 @@ def embedding_map(models: Mapping[str, Tensor], labels: Tensor, limit: int = 200
         axes.scatter(*places[rest].T, s=4, color="lightgrey", label="other classes")
         for number, name in enumerate(largest):
             axes.scatter(*places[(shown == name).numpy()].T, s=10, color=f"C{number % 10}", label=f"class {name}")
-        axes.set(title=label, xticks=[], yticks=[])
+        axes.set(title=_plain(label), xticks=[], yticks=[])
     axes.legend(fontsize=6)
     return figure
 
@@ -179,7 +180,7 @@ def relations(student: Tensor, teacher: Tensor, limit: int = 1000, triplets: int
 
 
 def confusion(scores: Tensor, labels: Tensor, names: Mapping[int, str], limit: int = 15, listed: int = 5) -> Figure:
-    """The classes that are mistaken for each other most often: what share of each is taken for which.
+    """The classes that are mistaken for each other most often: the share of each that is taken for each other one.
 
     In percent of a true class's images, which add up to 100 in every row; the last column is all other classes. Of two
     equal scores that of another class counts as higher, as in `metrics.classification`.
@@ -208,7 +209,7 @@ def confusion(scores: Tensor, labels: Tensor, names: Mapping[int, str], limit: i
         shares[row] = 100 * found / found.sum().clamp(min=1)
 
     def name(label: int) -> str:
-        return names.get(label, str(label))
+        return _plain(names.get(label, str(label)))
 
     figure = _figure(3.5 + 0.45 * len(classes), 3.5 + 0.4 * len(classes))
     axes = figure.add_subplot()
@@ -229,6 +230,11 @@ def confusion(scores: Tensor, labels: Tensor, names: Mapping[int, str], limit: i
     heading = f"{len(wrong):,} of {len(labels):,} are mistaken" + (", most often:" if mistakes else "")
     axes.set_title("\n".join([heading, *mistakes]), fontsize=9)
     return figure
+
+
+def _plain(text: str) -> str:
+    """A name from a recipe or a data set as it is: printable, and no formula of matplotlib's."""
+    return printable(text).replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> Figure:

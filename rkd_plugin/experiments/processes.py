@@ -1,91 +1,59 @@
-"""One run on many processes: how they find each other, and what they have to say to each other.
+"""One run on many processes, in the words of `torch.distributed`: ranks, their group, and what they exchange.
 
-`torchrun`, `srun` and `accelerate launch` start them; each loads its share of the data, and the mean of the gradients
+`torchrun`, `srun` and `accelerate launch` start them. Each loads its share of the data, and the mean of the gradients
 is taken here, as torchdistill's boxes, hooks and wrappers then see the plain modules that they see in one process:
 its own ``DistributedDataParallel`` needs CUDA, hides the wrappers' second forward pass, and knows only of parameters
 that lie between a module's input and its output, not of those that a hook leads to.
+
+Every function works in a single process as well, where it exchanges nothing.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
+from rkd_plugin.experiments.launcher import launched
+
 T = TypeVar("T")
 
 
 def rank() -> int:
-    """This process's number; the first one, 0, writes all files."""
-    return distributed.get_rank() if _is_joined() else 0
+    """This process's rank; rank 0 writes all files."""
+    return distributed.get_rank() if _is_initialized() else 0
 
 
-def count() -> int:
-    """How many processes train together."""
-    return distributed.get_world_size() if _is_joined() else 1
+def world_size() -> int:
+    """The number of processes that work together."""
+    return distributed.get_world_size() if _is_initialized() else 1
 
 
-def _is_joined() -> bool:
+def _is_initialized() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-def launched() -> tuple[int, int]:
-    """Rank and number of processes as the launcher says, before they have joined.
-
-    What SLURM's ``srun`` says becomes ``torchrun``'s variables, which PyTorch reads.
-
-    Raises:
-        ValueError: if SLURM started several processes and nothing says where the first of them is.
-    """
-    said = os.environ
-    # The script of a job has a task's variables as well, though it is none: srun alone starts steps.
-    is_task = "SLURM_PROCID" in said and ("SLURM_STEP_ID" in said or "SLURM_JOB_ID" not in said)
-    if "RANK" not in said and is_task:
-        processes = said.get("SLURM_STEP_NUM_TASKS") or said.get("SLURM_NTASKS", "1")
-        if int(processes) > 1:
-            nodes = said.get("SLURM_STEP_NODELIST") or said.get("SLURM_JOB_NODELIST")
-            if "MASTER_ADDR" not in said and not nodes:
-                raise ValueError(
-                    "expected the first host in MASTER_ADDR or SLURM_JOB_NODELIST, found neither; export MASTER_ADDR"
-                )
-            said.setdefault("MASTER_ADDR", first_host(nodes or ""))
-            # Jobs that share a host get ports of their own, below those that systems hand out.
-            said.setdefault("MASTER_PORT", str(20_000 + int(said.get("SLURM_JOB_ID", 0)) % 10_000))
-            said.update(RANK=said["SLURM_PROCID"], WORLD_SIZE=processes, LOCAL_RANK=said.get("SLURM_LOCALID", "0"))
-    return int(said.get("RANK", 0)), int(said.get("WORLD_SIZE", 1))
-
-
-def first_host(nodes: str) -> str:
-    """The first of SLURM's list of hosts.
-
-    Example:
-        >>> first_host("gpu[003-006,9]-ib,login"), first_host("localhost")
-        ('gpu003-ib', 'localhost')
-    """
-    return re.sub(r"\[(\d+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", nodes)[0])
-
-
 @contextmanager
-def joined() -> Iterator[None]:
-    """Within the block, the processes that were launched together know each other: NCCL on GPUs, gloo on CPUs.
+def process_group() -> Iterator[None]:
+    """Within the block there is a process group of all launched processes: NCCL on GPUs, gloo on CPUs.
 
-    So does one that was launched alone by ``torchrun``, but not one that nobody launched.
+    A single process that ``torchrun`` launched has one as well; one without a launcher has none.
 
     Raises:
-        ConnectionError: if another process ended before its time (gloo; NCCL waits until its own limit).
+        ConnectionError: if another process ended early (gloo; NCCL waits until its own limit).
     """
     launched()
-    if "RANK" not in os.environ or _is_joined():
+    if "RANK" not in os.environ or _is_initialized():
         yield
         return
     if torch.cuda.is_available():
-        # Where each process is shown its own GPU alone, that one has number 0.
+        # Where each process sees its own GPU only, that one has number 0.
         torch.cuda.set_device(_local_rank() % torch.cuda.device_count())
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
@@ -94,7 +62,7 @@ def joined() -> Iterator[None]:
         # gloo has no class of its own for it, and a long message.
         if re.search("closed by peer|reset by peer", str(error)):
             raise ConnectionError(
-                "expected the other processes to go on, one has ended; see what that one said, then start all again"
+                "expected the other processes to go on, one has ended; see what that one printed, then start all again"
             ) from error
         raise
     # Not after an error: the others may wait for what never comes, until the launcher ends them.
@@ -105,44 +73,81 @@ def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def of_first(compute: Callable[[], T]) -> T:
-    """What the first process computes, or raises, on all of them."""
-    if count() == 1:
+def broadcast(compute: Callable[[], T]) -> T:
+    """What ``compute`` returns, or raises, on rank 0; no other rank calls it."""
+    if world_size() == 1:
         return compute()
-    told: list[Any] = [None, None]
+    sent: list[Any] = [None, None]
     if rank() == 0:
         try:
-            told[0] = compute()
+            sent[0] = compute()
         except Exception as error:
-            told[1] = error
-    distributed.broadcast_object_list(told, src=0)
-    if told[1] is not None:
-        raise told[1]
-    result: T = told[0]
+            sent[1] = error
+    distributed.broadcast_object_list(sent, src=0)
+    if sent[1] is not None:
+        raise sent[1]
+    result: T = sent[0]
     return result
 
 
-def of_each(value: T) -> list[T]:
-    """What every process passes, by rank."""
-    values = [value] * count()
-    if count() > 1:
+def all_gather(value: T) -> list[T]:
+    """The values of all ranks, by rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
         distributed.all_gather_object(values, value)
     return values
 
 
-def share(asked: list[int]) -> list[int]:
-    """Extend a process's list of signals by those that others got; so all stop after the same step."""
-    if count() > 1:
-        number = torch.tensor(asked[0] if asked else 0)
-        distributed.all_reduce(number, distributed.ReduceOp.MAX)
-        if number and not asked:
-            asked.append(int(number))
-    return asked
+def all_reduce_max(number: int) -> int:
+    """The largest of all ranks' numbers."""
+    if world_size() == 1:
+        return number
+    largest = torch.tensor(number)
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return int(largest)
+
+
+def all_reduce_mean(loss: Tensor) -> float:
+    """The mean of all ranks' scalars."""
+    if world_size() == 1:
+        return loss.item()
+    total = loss.detach().double()
+    distributed.all_reduce(total)
+    return total.item() / world_size()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        distributed.all_reduce(torch.zeros(()))  # unlike distributed.barrier, on the CPU also where there are GPUs
+
+
+def check_equal(values: Mapping[str, str]) -> None:
+    """Raise on every rank if some rank has other values than rank 0, and name both.
+
+    Args:
+        values: by the name that the error gives them, such as the versions of packages, or digests.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    everywhere = all_gather(dict(values))
+    for number, found in enumerate(everywhere):
+        differing = [name for name, value in everywhere[0].items() if found.get(name) != value]
+        if differing:
+            name = differing[0]
+            with suppress(RuntimeError):  # raised by a rank that came too late; all have received the values
+                barrier()
+            raise ValueError(
+                f"rank {number} of {len(everywhere)}: expected the {', '.join(differing)} of rank 0, got another one "
+                f"({found.get(name)} instead of {everywhere[0][name]}); start all processes with the same command, "
+                "packages and files"
+            )
 
 
 @contextmanager
-def one_after_the_other() -> Iterator[None]:
-    """The first process goes first, then the first of every node, then all others.
+def rank_zero_first() -> Iterator[None]:
+    """The block runs on rank 0 first, then on local rank 0 of every node, then on all others.
 
     Whoever comes later finds the files that were downloaded or decoded before, on a disk of all nodes or of each.
     """
@@ -150,35 +155,25 @@ def one_after_the_other() -> Iterator[None]:
     for at in range(3):
         if at == turn:
             yield
-        if count() > 1:
-            distributed.all_reduce(torch.zeros(()))  # of all, which is when the last one comes
+        barrier()
 
 
-def as_first(module: nn.Module) -> None:
-    """Give all processes the first one's weights and buffers, such as the statistics of BatchNorm."""
-    if count() > 1:
+def broadcast_weights(module: nn.Module) -> None:
+    """Give all ranks the weights and buffers of rank 0, such as the statistics of BatchNorm."""
+    if world_size() > 1:
         for tensor in chain(module.parameters(), module.buffers()):
             whole = tensor.detach().contiguous()
             distributed.broadcast(whole, src=0)
             tensor.detach().copy_(whole)
 
 
-def mean(loss: Tensor) -> float:
-    """Of a scalar of each process."""
-    if count() == 1:
-        return loss.item()
-    total = loss.detach().double()
-    distributed.all_reduce(total)
-    return total.item() / count()
-
-
 def average_gradients(loss: Tensor, parameters: Iterable[Tensor]) -> None:
-    """Have the backward pass from ``loss``, still to come, end with the mean of all processes' gradients.
+    """Have the backward pass from ``loss``, still to come, end with the mean of all ranks' gradients.
 
-    At its end, and not before the optimizer's step, so that clipping sees the mean. A parameter that this process did
+    At its end, and not before the optimizer's step, so that clipping sees the mean. A parameter that this rank did
     not use counts as 0 here; one that none used keeps its ``grad`` of None.
     """
-    if count() > 1:
+    if world_size() > 1:
         learning = list(parameters)
         # As DistributedDataParallel and FSDP do it.
         engine: Any = torch.autograd.Variable._execution_engine
@@ -199,16 +194,15 @@ def _average(parameters: Sequence[Tensor]) -> None:
     for gradients in by_dtype.values():
         whole = torch.cat([gradient.flatten() for gradient in gradients])
         distributed.all_reduce(whole)
-        whole /= count()
+        whole /= world_size()
         for gradient, part in zip(gradients, torch.split(whole, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
 
-def taken_in_turn(own: Sequence[tuple[Tensor, ...]], device: torch.device) -> Sequence[tuple[Tensor, ...]]:
-    """All tuples of tensors in their order, of which this process had every `count`-th, from `rank` on."""
-    if count() == 1:
+def all_gather_in_turn(own: Sequence[tuple[Tensor, ...]], device: torch.device) -> Sequence[tuple[Tensor, ...]]:
+    """All tuples of tensors in their order, of which this rank has every `world_size`-th, from `rank` on."""
+    if world_size() == 1:
         return own
-    parts: list[list[tuple[Tensor, ...]]] = [[] for _ in range(count())]
     # A tensor comes back on the device that it was sent from, with all of what it is a view of.
-    distributed.all_gather_object(parts, [tuple(tensor.cpu().clone() for tensor in item) for item in own])
+    parts = all_gather([tuple(tensor.cpu().clone() for tensor in item) for item in own])
     return [tuple(tensor.to(device) for tensor in item) for turn in zip_longest(*parts) for item in turn if item]

@@ -1,4 +1,4 @@
-"""What is shown of runs: tables, and which pictures of `pictures` are drawn of what."""
+"""Tables of runs, and the pictures that belong to a suite and to an evaluation; `pictures` draws them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rkd_plugin import markdown
 from rkd_plugin.experiments import pictures as draw
-from rkd_plugin.experiments.experiment import Evaluation, evaluate, of_folder
+from rkd_plugin.experiments.experiment import Evaluation, evaluate
 from rkd_plugin.experiments.features import compared
+from rkd_plugin.experiments.run_folder import recipe_of_run
 from rkd_plugin.experiments.runner import events_in
 from rkd_plugin.teacher_bank.labels import class_names
 
@@ -20,12 +22,11 @@ WHEN = {"final": "last epoch", "best": "best test epoch"}
 def table(suite: Result, rows: list[Result], results: dict[str, list[Result]]) -> str:
     """Markdown: a line for each row and metric, with the paper's number beside ours, and the conditions below.
 
-    The *last epoch* is chosen by nobody. The *best test epoch* is what the authors' code reports: the highest of the
-    first metric over all epochs on the data that it is measured on, so that it flatters every row.
+    The *last epoch* involves no choice. The *best test epoch* is what the authors' code reports: the highest value of
+    the first metric over all epochs on the data that it is measured on, which is optimistic for every row.
     """
     lines = [line for row in rows for line in _lines(suite, row, rows)]
     heads = max(lines, key=len)
-    cells = [list(heads), ["---"] * len(heads), *([line.get(head, "") for head in heads] for line in lines)]
     runs = [run for row in results.values() for run in row if "environment" in run]
     conditions = {", ".join(f"{key} {value}" for key, value in run["environment"].items()) for run in runs}
     seeds = ", ".join(str(run["seed"]) for run in results[rows[0]["name"]])
@@ -33,7 +34,7 @@ def table(suite: Result, rows: list[Result], results: dict[str, list[Result]]) -
     text = [
         f"# {suite['title']}",
         "",
-        *(f"| {' | '.join(line)} |" for line in cells),
+        markdown.table(list(heads), [[line.get(head, "") for head in heads] for line in lines]),
         "",
         f"{', '.join(suite['metrics'].values())}. Mean ± standard deviation over the seeds {seeds}{changed}; "
         f"{len(runs)} runs, {sum(run['seconds'] for run in runs):.0f} s of training and measuring. The last epoch is "
@@ -47,7 +48,7 @@ def table(suite: Result, rows: list[Result], results: dict[str, list[Result]]) -
 
 
 def _lines(suite: Result, row: Result, rows: list[Result]) -> Iterator[dict[str, str]]:
-    """Cells by their column's head, for each metric or set of test data; a line has all columns that any has."""
+    """Cells by the head of their column, a line for each metric or set of test data."""
     labels: dict[str, str] = suite["test_sets"] if "test_sets" in suite else suite["metrics"]
     digits = suite.get("decimals", 1)
     has_paper = any(other["paper"] for other in rows)
@@ -92,7 +93,7 @@ def suite_pictures(suite: Result, stem: Path, results: dict[str, list[Result]], 
         shown: by row, the folder of one run.
 
     Returns:
-        The files; none without matplotlib, which the extra ``rkd-plugin[report]`` brings.
+        The files; none without matplotlib, which the extra ``rkd-plugin[report]`` installs.
     """
     if find_spec("matplotlib") is None:
         return []
@@ -102,7 +103,7 @@ def suite_pictures(suite: Result, stem: Path, results: dict[str, list[Result]], 
     figures = {f"{stem.name}_learning_curves": draw.learning_curves(histories, metric, metric_label, suite["title"])}
     panels = [name for name in suite.get("panels", ()) if name in shown]
     if panels:
-        seen = {labels[name]: evaluate(of_folder(shown[name]), shown[name] / "last.pt") for name in panels}
+        seen = {labels[name]: evaluate(recipe_of_run(shown[name]), shown[name] / "last.pt") for name in panels}
         first = next(iter(seen.values()))
         figures[f"{stem.name}_retrieval"] = draw.retrieval_panel(
             {label: evaluation.outputs for label, evaluation in seen.items()}, first.labels, _image(first)
@@ -111,7 +112,7 @@ def suite_pictures(suite: Result, stem: Path, results: dict[str, list[Result]], 
 
 
 def evaluation_pictures(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """What a model makes of its test data, as PNG and TensorBoard events in ``folder``.
+    """Draw a model's outputs on its test data, as PNG and TensorBoard events in ``folder``.
 
     ``retrieval``, or of image classification ``confusion``; ``embedding_map`` and ``distances``; with a teacher in the
     recipe also ``relations``: the teacher's distances and angles against the student's. All but the first show what

@@ -1,10 +1,11 @@
 """The training loop, one for all tasks, on torchdistill's boxes.
 
-A run is a folder: ``recipe.yaml`` (as it was resolved), ``last.pt`` and ``best.pt`` (checkpoints), ``result.json`` and
+A run is a folder: ``recipe.yaml`` (the resolved recipe), ``last.pt`` and ``best.pt`` (checkpoints), ``result.json`` and
 TensorBoard events. The same call on the same folder goes on where a run was stopped, and ends with the same numbers as
-one that never was: every epoch starts from random numbers of its own, and its end is kept, as is the middle of one that
-SIGINT or SIGTERM stops, which they do after a step (see `stopping`). Of processes that train together (see `processes`)
-the first reads and writes the folder; any number may go on after an epoch, and as many as before within one.
+a run that never was stopped: every epoch starts from its own random numbers, and a checkpoint is kept after each epoch,
+and within one after the step in which SIGINT or SIGTERM came (see `stopping`). Of processes that train together (see
+`processes`) rank 0 reads and writes the folder; any number of them may go on after an epoch, and the same number as
+before within one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -34,136 +36,189 @@ from rkd_plugin.experiments.checkpoints import (
     restore,
     write_checkpoint,
 )
-from rkd_plugin.experiments.experiment import Experiment, batches
-from rkd_plugin.experiments.files import alone_in, write_json, write_text
+from rkd_plugin.experiments.experiment import Experiment, batches, check_equal_start
+from rkd_plugin.experiments.files import alone_in, write_json
 from rkd_plugin.experiments.metrics import collapsed
+from rkd_plugin.experiments.printing import printable, report
 from rkd_plugin.experiments.recipe import Recipe
-from rkd_plugin.experiments.recipe.errors import difference
-from rkd_plugin.experiments.stopping import random_state, set_random_state, stopping
+from rkd_plugin.experiments.run_folder import check_recipe, write_recipe
+from rkd_plugin.experiments.stopping import is_stopping, random_state, set_random_state, stopping
 
 
 def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
-    """Train what ``recipe`` describes in ``folder``, or go on with it, or read its result if it is done.
+    """Train what ``recipe`` describes in ``folder``, or go on with it, or read its result if it has ended.
+
+    Args:
+        recipe: the recipe.
+        folder: of the run.
+        label: of the progress bar; the recipe's name if empty.
 
     Returns:
-        What ``result.json`` holds: ``final`` and ``best`` metrics, ``history`` by epoch, seed, environment
+        The content of ``result.json``: ``final`` and ``best`` metrics, ``history`` by epoch, seed, environment
         (commit, hardware, versions), number of processes and seconds. ``best`` is chosen on the data it is measured on,
-        as the authors do; ``final`` is not.
+        as in the authors' code; ``final`` is not.
 
     Raises:
         RecipeError: if the recipe has problems.
-        ValueError: if a checkpoint is none, or of another model, or a label is no class of the model.
+        ValueError: if a checkpoint cannot be read, or is of another model; if a label is no class of the model; if the
+            ranks of a process group were started with different recipes, code, data or weights.
         FileExistsError: if the folder holds a run of another recipe.
         BlockingIOError: if another run is at work in the folder.
-        OSError: if something cannot be written; what was written before stays.
-        FloatingPointError: if the loss is no longer finite; the last checkpoint stays.
+        OSError: if something cannot be written; what was written before is kept.
+        FloatingPointError: if the loss is no longer finite; the last checkpoint is kept.
     """
-    resolved = recipe.resolved()
-    result = processes.of_first(lambda: _done(folder, resolved))
+    check_equal_start(recipe)
+    result = processes.broadcast(lambda: _finished(folder, recipe))
     if result is None:
         recipe.validate()
         with ExitStack() as held:
-            processes.of_first(lambda: held.enter_context(alone_in(folder)))
-            # Another run may have come to its end here meanwhile.
-            result = processes.of_first(lambda: _done(folder, resolved))
+            processes.broadcast(lambda: held.enter_context(alone_in(folder)))
+            # Another run may have ended here meanwhile.
+            result = processes.broadcast(lambda: _finished(folder, recipe))
             if result is None:
-                result = _run(recipe, resolved, folder, label or recipe.path.stem)
+                result = _run(recipe, folder, label or recipe.path.stem)
     return result
 
 
-def _done(folder: Path, resolved: str) -> dict[str, Any] | None:
+def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     """The result of a run that has ended, None if there is something left to do."""
-    held = folder / "recipe.yaml"
-    if held.is_file() and (found := held.read_text(encoding="utf-8", errors="replace")) != resolved:
-        raise FileExistsError(
-            f"{folder} holds a run of another recipe: {difference(found, resolved)}; give this one another folder with "
-            "--out, or delete that one"
-        )
+    check_recipe(folder, recipe)
     ended = folder / "result.json"
     return read_result(ended) if ended.is_file() else None
 
 
-def _run(recipe: Recipe, resolved: str, folder: Path, label: str) -> dict[str, Any]:
+def _run(recipe: Recipe, folder: Path, label: str) -> dict[str, Any]:
     experiment = Experiment(recipe)
     box = experiment.box()
-    processes.of_first(lambda: write_text(folder / "recipe.yaml", resolved))
+    processes.broadcast(lambda: write_recipe(folder, recipe.resolved()))
     history, part = _resume(folder / "last.pt", experiment, box)
     events = events_in(folder, len(history)) if processes.rank() == 0 else nullcontext()
-    with stopping() as asked, events as writer:
-        _train(experiment, box, history, part, folder, writer, label, asked)
+    with experiment.threads(box.train_data_loader, *models_of(experiment, box)):
+        with stopping() as signals, events as writer:
+            _Training(experiment, box, folder, history, part, signals, writer).train(printable(label))
 
-    def finish() -> dict[str, Any]:
-        result = _result(recipe, experiment, history)
-        write_json(folder / "result.json", result)
-        return result
+        def finish() -> dict[str, Any]:
+            result = _result(recipe, experiment, history)
+            write_json(folder / "result.json", result)
+            return result
 
-    return processes.of_first(finish)
+        return processes.broadcast(finish)
 
 
-def _train(
-    experiment: Experiment, box: Any, history: list[dict[str, Any]], part: dict[str, Any], folder: Path, events: Any,
-    label: str, asked: list[int],
-) -> None:  # fmt: skip
-    steps = len(box.train_data_loader)
-    done = len(history) * steps + part["steps"]
-    has_collapsed = False
-    with tqdm(
-        total=box.num_epochs * steps, initial=done, desc=label, unit="step", leave=False, disable=processes.rank() > 0
-    ) as bar:
-        for epoch in range(len(history), box.num_epochs):
-            if _is_settled(history, experiment.settings.get("patience")):
-                break
-            started = time.monotonic() - part["seconds"]
-            box.pre_epoch_process(epoch=epoch)
-            experiment.seed(epoch + 1)
-            processes.as_first(_trained(box))  # a new stage's layers were drawn by each
-            try:
-                for loss in steps_of(experiment, box, part):
-                    part = {**part, "steps": part["steps"] + 1, "total": part["total"] + loss}
-                    bar.update()
-                    if processes.share(asked):
-                        random = processes.of_each(random_state(experiment.device))
-                        part |= {"seconds": time.monotonic() - started, "random": random}
-                        state = _state(experiment.student, box, history, part)
-                        processes.of_first(partial(write_checkpoint, folder / "last.pt", state))
+@dataclass
+class _Training:
+    """The training of one run, from its start or its checkpoint to its end or a signal.
+
+    Attributes:
+        experiment: the recipe that was built.
+        box: torchdistill's.
+        folder: of the run.
+        history: of the epochs that are done.
+        part: of the next epoch, that is done.
+        signals: see `stopping`.
+        events: TensorBoard's writer, if there is one.
+    """
+
+    experiment: Experiment
+    box: Any
+    folder: Path
+    history: list[dict[str, Any]]
+    part: dict[str, Any]
+    signals: list[int]
+    events: Any
+    has_collapsed: bool = False
+
+    def train(self, label: str) -> None:
+        steps = len(self.box.train_data_loader)
+        with tqdm(
+            total=self.box.num_epochs * steps,
+            initial=len(self.history) * steps + self.part["steps"],
+            desc=label,
+            unit="step",
+            leave=False,
+            disable=processes.rank() > 0,
+        ) as bar:
+            for epoch in range(len(self.history), self.box.num_epochs):
+                if _is_settled(self.history, self.experiment.settings.get("patience")):
+                    break
+                started = time.monotonic() - self.part["seconds"]
+                self.begin(epoch)
+                with self.naming(epoch):
+                    if not self.train_epoch(bar):
+                        self.keep_part(time.monotonic() - started)
                         return
-                rate = box.optimizer.param_groups[0]["lr"]
-                processes.as_first(_trained(box))  # statistics of BatchNorm are of each process's part
-                outputs, labels, _ = experiment.embed(experiment.student, box.val_data_loader)
-            except FloatingPointError as error:
-                kept = f"the checkpoint of epoch {epoch} stays" if epoch else "there is no checkpoint yet"
-                raise FloatingPointError(f"epoch {epoch + 1}: {error}; {kept}") from error
-            if processes.rank() == 0 and not has_collapsed and collapsed(outputs):
-                has_collapsed = True
-                warnings.warn(
-                    f"epoch {epoch + 1}: the student makes the same output of all {len(outputs)} test images, where "
-                    "RKD gives it a gradient of exactly 0; start again from other weights, with a smaller learning "
-                    "rate, or with a further loss that parts them",
-                    stacklevel=2,
-                )
-            metrics = experiment.measure(outputs, labels)
-            box.post_epoch_process()
-            history.append(
-                {
-                    "epoch": epoch + 1,
-                    "loss": part["total"] / part["steps"],
-                    "lr": rate,
-                    **metrics,
-                    "seconds": time.monotonic() - started,
-                }
+                    rate = self.box.optimizer.param_groups[0]["lr"]
+                    metrics = self.measure(epoch)
+                self.box.post_epoch_process()
+                loss = self.part["total"] / self.part["steps"]
+                seconds = time.monotonic() - started
+                self.keep_epoch({"epoch": epoch + 1, "loss": loss, "lr": rate, **metrics, "seconds": seconds})
+                bar.set_postfix({name: f"{value:.2f}" for name, value in metrics.items()})
+                if is_stopping(self.signals):
+                    return
+
+    def begin(self, epoch: int) -> None:
+        self.box.pre_epoch_process(epoch=epoch)
+        self.experiment.seed(epoch + 1)
+        processes.broadcast_weights(_trained(self.box))  # every rank drew a new stage's layers for itself
+
+    def train_epoch(self, bar: Any) -> bool:
+        """Train the rest of an epoch; False if a signal stopped it."""
+        for loss in steps_of(self.experiment, self.box, self.part):
+            self.part = {**self.part, "steps": self.part["steps"] + 1, "total": self.part["total"] + loss}
+            bar.update()
+            if is_stopping(self.signals):
+                return False
+        return True
+
+    def measure(self, epoch: int) -> dict[str, Any]:
+        """The metrics after an epoch, of the student on all test data."""
+        processes.broadcast_weights(_trained(self.box))  # each rank has BatchNorm's statistics of its own part
+        outputs, labels, _ = self.experiment.embed(self.experiment.student, self.box.val_data_loader)
+        if processes.rank() == 0 and not self.has_collapsed and collapsed(outputs):
+            self.has_collapsed = True
+            warnings.warn(
+                f"epoch {epoch + 1}: the student has the same output for all {len(outputs)} test images, where RKD "
+                "gives it a gradient of exactly 0; start again from other weights, with a smaller learning rate, or "
+                "with a further loss that separates them",
+                stacklevel=2,
             )
-            bar.set_postfix({name: f"{value:.2f}" for name, value in metrics.items()})
-            if events is not None:
-                for name, value in history[-1].items():
-                    events.add_scalar(name, value, epoch + 1)
-            processes.of_first(partial(_save, folder, experiment.student, box, history, next(iter(metrics))))
-            part = START
-            if processes.share(asked):
-                return
+        return self.experiment.measure(outputs, labels)
+
+    @contextmanager
+    def naming(self, epoch: int) -> Iterator[None]:
+        """Name the epoch in an error about numbers, and what is kept."""
+        try:
+            yield
+        except FloatingPointError as error:
+            kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "there is no checkpoint yet"
+            raise FloatingPointError(f"epoch {epoch + 1}: {error}; {kept}") from error
+
+    def keep_part(self, seconds: float) -> None:
+        random = processes.all_gather(random_state(self.experiment.device))
+        part = {**self.part, "seconds": seconds, "random": random}
+        state = _state(self.experiment.student, self.box, self.history, part)
+        processes.broadcast(lambda: write_checkpoint(self.folder / "last.pt", state))
+
+    def keep_epoch(self, measured: dict[str, Any]) -> None:
+        self.history.append(measured)
+        if self.events is not None:
+            for name, value in measured.items():
+                self.events.add_scalar(name, value, measured["epoch"])
+        processes.broadcast(self._save)
+        self.part = START
+
+    def _save(self) -> None:
+        checkpoint = _state(self.experiment.student, self.box, self.history, START)
+        metric = _metrics(self.history)[0]
+        # `best` first: were it the other way round, a kill between the two would lose the best epoch for good.
+        if all(epoch[metric] < self.history[-1][metric] for epoch in self.history[:-1]):
+            write_checkpoint(self.folder / "best.pt", checkpoint)
+        write_checkpoint(self.folder / "last.pt", checkpoint)
 
 
 def _metrics(history: list[dict[str, Any]]) -> list[str]:
-    """Names of what is measured, the one that `best` goes by first."""
+    """Names of the metrics; the first one chooses `best`."""
     return [name for name in history[-1] if name not in ("epoch", "loss", "lr", "seconds")]
 
 
@@ -177,7 +232,7 @@ def _is_settled(history: list[dict[str, Any]], patience: int | None) -> bool:
 
 
 def steps_of(experiment: Experiment, box: Any, part: Mapping[str, Any] = START) -> Iterator[float]:
-    """One epoch, or the rest of it; the loss of each step, of all processes together, whose update is done.
+    """Train one epoch, or the rest of it, and yield the loss of each step after its update, the mean over all ranks.
 
     Args:
         experiment: of the box.
@@ -196,7 +251,7 @@ def steps_of(experiment: Experiment, box: Any, part: Mapping[str, Any] = START) 
         )
     loaded = batches(loader)
     if part["steps"]:
-        # Loaded in vain: what samplers, transforms and the loader's processes have drawn then is known to them alone.
+        # Load the batches that are done again: only so samplers, transforms and the loader's processes draw as before.
         next(islice(loaded, part["steps"] - 1, None))
         set_random_state(part["random"][processes.rank()], experiment.device)
     with _terms(box.criterion) as terms:
@@ -208,7 +263,7 @@ def steps_of(experiment: Experiment, box: Any, part: Mapping[str, Any] = START) 
                     loss = box.forward_process(experiment.place(batch), targets.to(experiment.device), supplement)
             except FloatingPointError:  # of a miner, which embeddings that are not finite leave without tuples
                 loss = torch.tensor(math.nan, device=experiment.device)
-            value = processes.mean(loss)
+            value = processes.all_reduce_mean(loss)
             if not math.isfinite(value):
                 suspects = range(0 if batch.isfinite().all() else len(loader.dataset))
                 missing = [name for name, term in terms.items() if term is None][:1]  # the one that raised
@@ -242,16 +297,8 @@ def _terms(criterion: Any) -> Iterator[dict[str, Tensor | None]]:
             hook.remove()
 
 
-def _save(folder: Path, student: nn.Module, box: Any, history: list[dict[str, Any]], metric: str) -> None:
-    checkpoint = _state(student, box, history, START)
-    # `best` first: were it the other way round, a kill between the two would lose the best epoch for good.
-    if all(epoch[metric] < history[-1][metric] for epoch in history[:-1]):
-        write_checkpoint(folder / "best.pt", checkpoint)
-    write_checkpoint(folder / "last.pt", checkpoint)
-
-
 def _state(student: nn.Module, box: Any, history: list[dict[str, Any]], part: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds after the epochs of ``history`` and a part of the next one."""
+    """The content of a checkpoint after the epochs of ``history`` and a part of the next one."""
     trained = _trained(box)
     return {
         "model": student.state_dict(),
@@ -265,15 +312,20 @@ def _state(student: nn.Module, box: Any, history: list[dict[str, Any]], part: di
     }
 
 
+def models_of(experiment: Experiment, box: Any) -> list[nn.Module]:
+    """The student, and the box's teacher if there is one."""
+    return [model for model in (experiment.student, getattr(box, "teacher_model", None)) if model is not None]
+
+
 def _trained(box: Any) -> nn.Module:
-    """What the box trains: the student, or what torchdistill wrapped around it for this stage."""
+    """The module that the box trains: the student, or torchdistill's wrapper of it for this stage."""
     model: nn.Module = box.student_model if hasattr(box, "student_model") else box.model
     return model
 
 
 def _resume(path: Path, experiment: Experiment, box: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Bring a new box to the state of a checkpoint, if there is one; the epochs that are done, and the part of one."""
-    checkpoint = processes.of_first(lambda: _last(path))
+    """Load a checkpoint, if there is one, into a new box; returns the finished epochs, and the part of the next."""
+    checkpoint = processes.broadcast(lambda: _last(path))
     if checkpoint is None:
         return [], START
     history: list[dict[str, Any]] = checkpoint["history"]
@@ -287,11 +339,14 @@ def _resume(path: Path, experiment: Experiment, box: Any) -> tuple[list[dict[str
     restore(box, checkpoint, path)
     box.stage_grad_count = checkpoint["steps"]
     begun: dict[str, Any] = checkpoint["part"]
-    if begun["steps"] and len(begun["random"]) != processes.count():
+    if begun["steps"] and len(begun["random"]) != processes.world_size():
         raise ValueError(
             f"{path}: expected the number of processes that were stopped within epoch {len(history) + 1}, "
-            f"{len(begun['random'])}, got {processes.count()}; start as many until that epoch has ended"
+            f"{len(begun['random'])}, got {processes.world_size()}; start as many until that epoch has ended"
         )
+    if processes.rank() == 0 and len(history) < box.num_epochs:
+        steps = f", step {begun['steps'] + 1} of {len(box.train_data_loader)}" if begun["steps"] else ""
+        report(f"{path.parent}: going on from epoch {len(history) + 1} of {box.num_epochs}{steps}")
     return history, begun
 
 
@@ -307,7 +362,7 @@ def _last(path: Path) -> dict[str, Any] | None:
             checkpoint = read_state(best)
         except (FileNotFoundError, ValueError):
             raise error from None
-        # The epochs since come out the same again.
+        # The epochs after it are repeated with the same numbers.
         warnings.warn(f"{error}; going on from {best}, epoch {len(checkpoint['history'])}", stacklevel=2)
         return checkpoint
 
@@ -332,7 +387,7 @@ def _result(recipe: Recipe, experiment: Experiment, history: list[dict[str, Any]
         "best": {name: best[name] for name in ("epoch", *metrics)},
         "parameters": sum(parameter.numel() for parameter in experiment.student.parameters()),
         "seconds": sum(epoch["seconds"] for epoch in history),
-        "processes": processes.count(),
+        "processes": processes.world_size(),
         "environment": environment(experiment.device.type),
         "history": history,
     }

@@ -53,12 +53,14 @@ class SharedBatches(SharedBatchSampler):
 
     def __len__(self) -> int:
         """Batches of this process."""
-        return len(range(processes.rank(), len(self.batches), processes.count())) if self.whole else len(self.batches)
+        return (
+            len(range(processes.rank(), len(self.batches), processes.world_size())) if self.whole else len(self.batches)
+        )
 
     def __iter__(self) -> Iterator[list[int]]:
         """Lists of indices into the data set."""
-        rank, count = processes.rank(), processes.count()
-        batches = processes.of_first(lambda: list(self.batches))
+        rank, count = processes.rank(), processes.world_size()
+        batches = processes.broadcast(lambda: list(self.batches))
         if self.whole:
             yield from batches[rank::count]
             return
@@ -123,7 +125,7 @@ class ClassBalancedBatchSampler(SharedBatchSampler):
         """Lists of indices into the data set."""
         rank, generator = processes.rank(), _generator()
         _check_even(self.batch_size)
-        size = self.batch_size // processes.count()
+        size = self.batch_size // processes.world_size()
         for _ in range(self.iterations):
             batch: list[int] = []
             # Every class brings at least one image, so that no more classes than this are needed.
@@ -182,20 +184,20 @@ class EpisodicBatchSampler(SharedBatchSampler):
 
     def __len__(self) -> int:
         """Episodes of one process."""
-        if self.episodes % processes.count():
+        if self.episodes % processes.world_size():
             raise ValueError(
-                f"EpisodicBatchSampler: expected a number of episodes that {processes.count()} processes share evenly, "
-                f"got {self.episodes}"
+                f"EpisodicBatchSampler: expected a number of episodes that {processes.world_size()} processes share "
+                f"evenly, got {self.episodes}"
             )
-        return self.episodes // processes.count()
+        return self.episodes // processes.world_size()
 
     def __iter__(self) -> Iterator[list[int]]:
         """Lists of indices into the data set."""
         rank, generator = processes.rank(), _generator()
-        for number in range(len(self) * processes.count()):
+        for number in range(len(self) * processes.world_size()):
             classes = generator.sample(self.images, self.way)
             episode = [index for images in classes for index in generator.sample(images, self.images_per_class)]
-            if number % processes.count() == rank:
+            if number % processes.world_size() == rank:
                 yield episode
 
 
@@ -214,10 +216,10 @@ class WholeBatches(BaseDatasetWrapper):
 
 
 def _check_even(images: int) -> None:
-    if images % processes.count():
+    if images % processes.world_size():
         raise ValueError(
-            f"expected batches that {processes.count()} processes share evenly, got one of {images} images; change "
-            "recipe.batch_size, which counts the images of all processes together, or set drop_last"
+            f"expected batches that {processes.world_size()} processes share evenly, got one of {images} images; "
+            "change recipe.batch_size, which counts the images of all processes together, or set drop_last"
         )
 
 
@@ -229,7 +231,7 @@ def _check_positive(sampler: object, **numbers: int) -> None:
 
 def _generator() -> random.Random:
     """Random numbers that follow the first process's seed, the same on all processes."""
-    return random.Random(processes.of_first(lambda: int(torch.randint(2**63 - 1, ()))))
+    return random.Random(processes.broadcast(lambda: int(torch.randint(2**63 - 1, ()))))
 
 
 def _by_class(owner: object, sampler: Any) -> list[list[int]]:

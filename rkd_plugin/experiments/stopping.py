@@ -1,4 +1,4 @@
-"""A run that is asked to stop does so between two steps, and its checkpoint knows where that was."""
+"""A run that a signal stops ends between two steps, and its checkpoint knows where that was."""
 
 from __future__ import annotations
 
@@ -12,43 +12,54 @@ from typing import Any
 import numpy as np
 import torch
 
+from rkd_plugin.experiments import processes
+
 
 @contextmanager
 def stopping() -> Iterator[list[int]]:
-    """Take SIGINT and SIGTERM down instead of ending at once; the block looks into the list, and ends where it can.
+    """Record SIGINT and SIGTERM in a list instead of ending at once; the block reads it, and ends where it can.
 
-    Then the signal does what it would have done. The same one again does so at once, but not the other: whoever presses
-    Ctrl-C sends processes SIGINT, and ``torchrun`` SIGTERM after it. Outside the main thread, where Python
-    lets nobody set what signals do, and for a signal that is ignored, as SIGINT behind ``nohup``, nothing changes.
+    After the block the signal does what it would have done. The same signal once more does so at once, but not the
+    other one: Ctrl-C sends SIGINT to all processes, and ``torchrun`` sends SIGTERM after it. Outside the main thread,
+    where Python does not set signal handlers, and for a signal that is ignored, as SIGINT behind ``nohup``, nothing
+    changes.
     """
-    asked: list[int] = []
+    signals: list[int] = []
     before: dict[int, Any] = {}
 
-    def ask(number: int, _: object) -> None:
-        asked.append(number)
+    def record(number: int, _: object) -> None:
+        signals.append(number)
         signal.signal(number, before[number])
 
     if threading.current_thread() is threading.main_thread():
         does = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         before |= {number: what for number, what in does.items() if what not in (signal.SIG_IGN, None)}
     for number in before:
-        signal.signal(number, ask)
+        signal.signal(number, record)
     try:
-        yield asked
+        yield signals
     except RuntimeError as error:
         # A terminal sends its signal to the loader's processes as well, and PyTorch raises that they are gone.
-        if not asked or "DataLoader worker" not in str(error):
+        if not signals or "DataLoader worker" not in str(error):
             raise
     finally:
         for number, does in before.items():
             signal.signal(number, does)
-    if asked:
-        signal.raise_signal(asked[0])
-        raise SystemExit(128 + asked[0])  # if that did nothing
+    if signals:
+        signal.raise_signal(signals[0])
+        raise SystemExit(128 + signals[0])  # if that did nothing
+
+
+def is_stopping(signals: list[int]) -> bool:
+    """Whether any rank has recorded a signal, which all then have, so that all stop after the same step."""
+    number = processes.all_reduce_max(signals[0] if signals else 0)
+    if number and not signals:
+        signals.append(number)
+    return bool(number)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Where the random numbers of Python, NumPy and PyTorch are, as plain values and tensors."""
+    """The states of the random numbers of Python, NumPy and PyTorch, as plain values and tensors."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -59,7 +70,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Go on where `random_state` was; on a GPU as well, if that state has one."""
+    """Set the states that `random_state` returned; that of a GPU as well, if there is one."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

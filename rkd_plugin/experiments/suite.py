@@ -6,20 +6,21 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rkd_plugin.experiments import report
+from rkd_plugin.experiments import report, runner
 from rkd_plugin.experiments.checkpoints import read_measured
-from rkd_plugin.experiments.experiment import evaluate, of_folder
+from rkd_plugin.experiments.experiment import evaluate
 from rkd_plugin.experiments.few_shot import episode_accuracies, interval
 from rkd_plugin.experiments.files import write_json, write_text
-from rkd_plugin.experiments.recipe import Recipe, RecipeError, read, read_suite
+from rkd_plugin.experiments.printing import printable
+from rkd_plugin.experiments.recipe import Recipe, RecipeError, quoted, read, read_suite
 from rkd_plugin.experiments.recipe.errors import suggest
-from rkd_plugin.experiments.runner import run
+from rkd_plugin.experiments.run_folder import RUNS, default_folder, recipe_of_run
 
 Result = dict[str, Any]
 
@@ -35,72 +36,118 @@ def reproduce(
     """Run the rows of a suite for every seed, and write ``<suite>.md``, ``<suite>.json`` and pictures.
 
     A row that names a ``teacher`` learns from the last checkpoint of that row, of the same seed; one with ``epochs_of``
-    takes as many epochs as that row's best one, for early stopping on validation data. Runs that are there
-    already are read, and one that was stopped goes on. A run's folder is named by its row and seed, so that suites
-    that write into one folder share the rows that they name alike.
+    trains for as many epochs as that row's best one, for early stopping on validation data. Runs that have ended are
+    read, and one that was stopped goes on. A run's folder is named by its row and seed, so that suites that write into
+    one folder share the rows with equal names.
 
     Args:
         name: the suite's name or path.
         out: folder for runs and tables; ``runs/`` and the suite's folder if not given.
         seeds: instead of the suite's own.
-        rows: names of some of the rows; their teachers are run as well. All, if not given.
+        rows: names of some of the rows, which are run with the rows that they need; all rows if not given.
         overrides: of every recipe, such as ``recipe.data_root=/data``; the table names them.
-        fast: run the fraction of the schedule that the suite states under ``fast``, in a folder of that name; the table
-            is labelled so.
+        fast: run the shorter schedule that the suite states under ``fast``, in a folder of that name; the table's title
+            names it.
 
     Returns:
         The folder, and the table in Markdown.
 
     Raises:
-        RecipeError: if the suite or any of its recipes has problems, or it states no fast schedule; nothing was run
-            then.
+        RecipeError: before the first run, if the suite or any of its recipes has problems, or it states no fast
+            schedule.
     """
+    own = default_folder(name)
+    shared = own if own.parent == RUNS else own.parent  # with the suites beside it
+    folder = (out or shared).absolute()
+    plan = _plan(name, folder / "fast" if fast else folder, seeds, rows, overrides, fast)
+    results = _results(plan)
+    return plan.folder, _write(plan, own.name, results)
+
+
+class _Run(NamedTuple):
+    """One row with one seed."""
+
+    row: Result
+    seed: int
+    recipe: Recipe
+    overrides: list[str]
+    folder: Path
+
+
+class _Plan(NamedTuple):
+    """What a call of `reproduce` runs and reads, after all of it was checked."""
+
+    suite: Result
+    folder: Path
+    runs: list[_Run]
+    tests: dict[str, Recipe]
+    searches: bool  # whether `epochs_of` is followed
+
+
+def _plan(
+    name: str, folder: Path, seeds: Sequence[int] | None, rows: Sequence[str] | None, overrides: Sequence[str],
+    fast: bool,
+) -> _Plan:  # fmt: skip
+    """Read and check every recipe before the first of them is run."""
     suite = read_suite(name)
     suite["rows"] = _chosen(suite["rows"], rows, fast)
     suite["overrides"] = list(overrides)
-    stem = Path(name).with_suffix("")
-    folder = (out or Path("runs", *stem.parts[-2:-1] or stem.parts)).absolute()
+    suite["seeds"] = list(seeds or suite["seeds"])
+    schedule = None
     if fast:
-        folder /= "fast"
         if "fast" not in suite:
             raise RecipeError(name, [("suite.fast", "no fast schedule is stated here: run the suite without --fast")])
         suite["title"] += f" ({suite['fast']['label']})"
-    seeds = seeds or suite["seeds"]
-    # Every recipe is read and checked before the first of them is run.
+        schedule = suite["fast"]["overrides"]
     tests = {key: read(recipe) for key, recipe in suite.get("test_sets", {}).items()}
-    schedule = suite["fast"]["overrides"] if fast else None
-    planned = [
-        (seed, row, _overrides(folder, row, seed, schedule, overrides)) for seed in seeds for row in suite["rows"]
-    ]
-    recipes = [read(row["recipe"], changes) for _, row, changes in planned]
-    for recipe in [*recipes, *tests.values()]:
+    runs = []
+    for seed in suite["seeds"]:
+        for row in suite["rows"]:
+            changes = _overrides(folder, row, seed, schedule, overrides)
+            runs.append(_Run(row, seed, read(row["recipe"], changes), changes, _folder(folder, row["name"], seed)))
+    for recipe in [*(run.recipe for run in runs), *tests.values()]:
         recipe.validate()
-    for (_, row, _), recipe in zip(planned, recipes, strict=True):
-        if "against" in row and recipe.settings["task"] != "few_shot":
-            problem = f"a few_shot recipe was expected, whose test episodes are paired, got {recipe.settings['task']}"
-            raise RecipeError(name, [(f"{row['name']}.against", problem)])
-    results: dict[str, list[Result]] = {row["name"]: [] for row in suite["rows"]}
-    for (seed, row, changes), recipe in zip(tqdm(planned, desc=suite["title"], unit="run"), recipes, strict=True):
-        target = _folder(folder, row["name"], seed)
-        trained = row.get("trained", True)
-        if "epochs_of" in row and not fast:
+    for run in runs:
+        if "against" in run.row and run.recipe.settings["task"] != "few_shot":
+            task = run.recipe.settings["task"]
+            problem = f"a few_shot recipe was expected, whose test episodes are paired, got {task}"
+            raise RecipeError(name, [(f"{run.row['name']}.against", problem)])
+    return _Plan(suite, folder, runs, tests, searches=not fast)
+
+
+def _results(plan: _Plan) -> dict[str, list[Result]]:
+    """Train what is missing and read the rest: the results by row, of each seed."""
+    results: dict[str, list[Result]] = {row["name"]: [] for row in plan.suite["rows"]}
+    for planned in tqdm(plan.runs, desc=printable(plan.suite["title"]), unit="run"):
+        row, recipe = planned.row, planned.recipe
+        if "epochs_of" in row and plan.searches:
             epochs = results[row["epochs_of"]][-1]["best"]["epoch"] * row.get("times", 1)
-            recipe = read(row["recipe"], [*changes, f"recipe.num_epochs={epochs}"])
-        result = run(recipe, target, f"{row['label']}, seed {seed}") if trained else {"seed": seed}
-        if tests:
-            result = {**result, **_on_other_data(recipe, target, tests, next(iter(suite["metrics"])), trained)}
+            recipe = read(row["recipe"], [*planned.overrides, f"recipe.num_epochs={epochs}"])
+        trained = row.get("trained", True)
+        label = f"{row['label']}, seed {planned.seed}"
+        result = runner.run(recipe, planned.folder, label) if trained else {"seed": planned.seed}
+        if plan.tests:
+            metric = next(iter(plan.suite["metrics"]))
+            result = {**result, **_on_other_data(recipe, planned.folder, plan.tests, metric, trained)}
         if "against" in row:
-            others = {name: _folder(folder, name, seed) for name in row["against"]}
-            result = {**result, "against": {name: _paired(target, other) for name, other in others.items()}}
+            others = {name: _folder(plan.folder, name, planned.seed) for name in row["against"]}
+            result = {**result, "against": {name: _paired(planned.folder, other) for name, other in others.items()}}
         results[row["name"]].append(result)
-    columns = list(tests or suite["metrics"])
+    return results
+
+
+def _write(plan: _Plan, name: str, results: dict[str, list[Result]]) -> str:
+    """Write the table, as Markdown and JSON, and the pictures; returns the table."""
+    suite = plan.suite
+    columns = list(plan.tests or suite["metrics"])
     summaries = [_summary(row, results[row["name"]], columns) for row in suite["rows"]]
     table = report.table(suite, summaries, results)
-    write_text(folder / f"{stem.name}.md", table)
-    write_json(folder / f"{stem.name}.json", {"title": suite["title"], "rows": summaries, "runs": results})
-    shown = {row["name"]: _folder(folder, row["name"], seeds[0]) for row in suite["rows"] if row.get("trained", True)}
-    report.suite_pictures(suite, folder / stem.name, results, shown)
-    return folder, table
+    write_text(plan.folder / f"{name}.md", table)
+    write_json(plan.folder / f"{name}.json", {"title": suite["title"], "rows": summaries, "runs": results})
+    shown = {run.row["name"]: run.folder for run in reversed(plan.runs) if run.row.get("trained", True)}  # first seed
+    shown = {row["name"]: shown[row["name"]] for row in suite["rows"] if row["name"] in shown}
+    report.suite_pictures(suite, plan.folder / name, results, shown)
+    return table
 
 
 def _chosen(rows: list[Result], names: Sequence[str] | None, fast: bool) -> list[Result]:
@@ -129,7 +176,7 @@ def _overrides(
     shorter = [] if schedule is None else [*schedule, *row.get("fast", [])]
     overrides = [*shorter, *everywhere, f"recipe.seed={seed}", *row.get("overrides", [])]
     if "teacher" in row:
-        overrides.append(f"recipe.teacher_checkpoint={_folder(folder, row['teacher'], seed) / 'last.pt'}")
+        overrides.append(quoted("recipe.teacher_checkpoint", _folder(folder, row["teacher"], seed) / "last.pt"))
     return overrides
 
 
@@ -143,7 +190,7 @@ def _on_other_data(recipe: Recipe, folder: Path, tests: dict[str, Recipe], metri
         if found is None:
             checkpoints = {"final": folder / "last.pt", "best": folder / "best.pt"}
             found = {"described": described} | {
-                when: evaluate(of_folder(folder) if trained else recipe, path if trained else None, data).metrics
+                when: evaluate(recipe_of_run(folder) if trained else recipe, path if trained else None, data).metrics
                 for when, path in checkpoints.items()
             }
             write_json(kept, found)
@@ -160,7 +207,7 @@ def _paired(folder: Path, other: Path) -> Result:
 
 def _episodes(folder: Path) -> dict[str, Tensor]:
     """By task, the accuracy of each test episode after the last epoch, measured once and kept beside the run."""
-    kept, recipe = folder / "episodes.json", of_folder(folder)
+    kept, recipe = folder / "episodes.json", recipe_of_run(folder)
     found = read_measured(kept, recipe.resolved(), {"final": {}})
     if found is None:
         evaluation = evaluate(recipe, folder / "last.pt")

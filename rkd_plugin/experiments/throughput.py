@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -13,12 +17,15 @@ import torch
 from torchdistill.misc.log import MetricLogger, SmoothedValue
 from tqdm import tqdm
 
+from rkd_plugin import markdown
 from rkd_plugin.environment import environment
+from rkd_plugin.experiments import threads
 from rkd_plugin.experiments.experiment import Experiment
 from rkd_plugin.experiments.memory import keep_memory
 from rkd_plugin.experiments.recipe import Recipe
-from rkd_plugin.experiments.runner import steps_of
+from rkd_plugin.experiments.runner import models_of, steps_of
 
+HEADS = "", "ms a step", "IQR ms", "images a second", "times faster"
 WARM_UPS = 2
 ROUNDS = 3
 PLAIN = {"precision": "float32", "channels_last": False, "compile": False}
@@ -32,48 +39,61 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 
 
-def throughput(recipe: Recipe, steps: int) -> str:
+Contender = Callable[[int], list[float]]
+"""Seconds of each of that many steps."""
+
+
+def throughput(recipe: Recipe, steps: int, busy: int = 0) -> str:
     """A Markdown table of the median time of a training step, data loading included.
 
     First torchdistill's boxes in the loop of its example scripts, and the data loader alone, which take turns; then,
-    in memory that is kept as `rkd run` keeps it, `runner`'s loop with each switch (compiled, if the recipe names that
-    one), which take turns as well. Memory that was kept once stays so, therefore this order.
+    in memory that is kept as `rkd run` keeps it, `runner`'s loop with each switch (compiled, if the recipe has that
+    switch), and with one and with all threads of the CPU, which take turns as well. Memory that was kept once stays
+    so, therefore this order.
 
     Args:
         recipe: what is trained; nothing is written.
         steps: of each contender in each of three rounds.
+        busy: processes that compute beside it meanwhile, as on a machine that does other work.
 
     Raises:
         RecipeError: if the recipe has problems.
-        ValueError: if it has fewer steps in an epoch than are asked for.
+        ValueError: if it has fewer steps in an epoch than are requested.
     """
     recipe.validate()
     plain = _switched(recipe, PLAIN)
-    alone = _built(plain)
-    images = len(next(iter(alone[1].train_data_loader.batch_sampler)))
-    contenders: dict[str, Callable[[], Iterator[Any]]] = {
-        "torchdistill's loop": _loop(_built(plain), _as_torchdistill),
+    first = _built(plain)
+    experiment, box = first
+    images = len(next(iter(box.train_data_loader.batch_sampler)))
+    contenders: dict[str, Contender] = {
+        "torchdistill's loop": _loop(_built(plain), _as_torchdistill, nullcontext),
         **{
-            name: _loop(_built(_switched(recipe, switches)), steps_of)
+            name: _as_run(_built(_switched(recipe, switches)))
             for name, switches in SWITCHES.items()
             if not switches["compile"] or "compile" in recipe.settings  # it takes a minute, and a recipe may lack it
         },
-        "data alone": _loop(alone, lambda _, box: iter(box.train_data_loader)),
+        "data alone": _loop(first, lambda _, box: iter(box.train_data_loader), nullcontext),
     }
+    for count in sorted({1, torch.get_num_threads()}):
+        name = f"rkd run, {count} thread{'s' if count > 1 else ''}"
+        contenders[name] = _loop(_built(plain), steps_of, partial(threads.exactly, count))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     ours = [name for name in contenders if name.startswith("rkd run")]
-    for names in ([name for name in contenders if name not in ours], ours):
-        for name in tqdm(ROUNDS * names, desc="throughput", leave=False):
-            seconds[name] += _times(contenders[name](), steps)
-        keep_memory()
+    with _busy(busy):
+        for names in ([name for name in contenders if name not in ours], ours):
+            for name in tqdm(ROUNDS * names, desc="throughput", leave=False):
+                seconds[name] += contenders[name](steps)
+            keep_memory()
     theirs = statistics.median(seconds["torchdistill's loop"])
-    lines = ["| | ms a step | IQR ms | images a second | times faster |", "|---|---|---|---|---|"]
+    rows = []
     for name, times in seconds.items():
         low, middle, high = statistics.quantiles(times, n=4)
         ratio = "" if name == "data alone" else f"{theirs / middle:.2f}"
-        lines.append(f"| {name} | {1e3 * middle:.1f} | {1e3 * (high - low):.1f} | {images / middle:,.0f} | {ratio} |")
-    where = environment(alone[0].device.type)
-    return "\n".join([*lines, "", ", ".join(f"{key} {value}" for key, value in where.items())])
+        rows.append([name, f"{1e3 * middle:.1f}", f"{1e3 * (high - low):.1f}", f"{images / middle:,.0f}", ratio])
+    with experiment.threads(box.train_data_loader, *models_of(experiment, box)):
+        where = {**environment(experiment.device.type), "busy": str(busy)}
+    conditions = ", ".join(f"{key} {value}" for key, value in where.items())
+    return markdown.table(HEADS, rows) + f"\n\n{conditions}"
 
 
 def _switched(recipe: Recipe, switches: dict[str, Any]) -> Recipe:
@@ -86,17 +106,39 @@ def _built(recipe: Recipe) -> tuple[Experiment, Any]:
     return experiment, experiment.box()
 
 
+def _as_run(built: tuple[Experiment, Any]) -> Contender:
+    """The loop of `rkd run`, with the threads that it uses."""
+    experiment, box = built
+    return _loop(built, steps_of, lambda: experiment.threads(box.train_data_loader, *models_of(experiment, box)))
+
+
 def _loop(
-    built: tuple[Experiment, Any], loop: Callable[[Experiment, Any], Iterator[Any]]
-) -> Callable[[], Iterator[Any]]:
+    built: tuple[Experiment, Any],
+    loop: Callable[[Experiment, Any], Iterator[Any]],
+    context: Callable[[], AbstractContextManager[Any]],
+) -> Contender:
+    """What times the first steps of an epoch."""
     experiment, box = built
 
-    def start() -> Iterator[Any]:
-        box.pre_epoch_process(epoch=0)
-        experiment.seed(1)
-        return loop(experiment, box)
+    def times(count: int) -> list[float]:
+        with context():
+            box.pre_epoch_process(epoch=0)
+            experiment.seed(1)
+            return _times(loop(experiment, box), count)
 
-    return start
+    return times
+
+
+@contextmanager
+def _busy(count: int) -> Iterator[None]:
+    """Within the block that many processes compute, one core each."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def _times(steps: Iterator[Any], count: int) -> list[float]:
@@ -107,7 +149,8 @@ def _times(steps: Iterator[Any], count: int) -> list[float]:
         started = time.perf_counter()
     if len(times) < WARM_UPS + count:
         raise ValueError(
-            f"throughput: expected at least {WARM_UPS + count} steps an epoch, got {len(times)}; ask for fewer"
+            f"throughput: expected at least {WARM_UPS + count} steps an epoch, got {len(times)}; request fewer with "
+            "--steps"
         )
     return times[WARM_UPS:]
 

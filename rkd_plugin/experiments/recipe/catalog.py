@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 import rkd_plugin
 from rkd_plugin.experiments.recipe.errors import RecipeError, suggest
 
@@ -34,18 +32,19 @@ def _names() -> dict[str, Path]:
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
 
 
-def find(name: str | Path) -> Path:
+def find(name: str | Path, folder: Path = Path()) -> Path:
     """The file of a recipe or suite, given its path or the name of a packaged one.
 
     Args:
         name: a path that exists, or a name such as ``quickstart/rkd_da``, with or without ``.yaml``.
+        folder: where a relative path starts.
 
     Raises:
         RecipeError: if there is no such file; it names the closest packaged ones.
     """
     try:
-        if Path(name).is_file():
-            return Path(name)
+        if (path := folder / name).is_file():
+            return path
     except (OSError, ValueError):  # a name that no file can have
         pass
     packaged = _names()
@@ -65,6 +64,5 @@ def _entry(name: str, text: str) -> Entry:
     header = re.match(r"(?:#.*\n)*", text)
     words = " ".join(line.lstrip("# ") for line in header.group().splitlines()) if header else ""
     sentence = re.match(r".*?\.(?=\s|$)", words)
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
-    return Entry(name, sentence.group() if sentence else words, "suite" in keys)
+    is_suite = re.search(r"^suite:", text, re.MULTILINE) is not None  # parsing all files as YAML takes a second
+    return Entry(name, sentence.group() if sentence else words, is_suite)

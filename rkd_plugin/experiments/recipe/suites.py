@@ -42,6 +42,8 @@ _SUITE = section(
 def read_suite(name: str | Path) -> dict[str, Any]:
     """The ``suite:`` section of a file: title, metrics and their labels, seeds, rows, and what they are tested on.
 
+    Its recipes are paths from the suite's folder, or names of packaged recipes; here they become paths.
+
     Raises:
         RecipeError: if there is no such file, or anything in it is not as it should be, the recipes' names included.
     """
@@ -51,7 +53,7 @@ def read_suite(name: str | Path) -> dict[str, Any]:
     for path, tag in _tags(recipe.data.get("suite"), "suite"):
         walk.report(path, f"a plain value was expected, as torchdistill does not load suites, got {tag}")
     if not walk.found:
-        _check_rows(walk, recipe.data["suite"])
+        _check_rows(walk, recipe.data["suite"], recipe.path.parent)
     if walk.found:
         raise RecipeError(recipe.path, list(walk.found))
     suite: dict[str, Any] = recipe.data["suite"]
@@ -67,7 +69,7 @@ def _tags(value: Any, path: str) -> Iterator[tuple[str, str]]:
             yield from _tags(inner, f"{path}.{key}")
 
 
-def _check_rows(walk: Walk, suite: dict[str, Any]) -> None:
+def _check_rows(walk: Walk, suite: dict[str, Any], folder: Path) -> None:
     names: list[str] = []
     columns = suite.get("test_sets", suite["metrics"])
     for index, row in enumerate(suite["rows"]):
@@ -85,16 +87,17 @@ def _check_rows(walk: Walk, suite: dict[str, Any]) -> None:
             if column not in columns:
                 walk.report(f"{path}.{key}", f"one of {', '.join(columns)} was expected")
         names.append(row["name"])
-        _check_name(walk, f"{path}.recipe", row["recipe"])
+        row["recipe"] = _locate(walk, folder, f"{path}.recipe", row["recipe"])
     for name, recipe in suite.get("test_sets", {}).items():
-        _check_name(walk, f"suite.test_sets.{name}", recipe)
+        suite["test_sets"][name] = _locate(walk, folder, f"suite.test_sets.{name}", recipe)
     for index, name in enumerate(suite.get("panels", ())):
         if name not in names:
             walk.report(f"suite.panels.{index}", f"the name of a row was expected, got {name!r}")
 
 
-def _check_name(walk: Walk, path: str, recipe: str) -> None:
+def _locate(walk: Walk, folder: Path, path: str, recipe: str) -> str:
     try:
-        find(recipe)
+        return str(find(recipe, folder))
     except RecipeError as error:
         walk.report(path, f"{recipe!r} is {error.problems[0][1]}")
+        return recipe

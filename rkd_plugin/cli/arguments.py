@@ -1,0 +1,33 @@
+"""Arguments that several verbs have."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+RECIPE = "a YAML file, or the name of a packaged recipe as `rkd ls` prints it"
+OVERRIDES = "key.path=value, which changes the recipe before anything is built"
+
+
+def add_recipe(parser: argparse.ArgumentParser, about: str = RECIPE, optional: bool = False) -> None:
+    """A recipe, and its overrides."""
+    parser.add_argument("recipe", nargs="?" if optional else None, help=about)
+    parser.add_argument("overrides", nargs="*", help=OVERRIDES)
+
+
+def unrecognized(words: Sequence[str], takes_overrides: bool) -> str:
+    """The error about words that no argument of a verb takes, and how an override is written if one was meant.
+
+    Example:
+        >>> unrecognized(["--num_epochs=2"], True)
+        'unrecognized arguments: --num_epochs=2; write an override without dashes: recipe.num_epochs=2'
+        >>> unrecognized(["--lr"], False)
+        'unrecognized arguments: --lr'
+    """
+    message = f"unrecognized arguments: {' '.join(words)}"
+    key, equals, value = words[0].lstrip("-").partition("=")
+    if not takes_overrides or not words[0].startswith("-") or not key:
+        return message
+    value = value if equals else next((word for word in words[1:] if word[0] != "-"), "VALUE")
+    path = key if "." in key else f"recipe.{key.replace('-', '_')}"
+    return f"{message}; write an override without dashes: {path}={value}"

@@ -1,0 +1,29 @@
+"""``rkd check``."""
+
+from __future__ import annotations
+
+import argparse
+
+from rkd_plugin.cli.arguments import add_recipe
+from rkd_plugin.experiments.printing import show
+
+ABOUT = "report every problem of a recipe, without running it"
+EXAMPLES = ("check quickstart/rkd_da", "check my_recipe.yaml train.num_epochs=2")
+SHARES_WORK = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A recipe and its overrides."""
+    add_recipe(parser)
+
+
+def execute(options: argparse.Namespace) -> None:
+    """Print what was found, and raise the problems."""
+    from rkd_plugin.experiments.recipe import RecipeError, examine, read
+    from rkd_plugin.experiments.recipe.errors import described
+
+    recipe = read(options.recipe, options.overrides)
+    findings = examine(recipe)
+    show(described(options.recipe, findings))
+    if findings.problems:
+        raise RecipeError(recipe.path, findings.problems)

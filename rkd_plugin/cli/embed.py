@@ -1,0 +1,52 @@
+"""``rkd embed``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from rkd_plugin.cli.arguments import add_recipe
+from rkd_plugin.experiments.printing import show
+from rkd_plugin.experiments.threads import limit_spinning
+
+ABOUT = "write the teacher outputs that a recipe's losses read into a bank, or go on with it"
+EXAMPLES = (
+    "embed quickstart/rkd_da --out runs/quickstart/bank",
+    "embed classification/cifar100/rkd_da --views 8 --dtype bfloat16 --out banks/cifar100",
+    "embed --verify runs/quickstart/bank",
+)
+SHARES_WORK = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A recipe and its overrides, the folder of the bank and its format, or a bank to verify."""
+    add_recipe(parser, optional=True)
+    parser.add_argument("--out", type=Path, help="folder of the bank, for recipe.teacher_bank")
+    parser.add_argument("--data", metavar="ID", help="a data set of the recipe (default: the one that it trains on)")
+    parser.add_argument("--dtype", default="float32", help="of the files: float32 (default), float16 or bfloat16")
+    parser.add_argument("--views", type=int, default=0, metavar="K", help="of each image, where transforms are random")
+    parser.add_argument("--verify", type=Path, metavar="BANK", help="check every row of this bank against its checksum")
+
+
+def execute(options: argparse.Namespace) -> None:
+    """Write or verify a bank, and print what it holds."""
+    limit_spinning()
+    from rkd_plugin.experiments.embed import embed, verify
+    from rkd_plugin.experiments.processes import process_group, rank
+    from rkd_plugin.experiments.recipe import quoted, read
+
+    if options.verify:
+        show(f"{options.verify}: {sum(verify(options.verify))} rows are as they were written")
+        return
+    if not options.recipe or not options.out:
+        raise ValueError("expected a recipe and --out BANK, or --verify BANK; see `rkd embed --help`")
+    recipe = read(options.recipe, options.overrides)
+    with process_group():
+        bank = embed(recipe, options.out, options.data, options.dtype, options.views)
+        if rank() > 0:
+            return
+    for array in bank.arrays or ():
+        show(f"the {array.io} of {array.path!r}: {bank.count} images, {bank.views or 1} views, {array.width} wide")
+    advice = shlex.quote(quoted("recipe.teacher_bank", options.out))
+    show(f"in {options.out}; learn from it with {advice}")

@@ -1,0 +1,41 @@
+"""``rkd reproduce``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rkd_plugin.cli.arguments import OVERRIDES
+from rkd_plugin.experiments.printing import show
+from rkd_plugin.experiments.threads import limit_spinning
+
+ABOUT = "run a whole table, read the runs that are finished, and write tables and pictures"
+EXAMPLES = (
+    "reproduce quickstart",
+    "reproduce quickstart --seeds 7 8 9 --out /tmp/table",
+    "reproduce metric_learning/table1_cub200 recipe.data_root=/data/cub200 --rows cub200_rkd_da_128_x",
+    "reproduce classification/table4_cifar100 recipe.data_root=/data/cifar100 --fast",
+)
+SHARES_WORK = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A suite, overrides of all its rows, and which part of it is run."""
+    parser.add_argument("suite", help="the name of a suite, or a YAML file")
+    parser.add_argument("overrides", nargs="*", help=f"{OVERRIDES}, in every row")
+    parser.add_argument("--out", type=Path, help="folder of runs and tables (default: runs/ and the suite's folder)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the suite's own")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these, and the rows that they need")
+    parser.add_argument("--fast", action="store_true", help="the shorter schedule that the suite states")
+
+
+def execute(options: argparse.Namespace) -> None:
+    """Print the table, and where the files are."""
+    limit_spinning()
+    from rkd_plugin.experiments.memory import keep_memory
+    from rkd_plugin.experiments.suite import reproduce
+
+    keep_memory()
+    folder, table = reproduce(options.suite, options.out, options.seeds, options.rows, options.overrides, options.fast)
+    show(table)
+    show(f"in {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())))

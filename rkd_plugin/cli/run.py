@@ -1,0 +1,45 @@
+"""``rkd run``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rkd_plugin.cli.arguments import add_recipe
+from rkd_plugin.experiments.printing import show
+from rkd_plugin.experiments.threads import limit_spinning
+
+ABOUT = "train a model as a recipe describes it, or go on with a run; loading a recipe executes what it names"
+EXAMPLES = (
+    "run quickstart/teacher --out runs/teacher",
+    "run quickstart/rkd_da recipe.teacher_checkpoint=runs/teacher/last.pt recipe.num_epochs=2",
+)
+SHARES_WORK = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A recipe, its overrides, and the folder of the run."""
+    add_recipe(parser)
+    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE)")
+
+
+def execute(options: argparse.Namespace) -> None:
+    """Train, and print the final and the best metrics."""
+    limit_spinning()
+    from rkd_plugin.experiments import runner
+    from rkd_plugin.experiments.memory import keep_memory
+    from rkd_plugin.experiments.processes import process_group, rank
+    from rkd_plugin.experiments.recipe import read
+    from rkd_plugin.experiments.run_folder import default_folder
+
+    recipe = read(options.recipe, options.overrides)
+    folder = options.out or default_folder(options.recipe)
+    had_ended = (folder / "result.json").is_file()
+    keep_memory()
+    with process_group():
+        result = runner.run(recipe, folder)
+        if rank() > 0:
+            return
+    for when in ("final", "best"):
+        show(f"{when:6} " + "  ".join(f"{name} {value:.4g}" for name, value in result[when].items()))
+    show(f"finished already, in {folder}" if had_ended else f"in {folder}")

@@ -1,0 +1,19 @@
+"""Tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    r"""A table with a line of heads and a line for each row, cells in the heads' order.
+
+    Example:
+        >>> print(table(["loss", "ms"], [["RKD-D | RKD-A", "1.5"], ["RKD-DA", ""]]))
+        | loss | ms |
+        | --- | --- |
+        | RKD-D \| RKD-A | 1.5 |
+        | RKD-DA |  |
+    """
+    lines = [list(heads), ["---"] * len(heads), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
