@@ -100,7 +100,7 @@ def embed(recipe: Recipe, folder: Path, dataset_id: str | None = None, dtype: st
             "precision": experiment.settings.get("precision", "float32"),
         },
     }
-    _check_same(processes.all_gather({name: digest(value) for name, value in header.items()}))
+    processes.check_equal({f"{name} of the bank": digest(value) for name, value in header.items()})
     with ExitStack() as held:
         processes.broadcast(lambda: held.enter_context(alone_in(folder)))
         if processes.broadcast(lambda: _is_new(folder, header)):
@@ -123,16 +123,6 @@ def _check_recipe(recipe: Recipe, reads: Any, dtype: str, views: int) -> None:
         raise ValueError(f"expected a dtype out of {', '.join(DTYPES)}, got {dtype!r}")
     if views < 0:
         raise ValueError(f"expected a number of views of at least 0, got {views}")
-
-
-def _check_same(digests: Sequence[dict[str, str]]) -> None:
-    """Raise if a process would write rows of another bank than the first one, by the digests of their headers."""
-    for rank, own in enumerate(digests):
-        if other := [name for name in own if own[name] != digests[0].get(name)]:
-            raise ValueError(
-                f"expected the same bank from every process, got other {', '.join(other)} on rank {rank} than on rank "
-                "0; start all with the same recipe, overrides, data and teacher"
-            )
 
 
 def _data(recipe: Recipe, experiment: Experiment, dataset_id: str | None) -> tuple[str, dict[str, Any]]:
