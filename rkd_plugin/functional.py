@@ -11,9 +11,7 @@ Reference: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import warnings
 import weakref
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args
 import torch
 from torch import Tensor
 
-from rkd_plugin.kernels import chunked, reference
+from rkd_plugin.kernels.choose import choose, differentiable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,9 +29,6 @@ Impl = Literal["auto", "reference", "chunked", "fused"]
 Pairs = tuple[Tensor, Tensor]
 Triplets = tuple[Tensor, Tensor, Tensor]
 Gather = Union[bool, "ProcessGroup"]
-
-_KERNELS: dict[str, ModuleType] = {"chunked": chunked, "reference": reference}  # those that run anywhere
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up, not imported
 
 
 def rkd_distance_loss(
@@ -212,7 +207,8 @@ def _losses(
 ) -> Tensor:
     _check(name, student, teacher, reduction, huber_delta, impl)
     _check_choices(name, pairs, triplets, anchors, gather)
-    kernel = _kernel(name, impl, student.device)
+    kernel = choose(name, impl, student.device)
+    student = differentiable(name, kernel, student)
     dtype = torch.promote_types(student.dtype, torch.float32)
     batch = own = None
     if gather is not False:
@@ -258,57 +254,6 @@ def _draw(rows: Tensor, anchors: float, seed: int | None) -> Tensor:
         return torch.randperm(len(rows), device=rows.device)[:number]
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return drawn[:number].to(rows.device)
-
-
-def _kernel(name: str, impl: str, device: torch.device) -> ModuleType:
-    """The file that computes; ``"auto"`` takes one that runs, an explicit choice is kept or refused."""
-    if impl == "auto":
-        impl = "fused" if device.type == "cuda" and _HAS_TRITON and _fused_agrees(device) else "chunked"
-    if impl != "fused":
-        return _KERNELS[impl]
-    if not _HAS_TRITON:
-        raise RuntimeError(f"{name}: impl 'fused' needs Triton, which is not installed; take impl 'chunked'")
-    from rkd_plugin.kernels import fused
-
-    if device.type != "cuda" and not (device.type == "cpu" and fused.INTERPRETED):
-        raise RuntimeError(f"{name}: impl 'fused' needs tensors on a CUDA device, got {device}; take impl 'chunked'")
-    return fused
-
-
-_AGREES: dict[torch.device, bool] = {}
-
-
-def _fused_agrees(device: torch.device) -> bool:
-    """Whether the fused kernel gives on this device what the chunked one gives, found out once with a small batch.
-
-    Triton compiles for each kind of GPU anew, and ``"auto"`` must neither fail nor be wrong on one that nobody tried.
-    """
-    if device in _AGREES:
-        return _AGREES[device]
-    try:
-        from rkd_plugin.kernels import fused
-
-        generator = torch.Generator().manual_seed(0)
-        student, teacher = (torch.randn(40, width, generator=generator).to(device) for width in (3, 5))
-        found = []
-        for kernel in (fused, chunked):
-            with torch.inference_mode(False), torch.enable_grad():
-                leaf = student.detach().clone().requires_grad_()
-                sums = kernel.angle(kernel.relations(leaf), kernel.relations(teacher), 0.5)
-                found.append((sums.detach(), *torch.autograd.grad(sums.sum(), leaf)))
-        # float32 keeps 6e-8, of which sums of 1600 terms lose less than two digits.
-        agrees = all(bool((x - y).abs().max() < 1e-5 * y.abs().max()) for x, y in zip(*found, strict=True))
-        reason = "it gives other values"
-    except Exception as error:  # whatever Triton or a driver may raise
-        agrees, reason = False, f"{type(error).__name__}: {error}"
-    if not agrees:
-        warnings.warn(f"impl 'fused' cannot be used on {device} ({reason}); 'auto' takes 'chunked'", stacklevel=2)
-    _AGREES[device] = agrees
-    return agrees
-
-
-# What torch.compiler.assume_constant_result sets; using that here would load the compiler with the package.
-_fused_agrees._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Kept(NamedTuple):

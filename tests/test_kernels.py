@@ -12,7 +12,8 @@ from torch._inductor.utils import fresh_cache
 from torch.nn import functional as F
 
 from rkd_plugin.bench import Case, batch, peak_growth
-from rkd_plugin.functional import _KERNELS, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
+from rkd_plugin.kernels.choose import _KERNELS
+from rkd_plugin.functional import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
 from rkd_plugin.kernels import chunked, compiled
 
 SIZES = [0, 1, 2, 3, 17, 64, 129]

@@ -6,7 +6,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from rkd_plugin import functional, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
-from rkd_plugin.functional import _KERNELS
+from rkd_plugin.kernels import choose
+from rkd_plugin.kernels.choose import _KERNELS
 from rkd_plugin.kernels import chunked
 
 every_kernel = pytest.mark.parametrize("impl", sorted(_KERNELS))
@@ -146,9 +147,9 @@ def test_a_compiled_step_computes_its_own_teacher(student, computed):
 
 @pytest.mark.parametrize("agrees", [True, False])
 def test_which_kernel_auto_takes_is_a_constant_of_a_compiled_step(monkeypatch, agrees):
-    monkeypatch.setattr(functional, "_AGREES", {torch.device("cpu"): agrees})
+    monkeypatch.setattr(choose, "_AGREES", {torch.device("cpu"): agrees})
     torch._dynamo.reset()  # a constant has no guard
     compiled = torch.compile(
-        lambda x: x * 2 if functional._fused_agrees(x.device) else x, fullgraph=True, backend="aot_eager"
+        lambda x: x * 2 if choose._fused_agrees(x.device) else x, fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(compiled(torch.ones(3)), torch.ones(3) * (2 if agrees else 1))
