@@ -17,8 +17,8 @@ import torch
 from test_kernels import HARD, assert_within_budget, clusters, distinct, duplicated, evaluate
 from torch.utils.checkpoint import checkpoint
 
-from rkd_plugin import functional, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
-from rkd_plugin.kernels import chunked, reference
+from rkd_plugin import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
+from rkd_plugin.kernels import choose, chunked, reference
 
 triton = pytest.importorskip("triton")
 from rkd_plugin.kernels import fused  # noqa: E402
@@ -123,26 +123,26 @@ def test_says_where_it_cannot_run(monkeypatch):
     with pytest.raises(RuntimeError) as caught:
         rkd_angle_loss(x, x, impl="fused")
     assert str(caught.value) == (
-        "rkd_angle_loss: impl 'fused' needs tensors on a CUDA device, got cpu; take impl 'chunked'"
+        "rkd_angle_loss: impl 'fused' needs tensors on a CUDA device, got cpu; use impl='chunked'"
     )
-    monkeypatch.setattr(functional, "_HAS_TRITON", False)
+    monkeypatch.setattr(choose, "_HAS_TRITON", False)
     with pytest.raises(RuntimeError) as caught:
         rkd_da_loss(x, x, impl="fused")
-    assert str(caught.value) == "rkd_da_loss: impl 'fused' needs Triton, which is not installed; take impl 'chunked'"
+    assert str(caught.value) == "rkd_da_loss: impl 'fused' needs Triton, which is not installed; use impl='chunked'"
 
 
 def test_auto_takes_what_runs(monkeypatch):
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        monkeypatch.setattr(functional, "_AGREES", {gpu: True})
-        assert functional._kernel("loss", "auto", gpu) is fused
-        assert functional._kernel("loss", "auto", cpu) is chunked
-        monkeypatch.setattr(functional, "_HAS_TRITON", False)
-        assert functional._kernel("loss", "auto", gpu) is chunked
-        monkeypatch.setattr(functional, "_HAS_TRITON", True)
-        monkeypatch.setattr(functional, "_AGREES", {gpu: False})
-        assert functional._kernel("loss", "auto", gpu) is chunked
+        monkeypatch.setattr(choose, "_AGREES", {gpu: True})
+        assert choose.choose("loss", "auto", gpu) is fused
+        assert choose.choose("loss", "auto", cpu) is chunked
+        monkeypatch.setattr(choose, "_HAS_TRITON", False)
+        assert choose.choose("loss", "auto", gpu) is chunked
+        monkeypatch.setattr(choose, "_HAS_TRITON", True)
+        monkeypatch.setattr(choose, "_AGREES", {gpu: False})
+        assert choose.choose("loss", "auto", gpu) is chunked
 
 
 @runs_kernel
@@ -424,14 +424,14 @@ def test_auto_leaves_a_kernel_alone_that_fails_on_this_device(monkeypatch, fault
         losses = right(*args)
         return losses * 1.01 if fault == "value" else losses.detach() + 1.01 * (losses - losses.detach())
 
-    monkeypatch.setattr(functional, "_AGREES", {})
+    monkeypatch.setattr(choose, "_AGREES", {})
     if fault is None:
-        assert functional._fused_agrees(DEVICE)
+        assert choose._fused_agrees(DEVICE)
         return
     monkeypatch.setattr(fused, "angle", wrong)
-    said = "OSError: no such instruction" if fault == "error" else "it gives other values"
+    said = "OSError: no such instruction" if fault == "error" else "its values differ"
     with pytest.warns(
-        UserWarning, match=rf"impl 'fused' cannot be used on {DEVICE} \({said}\); 'auto' takes 'chunked'"
+        UserWarning, match=rf"impl 'fused' cannot be used on {DEVICE} \({said}\); 'auto' uses 'chunked'"
     ):
-        assert not functional._fused_agrees(DEVICE)
-    assert not functional._fused_agrees(DEVICE)  # silent, or the warning would be an error
+        assert not choose._fused_agrees(DEVICE)
+    assert not choose._fused_agrees(DEVICE)  # silent, or the warning would be an error
