@@ -94,7 +94,9 @@ class UnseenGPU:
 
 @in_plain_process
 @both_widths
-@pytest.mark.parametrize(("capability", "rows"), [(90, 33), (90, 64), (80, 64)])
+@pytest.mark.parametrize(
+    ("capability", "rows"), [(90, 33), *(pytest.param(c, 64, marks=pytest.mark.slow) for c in (80, 90))]
+)
 def test_compiles_for_a_gpu(monkeypatch, capability, rows, wide):
     """The interpreter takes Python that the compiler refuses: every launch of a step, up to the launch itself."""
     compiled = []
@@ -103,18 +105,30 @@ def test_compiles_for_a_gpu(monkeypatch, capability, rows, wide):
         run = kernel.run
         monkeypatch.setattr(kernel, "run", lambda *a, warmup, **kw: compiled.append(run(*a, warmup=True, **kw)))
 
-    compile_only(fused._squares_kernel)
-    compile_only(fused._angle_kernel)
+    for kernel in (fused._squares_kernel, fused._squares_backward_kernel, fused._angle_kernel):
+        compile_only(kernel)
     student, teacher = (x.to(wide) for x in distinct(rows))
     monkeypatch.setattr(triton.runtime.driver, "_active", UnseenGPU(capability))
     with torch.no_grad():
         angle_losses(student, teacher)
     angle_losses(student.requires_grad_(), teacher).sum().backward()
     angle_losses(student, teacher, vertices=5).sum().backward()
-    # Squares of both sides, three times, and the angles: alone; all and some, with their gradient, and with weights.
-    assert len(compiled) == 11
+    # Squares of both sides, three times, and twice their gradient. The angles, of tiles of either kind: alone; all and
+    # some, with their gradient; and both again with weights.
+    assert len(compiled) == 6 + 2 + 2 * 5
     for kernel in compiled:
         assert not re.search(r"\b(atom|red)\.", kernel.asm["ptx"])  # nothing is added up in whatever order
+        # No product of two variables, as is any multiple of the number of rows, is narrower than an offset has to be.
+        assert narrow_products(kernel.asm["ttir"]) == []
+        assert re.search(r"tensor<32x\d+xi64>", kernel.asm["ttir"])
+
+
+def narrow_products(ttir):
+    """Products of 32-bit integers in Triton's intermediate code, but for multiples of a constant."""
+    constants = set(re.findall(r"(%\w+) = arith.constant", ttir))
+    spread = dict(re.findall(r"(%\w+) = tt.splat (%\w+)", ttir))
+    products = re.findall(r"arith.muli (%\w+), (%\w+) : (?:tensor<[\dx]+x)?i32", ttir)
+    return [pair for pair in products if not {spread.get(x, x) for x in pair} & constants]
 
 
 @in_plain_process
