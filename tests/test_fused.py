@@ -14,7 +14,18 @@ import warnings
 
 import pytest
 import torch
-from test_kernels import HARD, assert_within_budget, clusters, distinct, duplicated, evaluate
+from test_kernels import (
+    HARD,
+    MAGNITUDES,
+    assert_refused,
+    assert_right,
+    assert_within_budget,
+    clusters,
+    distinct,
+    duplicated,
+    evaluate,
+    magnitude,
+)
 from torch.utils.checkpoint import checkpoint
 
 from rkd_plugin import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
@@ -178,13 +189,43 @@ def test_error_budget_of_hard_batches(loss, case, wide):
 
 
 @runs_kernel
+@every_loss
+@pytest.mark.parametrize("case", MAGNITUDES)
+def test_any_magnitude(loss, case):
+    student, teacher, value, gradient = magnitude(case, loss)
+    assert_right(loss, "fused", student.to(DEVICE), teacher.to(DEVICE), value, gradient.to(DEVICE))
+
+
+@runs_kernel
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_tiles_of_rows_far_apart_and_others(wide):
+    """Three tiles a side, two of whose pairs hold close rows, beside tiles that the law of cosines resolves."""
+    student, teacher = (torch.randn(n, d) for n, d in ((66, 2), (66, 3)))
+    student[40], student[41] = student[2] + 1e-6, student[2]
+    student, teacher = student.to(DEVICE, wide), teacher.to(DEVICE, wide)
+    weights = torch.rand(66).to(DEVICE, wide)  # for which the gradient is computed in the backward pass
+    ours, truth = (
+        value_and_gradient(lambda *b: weights @ rkd_angle_loss(*b, reduction="anchor", impl=impl), student, teacher)
+        for impl in ("fused", "reference")
+    )
+    for x, y in zip(ours, truth, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=(2e-6 if wide == torch.float32 else 1e-9) * float(y.abs().max()))
+
+
+@runs_kernel
+@pytest.mark.parametrize("derivative", ["hessian-vector product", "func.grad", "forward_ad"])
+def test_derivatives_that_it_does_not_have(derivative):
+    with torch.device(DEVICE):
+        assert_refused(derivative, "fused")
+
+
+@runs_kernel
+@pytest.mark.parametrize("huber_delta", [0.1, 1e300])
 @pytest.mark.parametrize("reduction", ["mean", "tuple_mean", "sum", "anchor"])
-@pytest.mark.parametrize("huber_delta", [1.0, 0.1])
-@pytest.mark.parametrize("loss", [rkd_distance_loss, rkd_angle_loss, rkd_da_loss], ids=lambda f: f.__name__)
-def test_reductions_and_thresholds(loss, reduction, huber_delta):
+def test_reductions_and_thresholds(reduction, huber_delta):
     student, teacher = batch()
     ours, truth = (
-        value_and_gradient(loss, student, teacher, reduction=reduction, huber_delta=huber_delta, impl=impl)
+        value_and_gradient(rkd_da_loss, student, teacher, reduction=reduction, huber_delta=huber_delta, impl=impl)
         for impl in ("fused", "reference")
     )
     torch.testing.assert_close(ours, truth)
@@ -259,9 +300,8 @@ def test_collapsed_batch(constant, dtype):
 @runs_kernel
 @every_loss
 @pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("rows", [1, 2, 4])
-def test_not_a_number_is_passed_on(loss, side, bad, rows):
+@pytest.mark.parametrize(("rows", "bad"), [(1, float("inf")), (2, float("nan")), (4, float("-inf"))])
+def test_not_a_number_is_passed_on(loss, side, rows, bad):
     student, teacher = batch(rows, torch.float32)
     (student if side == "student" else teacher)[-1, 0] = bad
     assert loss(student, teacher, impl="fused").isnan()
@@ -373,12 +413,27 @@ def test_dynamo(reduction):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [129, 1000])
-def test_agrees_with_chunked(rows, dtype):
+@pytest.mark.parametrize("anchors", [None, 0.3])
+def test_agrees_with_chunked(rows, anchors, dtype):
     student, teacher = batch(rows, dtype)
-    ours, theirs = (evaluate(rkd_da_loss, student, teacher, impl=impl) for impl in ("fused", "chunked"))
-    for x, y in zip(ours, theirs, strict=True):
-        limit = {torch.float64: 1e-12, torch.float32: 2e-6}.get(x.dtype, torch.finfo(x.dtype).eps)
-        torch.testing.assert_close(x, y, rtol=0, atol=limit * float(y.abs().max()))
+    weights = torch.rand(rows, device=DEVICE)  # unequal, for which the gradient is computed in the backward pass
+
+    def weighted(*batch, reduction, impl):
+        torch.manual_seed(0)
+        return rkd_da_loss(*batch, reduction=reduction, anchors=anchors, impl=impl) * weights
+
+    for loss in (rkd_da_loss, weighted):
+        ours, theirs = (evaluate(loss, student, teacher, impl=impl) for impl in ("fused", "chunked"))
+        for x, y in zip(ours, theirs, strict=True):
+            limit = {torch.float64: 1e-12, torch.float32: 5e-6}.get(x.dtype, torch.finfo(x.dtype).eps)
+            torch.testing.assert_close(x, y, rtol=0, atol=limit * float(y.abs().max()))
+
+
+@pytest.mark.gpu
+def test_auto_takes_it_on_this_card():
+    """Compiled and run, its values agree here."""
+    choose._AGREES.pop(DEVICE, None)
+    assert choose.choose("loss", "auto", DEVICE) is fused
 
 
 @pytest.mark.gpu
@@ -444,8 +499,6 @@ def test_auto_leaves_a_kernel_alone_that_fails_on_this_device(monkeypatch, fault
         return
     monkeypatch.setattr(fused, "angle", wrong)
     said = "OSError: no such instruction" if fault == "error" else "its values differ"
-    with pytest.warns(
-        UserWarning, match=rf"impl 'fused' cannot be used on {DEVICE} \({said}\); 'auto' uses 'chunked'"
-    ):
+    with pytest.warns(UserWarning, match=rf"impl 'fused' cannot be used on {DEVICE} \({said}\); 'auto' uses 'chunked'"):
         assert not choose._fused_agrees(DEVICE)
     assert not choose._fused_agrees(DEVICE)  # silent, or the warning would be an error

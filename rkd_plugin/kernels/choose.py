@@ -1,4 +1,4 @@
-"""Which kernel computes a loss: the requested one, or the fastest one that runs and agrees; and how often it derives."""
+"""Which kernel computes a loss, the requested one or the fastest one that agrees; and what derivatives it has."""
 
 from __future__ import annotations
 

@@ -29,13 +29,13 @@ from rkd_plugin.kernels import compiled
 from rkd_plugin.kernels.operators import angle_operator
 from rkd_plugin.kernels.pairwise import (
     EQUAL,
-    SubstituteValue,
     inverse_lengths,
     mean_distance,
     normalise,
     rescale,
     safe_sqrt,
     squared_distances,
+    substitute_value,
 )
 
 STRIP = 32  # rows b of a strip; its columns are all c from the first of them on
@@ -134,8 +134,8 @@ def angle(
         d_ab, d_ac, d_bc = side.squares[a, b], side.squares[a, c], side.squares[b, c]
         numerators = _numerators(d_ab / 2, d_ac / 2, d_bc / 2)
         exact = _exact_numerators(numerators.detach(), side.squares.detach(), side.rows, a, b, c, side.dtype)
-        cosines = SubstituteValue.apply(numerators, exact) * inverse_lengths(d_ab) * inverse_lengths(d_ac)
-        return cosines.to(side.dtype)  # type: ignore[no-any-return]
+        cosines = substitute_value(numerators, exact) * inverse_lengths(d_ab) * inverse_lengths(d_ac)
+        return cosines.to(side.dtype)
 
     losses = huber_loss(psi(student), psi(teacher), reduction="none", delta=huber_delta).masked_fill(b == c, 0)
     return losses.new_zeros(len(student.squares)).index_add(0, a, losses)
@@ -150,20 +150,18 @@ def _numerators(h_ab: Tensor, h_ac: Tensor, h_bc: Tensor, out: Tensor | None = N
 def _exact_numerators(
     numerators: Tensor, squares: Tensor, rows: Tensor, a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """`_numerators` of index tuples, from the differences of ``rows`` where the law of cosines does not resolve them."""
+    """`_numerators` of index tuples; from the differences of ``rows`` where the law of cosines loses digits."""
     # An operator of its own, since that depends on the data; a CUDA graph, which cannot ask for it, is always exact.
     capturing = squares.is_cuda and torch.cuda.is_current_stream_capturing()
     if not capturing and not _lengths(squares).apart(dtype):
         return numerators.clone()
     size = max(ELEMENTS // max(rows.shape[1], 1), 1)
-    parts = [((rows[j] - rows[i]) * (rows[k] - rows[i])).sum(1) for i, j, k in zip(*(t.split(size) for t in (a, b, c)))]
-    return torch.cat(parts)
+    parts = zip(a.split(size), b.split(size), c.split(size), strict=True)
+    return torch.cat([((rows[j] - rows[i]) * (rows[k] - rows[i])).sum(1) for i, j, k in parts])
 
 
 @_exact_numerators.register_fake
-def _(
-    numerators: Tensor, squares: Tensor, rows: Tensor, a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _(numerators: Tensor, squares: Tensor, rows: Tensor, a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(numerators)
 
 

@@ -51,9 +51,7 @@ class _WidenForward(_Widen):
         return tangent.to(ctx.wide, copy=True)
 
 
-class SubstituteValue(torch.autograd.Function):
-    """The value of one tensor with the gradient of another."""
-
+class _SubstituteValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
         return value.clone()
@@ -61,6 +59,12 @@ class SubstituteValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+def substitute_value(x: Tensor, value: Tensor) -> Tensor:
+    """``value`` with the gradient of ``x``."""
+    substituted: Tensor = _SubstituteValue.apply(x, value)
+    return substituted
 
 
 def rescale(x: Tensor) -> Tensor:
