@@ -287,6 +287,9 @@ def test_transforms_of_the_reference(loss):
     torch.testing.assert_close(torch.func.jacrev(function)(weights), gradient)
     tangent = torch.randn_like(weights)
     torch.testing.assert_close(torch.func.jvp(function, (weights,), (tangent,))[1], (gradient * tangent).sum())
+    with torch.autograd.forward_ad.dual_level():
+        dual = function(torch.autograd.forward_ad.make_dual(weights, tangent))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, (gradient * tangent).sum())
     several = torch.stack([weights, tangent])
     torch.testing.assert_close(torch.func.vmap(function)(several), torch.stack([function(w) for w in several]))
     per_sample = torch.func.vmap(torch.func.grad(function))(several)

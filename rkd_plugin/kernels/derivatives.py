@@ -8,6 +8,15 @@ import torch
 from torch import Tensor
 
 
+def transformed(x: Tensor) -> str | None:
+    """What else than autograd's reverse mode works on ``x``: a transform of ``torch.func``, forward mode, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func"
+    return None if torch.autograd.forward_ad.unpack_dual(x).tangent is None else "one in forward mode"
+
+
 def first_only(x: Tensor, where: str, advice: str) -> Tensor:
     """``x`` itself; what is computed from it has a gradient, which may be kept in a graph but not differentiated again.
 
@@ -21,12 +30,9 @@ def first_only(x: Tensor, where: str, advice: str) -> Tensor:
             gradient by ``x`` is differentiated.
     """
     message = f"{where}: expected a first derivative in reverse mode, got {{}}; {advice}"
-    # Both would take the derivative of an operator that is written in Python for 0.
-    if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(message.format("a transform of torch.func"))
-        if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
-            raise RuntimeError(message.format("one in forward mode"))
+    # Each would take the derivative of an operator that is written in Python for 0.
+    if (how := transformed(x)) is not None:
+        raise RuntimeError(message.format(how))
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x
     once: Tensor = _FirstOnly.apply(x, x[:0].clone(), message)

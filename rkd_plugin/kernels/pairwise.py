@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rkd_plugin.kernels.derivatives import transformed
+
 CLOSE = 1e-3  # of the squared norms: below this, three digits have cancelled and the Gram matrix is not trusted
 NEAR = 2.0**-40  # of a row's squared norm: below this, gradients that differ by 1e-10 are lost in its product
 # Squared distance in the scale of `rescale`: closer rows count as equal, or products of two reciprocals overflow.
@@ -27,28 +29,15 @@ def widest(x: Tensor) -> torch.dtype:
 class _Widen(torch.autograd.Function):
     """``x`` in a wider dtype; its gradient saturates at the largest number of the narrow one instead of overflowing."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.narrow = x.dtype
         return x.to(dtype, copy=True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.dtype], output: Tensor) -> None:
-        ctx.narrow, ctx.wide = inputs[0].dtype, inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         limit = torch.finfo(ctx.narrow).max
         return grad.clamp(-limit, limit).to(ctx.narrow), None
-
-
-class _WidenForward(_Widen):
-    """The same with derivatives in forward mode, which torch.compile does not take."""
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return tangent.to(ctx.wide, copy=True)
 
 
 class _SubstituteValue(torch.autograd.Function):
@@ -74,7 +63,8 @@ def rescale(x: Tensor) -> Tensor:
     differences are exact (Sterbenz's lemma); any other column is already close enough to 0. The scale is a power of 2.
     Neither loss changes with shift or scale, so that derivatives of every order treat both as constants.
     """
-    wide: Tensor = (_Widen if torch.compiler.is_compiling() else _WidenForward).apply(x, widest(x))
+    # PyTorch's transforms take a Function of two derivatives in forward mode for one whose second derivative is 0.
+    wide: Tensor = x.to(widest(x)) if transformed(x) else _Widen.apply(x, widest(x))
     if not x.numel():
         return wide
     with torch.no_grad():
