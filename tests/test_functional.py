@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from rkd_plugin.kernels.choose import _KERNELS
 from rkd_plugin.functional import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
 from rkd_plugin.kernels import chunked
+from rkd_plugin.kernels.choose import _KERNELS
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "rkd.json").read_text())
 LOSSES = [rkd_distance_loss, rkd_angle_loss, rkd_da_loss]

@@ -6,9 +6,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from rkd_plugin import functional, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
-from rkd_plugin.kernels import choose
+from rkd_plugin.kernels import choose, chunked
 from rkd_plugin.kernels.choose import _KERNELS
-from rkd_plugin.kernels import chunked
 
 every_kernel = pytest.mark.parametrize("impl", sorted(_KERNELS))
 

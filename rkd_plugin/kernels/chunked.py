@@ -156,7 +156,7 @@ def _exact_numerators(
     if not capturing and not _lengths(squares).apart(dtype):
         return numerators.clone()
     size = max(ELEMENTS // max(rows.shape[1], 1), 1)
-    parts = zip(a.split(size), b.split(size), c.split(size), strict=True)
+    parts = zip(*(torch.split(index, size) for index in (a, b, c)), strict=True)
     return torch.cat([((rows[j] - rows[i]) * (rows[k] - rows[i])).sum(1) for i, j, k in parts])
 
 

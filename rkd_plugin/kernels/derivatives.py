@@ -14,7 +14,8 @@ def transformed(x: Tensor) -> str | None:
         return None
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func"
-    return None if torch.autograd.forward_ad.unpack_dual(x).tangent is None else "one in forward mode"
+    tangent = torch.autograd.forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
+    return None if tangent is None else "one in forward mode"
 
 
 def first_only(x: Tensor, where: str, advice: str) -> Tensor:
