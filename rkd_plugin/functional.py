@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rkd_plugin.kernels.choose import choose
+from rkd_plugin.kernels.choose import choose, differentiable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -304,6 +304,7 @@ def relation_terms(name: str, student: Tensor, teacher: Tensor, options: Options
     triplets = _indices(name, "triplets", options.triplets, 3, student)
     options = replace(options, pairs=pairs, triplets=triplets)
     kernel = choose(name, options.impl, student.device)
+    student = differentiable(name, kernel, student)
     batch = _gather(name, student, teacher, options)
     if batch is not None:
         student, teacher = batch.student, batch.teacher

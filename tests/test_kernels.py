@@ -6,9 +6,17 @@ of conftest.py.
 
 from __future__ import annotations
 
+import functools
+
+import oracle
 import pytest
 import torch
+from conftest import TOLERANCE
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._inductor.utils import fresh_cache
+from torch.autograd import functional as autograd_functional
+from torch.autograd import gradgradcheck
 from torch.nn import functional as F
 
 from rkd_plugin.bench import Case, batch, peak_growth
@@ -130,9 +138,215 @@ def test_error_budget(loss, impl, rows, dtype, tolerance, device):
 
 @every_kernel
 @every_loss
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])  # as which narrower inputs are computed, see below
 @pytest.mark.parametrize("case", HARD)
-def test_error_budget_of_hard_batches(loss, impl, case, dtype, tolerance, device):
-    assert_within_budget(loss, impl, *HARD[case](), dtype, tolerance, device)
+def test_error_budget_of_hard_batches(loss, impl, case, wide, device):
+    assert_within_budget(loss, impl, *HARD[case](), wide, TOLERANCE[wide], device)
+
+
+def one_row(factor, which=0):
+    def case():
+        student, teacher = torch.randn(6, 3), torch.randn(6, 4)
+        (student if which == 0 else teacher)[0] *= factor
+        return student, teacher
+
+    return case
+
+
+def far_apart_in_turn():
+    """Rows that are closer and closer beside each other, down to what float32 can hold, and one that is far away."""
+    student = torch.zeros(6, 3)
+    for row in range(5):
+        student[row] = torch.randn(3) * 10.0 ** (-7 * row)
+    student[5] = 1e10 * torch.randn(3)
+    return student, torch.randn(6, 4)
+
+
+def near_duplicates():
+    student, teacher = torch.randn(6, 3).double(), torch.randn(6, 4)
+    student[1] = student[0] + 1e-9 * torch.randn(3)
+    student[2] = student[0] + 1e-12 * torch.randn(3)
+    return student, teacher
+
+
+MAGNITUDES = {
+    "a-row-1e6-away": one_row(1e6),
+    "a-row-1e11-away": one_row(1e11),
+    "a-row-1e30-away": one_row(1e30),
+    "a-teacher-row-1e11-away": one_row(1e11, 1),
+    "far-apart-in-turn": far_apart_in_turn,
+    "near-duplicates": near_duplicates,
+    "an-offset-of-1e12": lambda: (torch.randn(6, 3).double() + 1e12, torch.randn(6, 4).double() - 1e12),
+    "a-column-of-1e300": lambda: (F.pad(torch.randn(6, 2).double(), (1, 0), value=1e300), torch.randn(6, 4)),
+    "huge": lambda: (1e37 * torch.randn(6, 3), 1e300 * torch.randn(6, 4).double()),
+    "subnormal": lambda: (5e-324 * (100 * torch.randn(6, 3).double()).round(), torch.randn(6, 4)),
+}
+
+
+@functools.cache
+def magnitude(case, loss):
+    """A batch, and the right value and gradient."""
+    torch.manual_seed(0)
+    student, teacher = MAGNITUDES[case]()
+    psi = oracle.distances if loss is rkd_distance_loss else oracle.cosines
+    return student, teacher, *oracle.value_and_gradient(psi, student, teacher)
+
+
+def assert_right(loss, impl, student, teacher, value, gradient):
+    ours = student.clone().requires_grad_()
+    found = loss(ours, teacher, impl=impl)
+    found.backward()
+    found = found.detach()
+    limit = 1e-9 if student.dtype == torch.float64 else 1e-6
+    assert abs(float(found) - value) < limit
+    largest = torch.finfo(student.dtype).max
+    wanted = gradient.clamp(-largest, largest)
+    assert float((ours.grad.double() - wanted).abs().max()) <= 3 * limit * float(wanted.abs().max())
+
+
+@every_kernel
+@every_loss
+@pytest.mark.parametrize("case", MAGNITUDES)
+def test_any_magnitude(loss, impl, case):
+    assert_right(loss, impl, *magnitude(case, loss))
+
+
+@every_loss
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**31),
+    powers=st.lists(st.integers(-30, 30), min_size=4, max_size=4),
+    offset=st.sampled_from([0, 1, 1e5, 1e13]),
+    wide=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_any_magnitudes_of_rows(loss, seed, powers, offset, wide):
+    torch.manual_seed(seed)
+    student, teacher = torch.randn(4, 2).double(), torch.randn(4, 3).to(wide)
+    student = (student * 10.0 ** torch.tensor(powers).double().unsqueeze(1) + offset).to(wide)
+    if len(student.unique(dim=0)) < 4:  # equal rows have no derivative
+        return
+    psi = oracle.distances if loss is rkd_distance_loss else oracle.cosines
+    right = oracle.value_and_gradient(psi, student, teacher)
+    for impl in ("reference", "chunked"):
+        assert_right(loss, impl, student, teacher, *right)
+
+
+@every_kernel
+@pytest.mark.parametrize("which", [0, 1])
+def test_index_tuples_of_rows_far_apart(impl, which):
+    """Of all tuples, which is the loss itself."""
+    student, teacher = one_row(1e14, which)()
+    every = tuple(torch.cartesian_prod(*[torch.arange(6)] * 3).T)
+    pair = [
+        evaluate(rkd_angle_loss, student, teacher, impl=kernel, **options)
+        for kernel, options in ((impl, {"triplets": every}), ("reference", {}))
+    ]
+    for ours, truth in zip(*pair, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=0, atol=1e-6 * float(truth.abs().max()))
+
+
+@every_kernel
+@every_loss
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_thresholds_of_any_size(loss, impl, wide):
+    student, teacher = (x.to(wide) for x in distinct(12))
+    quadratic = evaluate(loss, student, teacher, impl=impl, huber_delta=1e3)
+    torch.testing.assert_close(evaluate(loss, student, teacher, impl=impl, huber_delta=1e300), quadratic)
+    # Where it is linear, all is in proportion to it; float32 holds no less than 1e-45.
+    small, smaller = (evaluate(loss, student, teacher, impl=impl, huber_delta=d)[0] for d in (1e-20, 1e-30))
+    torch.testing.assert_close(small, 1e10 * smaller, rtol=1e-5, atol=0)
+    assert small.all()
+    assert not evaluate(loss, student.float(), teacher, impl=impl, huber_delta=1e-300)[0].any()
+
+
+def through_a_network(loss, **options):
+    """The loss as a function of a layer's weights, and such weights."""
+    x, teacher = torch.randn(7, 4).double(), torch.randn(7, 5).double()
+    return lambda weights: loss(torch.tanh(x @ weights), teacher, **options), torch.randn(4, 3).double()
+
+
+@every_loss
+@pytest.mark.parametrize("huber_delta", [1.0, 0.1])
+def test_second_derivatives_of_the_reference(loss, huber_delta):
+    function, weights = through_a_network(loss, impl="reference", huber_delta=huber_delta)
+    assert gradgradcheck(function, weights.requires_grad_())
+    weights = weights.detach()
+    hessian = torch.func.hessian(function)(weights)
+    assert hessian.any()
+    torch.testing.assert_close(autograd_functional.hessian(function, weights), hessian)
+    for outer, inner in ((torch.func.jacfwd, torch.func.jacfwd), (torch.func.jacrev, torch.func.jacfwd)):
+        torch.testing.assert_close(outer(inner(function))(weights), hessian)
+
+
+@every_loss
+def test_transforms_of_the_reference(loss):
+    function, weights = through_a_network(loss, impl="reference")
+    leaf = weights.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(function)(weights), gradient)
+    torch.testing.assert_close(torch.func.jacrev(function)(weights), gradient)
+    tangent = torch.randn_like(weights)
+    torch.testing.assert_close(torch.func.jvp(function, (weights,), (tangent,))[1], (gradient * tangent).sum())
+    with torch.autograd.forward_ad.dual_level():
+        dual = function(torch.autograd.forward_ad.make_dual(weights, tangent))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, (gradient * tangent).sum())
+    several = torch.stack([weights, tangent])
+    torch.testing.assert_close(torch.func.vmap(function)(several), torch.stack([function(w) for w in several]))
+    per_sample = torch.func.vmap(torch.func.grad(function))(several)
+    torch.testing.assert_close(per_sample[0], gradient)
+
+
+def twice(function, x):
+    """Hessian-vector product as one types it."""
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
+    return torch.autograd.grad(gradient, x, torch.ones_like(x))
+
+
+def forward_mode(function, x):
+    with torch.autograd.forward_ad.dual_level():
+        return function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+DERIVATIVES = {
+    "hessian-vector product": twice,
+    "autograd.functional.hessian": autograd_functional.hessian,
+    "autograd.functional.hvp": lambda f, x: autograd_functional.hvp(f, x, x),
+    "autograd.functional.jvp": lambda f, x: autograd_functional.jvp(lambda y: twice(f, y)[0], x, x),
+    "forward_ad": forward_mode,
+    "func.grad": lambda f, x: torch.func.grad(f)(x),
+    "func.jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "func.vmap": lambda f, x: torch.func.vmap(f)(x.unsqueeze(0)),
+    "func.hessian": lambda f, x: torch.func.hessian(f)(x),
+}
+
+
+def assert_refused(derivative, impl):
+    function, weights = through_a_network(rkd_da_loss, impl=impl)
+    with pytest.raises(RuntimeError) as caught:
+        DERIVATIVES[derivative](function, weights)
+    message = str(caught.value)
+    assert message.startswith(f"rkd_da_loss: impl '{impl}': expected a first derivative in reverse mode, got ")
+    assert message.endswith("; use impl='reference'")
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_derivatives_that_a_fast_kernel_does_not_have(derivative):
+    """Each was silently 0 or wrong, or ended in a sentence of PyTorch's, until it was refused."""
+    assert_refused(derivative, "chunked")
+
+
+@every_kernel
+def test_a_gradient_in_a_graph(impl):
+    """``create_graph=True`` changes nothing where nothing is differentiated again, nor does an overwritten student."""
+    student, teacher = distinct()
+    plain = evaluate(rkd_da_loss, student, teacher, impl=impl)[1]
+    leaf = student.clone().requires_grad_()
+    hidden = leaf * 1
+    value = rkd_da_loss(hidden, teacher, reduction="anchor", impl=impl).mean()
+    hidden.zero_()
+    (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+    torch.testing.assert_close(gradient.detach(), plain, rtol=0, atol=0)
 
 
 @every_kernel
@@ -150,9 +364,7 @@ def test_half_precision_is_computed_in_float32(loss, impl, dtype, device):
 
 @every_kernel
 @every_loss
-@pytest.mark.parametrize(
-    "magnitude", ["huge", "largest", "tiny", "subnormal", "tiny-beside-large", "zero-beside-large"]
-)
+@pytest.mark.parametrize("magnitude", ["huge", "largest", "tiny", "smallest", "tiny-beside-large", "zero-beside-large"])
 def test_extremes_stay_finite(loss, impl, magnitude, dtype, device):
     info = torch.finfo(dtype)
     student, teacher = (x.clamp(-2.9, 2.9).to(device) for x in distinct())
@@ -161,7 +373,9 @@ def test_extremes_stay_finite(loss, impl, magnitude, dtype, device):
         student[:5] *= 1e-30 if magnitude.startswith("tiny") else 0
     else:
         expected = evaluate(loss, student, teacher, impl="reference")[0].mean()
-        student *= {"huge": info.max / 100, "largest": info.max / 3, "tiny": 1e-6, "subnormal": info.tiny / 4}[
+        if magnitude == "smallest":
+            student = (100 * student).round()
+        student *= {"huge": info.max / 100, "largest": info.max / 3, "tiny": 1e-6, "smallest": info.tiny * info.eps}[
             magnitude
         ]
     student, teacher = student.to(dtype), teacher.to(dtype)
@@ -200,24 +414,25 @@ def test_duplicates_keep_the_gradient_small(loss, impl, which, dtype, device):
 
 @every_kernel
 @every_loss
-@pytest.mark.parametrize("constant", [0, 1 / 3, 1000])
-@pytest.mark.parametrize("rows", [2, 3, 17])
-def test_collapsed_batch(loss, impl, constant, rows, dtype, device):
+@pytest.mark.parametrize(
+    ("constant", "rows", "kind"),
+    [(0, 2, torch.float32), (1 / 3, 3, torch.float64), (1000, 17, torch.float16), (1 / 3, 17, torch.bfloat16)],
+)
+def test_collapsed_batch(loss, impl, constant, rows, kind, device):
     """All student rows equal: no direction to leave in, so the loss is finite and the gradient 0."""
-    student = torch.full((rows, 4), constant, dtype=dtype, device=device)
-    value, gradient = evaluate(loss, student, torch.randn(rows, 3).to(device, dtype), impl=impl)
+    student = torch.full((rows, 4), constant, dtype=kind, device=device)
+    value, gradient = evaluate(loss, student, torch.randn(rows, 3).to(device, kind), impl=impl)
     assert value.isfinite().all()
     assert value.any() == (loss is rkd_distance_loss or rows > 2)
     assert not gradient.any()
 
 
 @every_kernel
-@pytest.mark.parametrize("loss", [*LOSSES, rkd_da_loss], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("rows", [0, 1])
 @pytest.mark.parametrize("reduction", ["mean", "tuple_mean", "sum", "anchor"])
-def test_too_few_rows(loss, impl, rows, reduction, dtype, device):
-    student = torch.randn(rows, 4).to(device, dtype).requires_grad_()
-    value = loss(student, torch.randn(rows, 3).to(device, dtype), reduction=reduction, impl=impl)
+def test_too_few_rows(impl, rows, reduction, device):
+    student = torch.randn(rows, 4).to(device).requires_grad_()
+    value = rkd_da_loss(student, torch.randn(rows, 3).to(device), reduction=reduction, impl=impl)
     assert not value.any()
     value.sum().backward()
     assert student.grad.shape == (rows, 4)
@@ -233,15 +448,22 @@ def test_two_rows_span_no_angle(impl, dtype, device):
 
 
 @every_kernel
-@pytest.mark.parametrize("loss", [*LOSSES, rkd_da_loss], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("rows", [1, 2, 3, 17])
-def test_not_a_number_is_passed_on(loss, impl, side, bad, rows, dtype, device):
-    student, teacher = (x.to(device, dtype) for x in distinct(rows))
-    (student if side == "student" else teacher)[-1, 0] = bad
-    for reduction in ("mean", "sum"):
-        assert loss(student, teacher, impl=impl, reduction=reduction).isnan()
+@every_loss
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(
+    ("rows", "bad", "kind"),
+    [
+        (1, "nan", torch.float32),
+        (2, "inf", torch.float64),
+        (3, "-inf", torch.float16),
+        (17, "nan", torch.bfloat16),
+        (17, "inf", torch.float32),
+    ],
+)
+def test_not_a_number_is_passed_on(loss, impl, side, rows, bad, kind, device):
+    batch = [x.to(device, kind) for x in distinct(rows)]
+    batch[side][-1, 0] = float(bad)
+    assert loss(*batch, impl=impl).isnan()
 
 
 @every_kernel

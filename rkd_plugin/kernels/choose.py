@@ -1,4 +1,4 @@
-"""Which kernel computes a loss: the one that was requested, or the fastest one that runs and agrees."""
+"""Which kernel computes a loss, the requested one or the fastest one that agrees; and what derivatives it has."""
 
 from __future__ import annotations
 
@@ -7,35 +7,58 @@ import warnings
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from rkd_plugin.kernels import chunked, reference
+from rkd_plugin.kernels.derivatives import first_only
 
 _KERNELS: dict[str, ModuleType] = {"chunked": chunked, "reference": reference}  # those that run anywhere
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up, not imported
 
 
 def choose(name: str, impl: str, device: torch.device) -> ModuleType:
-    """The file that computes; ``"auto"`` takes one that runs, an explicit choice is kept or refused."""
+    """The kernel file that computes: for ``"auto"`` one that runs on ``device``, otherwise the requested one.
+
+    Args:
+        name: of the loss, for errors.
+        impl: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"fused"``.
+        device: of the embeddings.
+
+    Raises:
+        RuntimeError: if ``"fused"`` is requested and cannot run here.
+    """
     if impl == "auto":
         impl = "fused" if device.type == "cuda" and _HAS_TRITON and _fused_agrees(device) else "chunked"
     if impl != "fused":
         return _KERNELS[impl]
     if not _HAS_TRITON:
-        raise RuntimeError(f"{name}: impl 'fused' needs Triton, which is not installed; take impl 'chunked'")
+        raise RuntimeError(f"{name}: impl 'fused' needs Triton, which is not installed; use impl='chunked'")
     from rkd_plugin.kernels import fused
 
     if device.type != "cuda" and not (device.type == "cpu" and fused.INTERPRETED):
-        raise RuntimeError(f"{name}: impl 'fused' needs tensors on a CUDA device, got {device}; take impl 'chunked'")
+        raise RuntimeError(f"{name}: impl 'fused' needs tensors on a CUDA device, got {device}; use impl='chunked'")
     return fused
+
+
+def differentiable(name: str, kernel: ModuleType, student: Tensor) -> Tensor:
+    """``student`` for ``kernel``: any derivative for ``reference``; a second one of a fast kernel is an error.
+
+    Raises:
+        RuntimeError: as `first_only`.
+    """
+    if kernel is reference:
+        return student
+    where = f"{name}: impl '{kernel.__name__.rpartition('.')[2]}'"
+    return first_only(student, where, "use impl='reference'")
 
 
 _AGREES: dict[torch.device, bool] = {}
 
 
 def _fused_agrees(device: torch.device) -> bool:
-    """Whether the fused kernel gives on this device what the chunked one gives, found out once with a small batch.
+    """Whether the fused kernel gives on this device what the chunked one gives, tried once with a small batch.
 
-    Triton compiles for each kind of GPU anew, and ``"auto"`` must neither fail nor be wrong on one that nobody tried.
+    Triton compiles for each kind of GPU anew, and ``"auto"`` must neither fail nor be wrong on an untested one.
     """
     if device in _AGREES:
         return _AGREES[device]
@@ -43,20 +66,21 @@ def _fused_agrees(device: torch.device) -> bool:
         from rkd_plugin.kernels import fused
 
         generator = torch.Generator().manual_seed(0)
-        student, teacher = (torch.randn(40, width, generator=generator).to(device) for width in (3, 5))
+        student, teacher = (torch.randn(40, width, generator=generator) for width in (3, 5))
+        student[0] *= 1e6  # so that tiles with this row take the path of rows that are far apart
         found = []
         for kernel in (fused, chunked):
             with torch.inference_mode(False), torch.enable_grad():
-                leaf = student.detach().clone().requires_grad_()
-                sums = kernel.angle(kernel.relations(leaf), kernel.relations(teacher), 0.5)
+                leaf = student.detach().clone().to(device).requires_grad_()
+                sums = kernel.angle(kernel.relations(leaf), kernel.relations(teacher.to(device)), 0.5)
                 found.append((sums.detach(), *torch.autograd.grad(sums.sum(), leaf)))
         # float32 keeps 6e-8, of which sums of 1600 terms lose less than two digits.
         agrees = all(bool((x - y).abs().max() < 1e-5 * y.abs().max()) for x, y in zip(*found, strict=True))
-        reason = "it gives other values"
+        reason = "its values differ"
     except Exception as error:  # whatever Triton or a driver may raise
         agrees, reason = False, f"{type(error).__name__}: {error}"
     if not agrees:
-        warnings.warn(f"impl 'fused' cannot be used on {device} ({reason}); 'auto' takes 'chunked'", stacklevel=2)
+        warnings.warn(f"impl 'fused' cannot be used on {device} ({reason}); 'auto' uses 'chunked'", stacklevel=2)
     _AGREES[device] = agrees
     return agrees
 

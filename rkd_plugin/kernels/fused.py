@@ -9,15 +9,19 @@ the distance between i and j. With h = D / 2, r = 1 / sqrt(D), or 0 where D = 0,
 
 What a program sums up stays in its registers, so that there are no atomics, and the same input gives the same bits in
 every run. That is paid for by computing a cosine three times, once for each side of its triangle. Tile sizes are fixed
-for the same reason: others would add up in another order. What is left to PyTorch is as reproducible as PyTorch is: the
-last step, two matrix products, always on one stream; index tuples only under ``torch.use_deterministic_algorithms``.
+for the same reason: others would add up in another order. What is left to PyTorch is as reproducible as PyTorch is:
+index tuples only under ``torch.use_deterministic_algorithms``.
 
 The numerator cancels where one side is much shorter than the others. Unless the input is float64, h is therefore split
 into whole steps of about 2^-23 of the largest, whose sums are exact in float32, and the rest, whose sums are rounded to
-2^-47 of the largest.
+2^-47 of the largest. A tile of which that resolves too little (`APART`) is left to a second launch of the kernel, which
+takes its cosines from the differences of the rows, in float64: exact at any distance, for D times the work. In most
+batches no tile needs that, and the second launch ends at once.
 
-Nothing asks the GPU for a value, so that a call can be captured in a CUDA graph once its kernels have been compiled by
-a call before. ``TRITON_INTERPRET=1``, set before the first use, runs it on a CPU, slowly.
+Offsets are 64-bit integers, since N^2 numbers are more than 32 bits count from N = 46,341 on.
+
+No value is read back from the GPU, so that a call can be captured in a CUDA graph once its kernels have been compiled
+by a call before. ``TRITON_INTERPRET=1``, set before the first use, runs it on a CPU, slowly.
 """
 
 from __future__ import annotations
@@ -28,9 +32,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rkd_plugin.kernels import chunked
-from rkd_plugin.kernels.chunked import Relations, distance
+from rkd_plugin.kernels.chunked import NO_LIMIT, Relations, distance
 from rkd_plugin.kernels.operators import angle_operator
-from rkd_plugin.kernels.pairwise import differentiate_squares, inverse_lengths, rescale
+from rkd_plugin.kernels.pairwise import EQUAL, inverse_lengths, rescale
 
 __all__ = ["INTERPRETED", "Relations", "angle", "distance", "relations"]
 
@@ -40,7 +44,18 @@ UNROLL = 16  # columns of x whose loads are under way at once
 # Four numbers of a tile for each thread, since more do not fit its registers; and no product fused into a difference,
 # since cosines are rounded before they are compared, so that equal relations differ by exactly 0.
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
+# The largest square over the product of two arms from which on cosines come from differences; the split numbers then
+# err by 2^-21. Float64 numbers err by 2^-33, as in ``chunked``, whatever the tile.
+APART = {torch.float32: 2.0**26, torch.float64: chunked.APART[torch.float64]}
+LONGEST_INVERSE = 2.0**60  # of which float32 holds the square
+EQUAL_SQUARES = tl.constexpr(EQUAL[torch.float64])
 STEPS = 2.0**30  # this many times the largest is where float64 numbers are 2^-23 to 2^-22 of the largest apart
+
+
+@triton.jit
+def _rows_of(tile_of_rows, tile: tl.constexpr):
+    """Indices of the rows of a tile, 64 bits wide, as what is computed from them has to be."""
+    return (tile_of_rows * tile + tl.arange(0, tile)).to(tl.int64)
 
 
 @triton.jit
@@ -48,8 +63,7 @@ def _squares_kernel(x, squares, rows, width, columns, tile: tl.constexpr, unroll
     """Squared distances of the rows of ``x``, which comes as ``(columns, width)``, padded with zeros."""
     if tl.program_id(0) > tl.program_id(1):
         return
-    i = tl.program_id(0) * tile + tl.arange(0, tile)
-    j = tl.program_id(1) * tile + tl.arange(0, tile)
+    i, j = _rows_of(tl.program_id(0), tile), _rows_of(tl.program_id(1), tile)
     total = tl.zeros((tile, tile), tl.float64)
     for first in range(0, columns, unroll):
         for step in tl.static_range(unroll):
@@ -59,6 +73,24 @@ def _squares_kernel(x, squares, rows, width, columns, tile: tl.constexpr, unroll
     inside = (i < rows)[:, None] & (j < rows)[None, :]
     tl.store(squares + i[:, None] * rows + j[None, :], total, mask=inside)
     tl.store(squares + j[None, :] * rows + i[:, None], total, mask=inside)
+
+
+@triton.jit
+def _squares_backward_kernel(x, weights, gradient, rows, width, tile: tl.constexpr, unroll: tl.constexpr):
+    """``sum_j weights_ij (x_i - x_j)``: ``x`` and ``gradient`` as in `_squares_kernel`, ``weights`` padded as well.
+
+    The weights of close rows are large, so that the difference comes before the sum: two sums would cancel.
+    """
+    i, column = _rows_of(tl.program_id(0), tile), _rows_of(tl.program_id(1), unroll)
+    entries = x + column[None, :] * width
+    own = tl.load(entries + i[:, None])
+    total = tl.zeros((tile, unroll), tl.float64)
+    for first in range(0, rows, unroll):
+        for step in tl.static_range(unroll):
+            j = tl.cast(first + step, tl.int64)
+            weight = tl.load(weights + j * width + i)[:, None]  # which are symmetric
+            total = tl.fma(weight, own - tl.load(entries + j), total)
+    tl.store(gradient + column[None, :] * width + i[:, None], total)
 
 
 @triton.jit
@@ -85,6 +117,29 @@ def _cosines(h_ij, l_ij, r_ij, row, plane, i, j, split: tl.constexpr):
 
 
 @triton.jit
+def _inverse_length(squares):
+    """``1 / sqrt(squares)``, and 0 between rows that count as equal."""
+    equal = squares < EQUAL_SQUARES
+    return tl.where(equal, 0.0, 1.0 / tl.sqrt(tl.where(equal, 1.0, squares)))
+
+
+@triton.jit
+def _cosines_apart(r_ij, x, squares, columns, width, rows, i, j, k):
+    """What `_cosines` returns, from the rows ``x``, which come as ``(columns, width)``, padded with zeros."""
+    r_ik = _inverse_length(tl.load(squares + k * rows + i, mask=i < rows, other=0.0))[:, None]
+    r_jk = _inverse_length(tl.load(squares + k * rows + j, mask=j < rows, other=0.0))[None, :]
+    at_i, at_j, at_k = r_ij * 0, r_ij * 0, r_ij * 0
+    for column in range(columns):
+        entries = x + tl.cast(column, tl.int64) * width
+        x_i, x_j, x_k = tl.load(entries + i)[:, None], tl.load(entries + j)[None, :], tl.load(entries + k)
+        at_i = tl.fma(x_j - x_i, x_k - x_i, at_i)
+        at_j = tl.fma(x_i - x_j, x_k - x_j, at_j)
+        at_k = tl.fma(x_i - x_k, x_j - x_k, at_k)
+    # One length at a time, or a product of two very long ones overflows.
+    return at_i * r_ij * r_ik, at_j * r_ij * r_jk, at_k * r_ik * r_jk, r_ij * r_ik, r_ij * r_jk, r_ik * r_jk
+
+
+@triton.jit
 def _slope(difference, limit, split: tl.constexpr):
     """Of the Huber loss."""
     if not split:  # Triton makes an instruction of a clamp to plus and minus the same, which float64 lacks
@@ -96,6 +151,11 @@ def _slope(difference, limit, split: tl.constexpr):
 def _angle_kernel(
     student,
     teacher,
+    student_rows,
+    teacher_rows,
+    student_squares,
+    teacher_squares,
+    reach,
     huber_delta,
     weights,
     end,
@@ -104,6 +164,10 @@ def _angle_kernel(
     rows,
     vertices,
     width,
+    student_columns,
+    teacher_columns,
+    apart: tl.constexpr,
+    by_tile: tl.constexpr,
     split: tl.constexpr,
     weighted: tl.constexpr,
     needs_losses: tl.constexpr,
@@ -113,18 +177,34 @@ def _angle_kernel(
 ):
     """One tile: losses per vertex, and the gradient of the squares, for ``weights`` of the vertices if there are any.
 
-    ``student`` and ``teacher`` are results of `_packed`. ``losses`` is ``(2, width / tile, width)``; of rows behind the
-    first ``vertices``, whose weights are 0, it is only a part.
+    ``student`` and ``teacher`` are results of `_packed`, and ``reach`` is a number for each side of it. ``losses`` is
+    ``(2, width / tile, width)``; of rows behind the first ``vertices``, whose weights are 0, it is only a part.
+
+    A launch with ``apart`` computes the tiles that the law of cosines does not resolve, from the rows; one without
+    computes all others.
     """
     tile_i, tile_j = tl.program_id(0), tl.program_id(1)
     if tile_i > tile_j:
         return
-    i, j = tile_i * tile + tl.arange(0, tile), tile_j * tile + tl.arange(0, tile)
+    i, j = _rows_of(tile_i, tile), _rows_of(tile_j, tile)
     plane = tl.cast(width, tl.int64) * width
     pairs = i[:, None] * width + j[None, :]
-    dtype: tl.constexpr = student.dtype.element_ty
-    hs_ij, rs_ij = tl.load(student + pairs), tl.load(student + plane + pairs)
-    ht_ij, rt_ij = tl.load(teacher + pairs), tl.load(teacher + plane + pairs)
+    rs_ij, rt_ij = tl.load(student + plane + pairs), tl.load(teacher + plane + pairs)
+    reach_s, reach_t = tl.load(reach), tl.load(reach + 1)
+    if by_tile:
+        reach_s *= tl.max(rs_ij).to(tl.float64)
+        reach_t *= tl.max(rt_ij).to(tl.float64)
+    if ((reach_s > 1) | (reach_t > 1)) != apart:
+        return
+    if apart:
+        inside = (i < rows)[:, None] & (j < rows)[None, :]
+        hs_ij = tl.load(student_squares + i[:, None] * rows + j[None, :], mask=inside, other=0.0)
+        ht_ij = tl.load(teacher_squares + i[:, None] * rows + j[None, :], mask=inside, other=0.0)
+        rs_ij, rt_ij = _inverse_length(hs_ij), _inverse_length(ht_ij)
+        hs_ij, ht_ij = hs_ij / 2, ht_ij / 2
+    else:
+        hs_ij, ht_ij = tl.load(student + pairs), tl.load(teacher + pairs)
+    dtype: tl.constexpr = hs_ij.dtype
     ls_ij, lt_ij = hs_ij, ht_ij
     if split:
         ls_ij, lt_ij = tl.load(student + 2 * plane + pairs), tl.load(teacher + 2 * plane + pairs)
@@ -147,10 +227,21 @@ def _angle_kernel(
         across = tl.zeros((tile, tile), dtype)
         along = tl.zeros((tile, tile), dtype)
         for k in range(first, tl.minimum(first + span, last)):
-            cos_i, cos_j, cos_k, scale_i, scale_j, scale_k = _cosines(
-                hs_ij, ls_ij, rs_ij, student + k * width, plane, i, j, split
-            )
-            want_i, want_j, want_k, _0, _1, _2 = _cosines(ht_ij, lt_ij, rt_ij, teacher + k * width, plane, i, j, split)
+            row = tl.cast(k, tl.int64)
+            if apart:
+                cos_i, cos_j, cos_k, scale_i, scale_j, scale_k = _cosines_apart(
+                    rs_ij, student_rows, student_squares, student_columns, width, rows, i, j, row
+                )
+                want_i, want_j, want_k, _0, _1, _2 = _cosines_apart(
+                    rt_ij, teacher_rows, teacher_squares, teacher_columns, width, rows, i, j, row
+                )
+            else:
+                cos_i, cos_j, cos_k, scale_i, scale_j, scale_k = _cosines(
+                    hs_ij, ls_ij, rs_ij, student + row * width, plane, i, j, split
+                )
+                want_i, want_j, want_k, _0, _1, _2 = _cosines(
+                    ht_ij, lt_ij, rt_ij, teacher + row * width, plane, i, j, split
+                )
             # An arm and itself span no angle; at k that comes out as 0 against 0.
             diff_i = tl.where((j != k)[None, :], cos_i - want_i, 0.0)
             diff_j = tl.where((i != k)[:, None], cos_j - want_j, 0.0)
@@ -174,8 +265,8 @@ def _angle_kernel(
             total_across += across.to(tl.float64)
             total_along += along.to(tl.float64)
     if needs_losses:
-        tl.store(losses + tile_j * width + i, losses_i)
-        tl.store(losses + (tl.num_programs(0) + tile_i) * width + j, losses_j)
+        tl.store(losses + tl.cast(tile_j, tl.int64) * width + i, losses_i)
+        tl.store(losses + tl.cast(tl.num_programs(0) + tile_i, tl.int64) * width + j, losses_j)
     if needs_gradient:
         halves = hs_ij.to(tl.float64)
         if split:
@@ -191,7 +282,8 @@ INTERPRETED = not isinstance(_angle_kernel, triton.JITFunction)  # on a CPU, as 
 
 def relations(x: Tensor) -> Relations:
     """As ``chunked.relations``, but from the differences of all rows, so that no pair needs a second look."""
-    return Relations(_squared_distances(rescale(x, torch.float64)), torch.promote_types(x.dtype, torch.float32))
+    rows = rescale(x)
+    return Relations(_squared_distances(rows), rows.detach(), torch.promote_types(x.dtype, torch.float32))
 
 
 def angle(
@@ -210,22 +302,28 @@ def angle(
         return chunked.angle(student, teacher, huber_delta, triplets)
     needs_gradient = torch.is_grad_enabled() and student.squares.requires_grad
     vertices = len(student.squares) if vertices is None else vertices
-    sums: Tensor = _angle(student.squares, teacher.squares, huber_delta, student.dtype, vertices, needs_gradient)[0]
+    sides = student.squares, teacher.squares, student.rows, teacher.rows
+    sums: Tensor = _angle(*sides, min(huber_delta, NO_LIMIT), student.dtype, vertices, needs_gradient)[0]
     return sums
+
+
+def _columns(x: Tensor) -> Tensor:
+    """``(N, D)`` turned, so that a tile of rows is read in one go, and padded with zeros, which differ by nothing."""
+    rows, columns = x.shape
+    padded = x.new_zeros(triton.cdiv(columns, UNROLL) * UNROLL, triton.cdiv(rows, TILE) * TILE)
+    padded[:columns, :rows] = x.T
+    return padded
 
 
 @torch.library.custom_op("rkd_plugin::fused_squared_distances", mutates_args=())
 def _squared_distances(x: Tensor) -> Tensor:
-    rows, columns = x.shape
-    squares = x.new_empty(rows, rows)
-    tiles = triton.cdiv(rows, TILE)
-    # Rows side by side, so that a tile of them is read in one go; zeros differ from zeros by nothing.
-    padded = x.new_zeros(triton.cdiv(columns, UNROLL) * UNROLL, tiles * TILE)
-    padded[:columns, :rows] = x.T
-    if rows:
+    squares = x.new_empty(len(x), len(x))
+    columns = _columns(x)
+    tiles = columns.shape[1] // TILE
+    if tiles:
         with torch.cuda.device_of(x):
             _squares_kernel[(tiles, tiles)](
-                padded, squares, rows, tiles * TILE, len(padded), tile=TILE, unroll=UNROLL, **LAUNCH
+                columns, squares, len(x), tiles * TILE, len(columns), tile=TILE, unroll=UNROLL, **LAUNCH
             )
     return squares
 
@@ -235,29 +333,60 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(len(x), len(x))
 
 
+@torch.library.custom_op("rkd_plugin::fused_squared_distances_backward", mutates_args=())
+def _squared_distances_backward(grad: Tensor, x: Tensor) -> Tensor:
+    columns, rows = _columns(x), len(x)
+    count, width = columns.shape
+    weights = columns.new_zeros(width, width)
+    torch.add(grad, grad.T, out=weights[:rows, :rows])
+    gradient = torch.empty_like(columns)
+    if columns.numel():
+        with torch.cuda.device_of(x):
+            _squares_backward_kernel[(width // TILE, count // UNROLL)](
+                columns, weights, gradient, rows, width, tile=TILE, unroll=UNROLL, **LAUNCH
+            )
+    return 2 * gradient[: x.shape[1], :rows].T.contiguous()
+
+
+@_squared_distances_backward.register_fake
+def _(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 _squared_distances.register_autograd(
-    differentiate_squares, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0])
+    lambda ctx, grad: _squared_distances_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
 
-def _packed(squares: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(2 or 3, width, width)``, padded with zeros to whole tiles: h, r and, in float32, what h was rounded by."""
+def _packed(squares: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``(2 or 3, width, width)``, padded with zeros to whole tiles: h, r and, in float32, what h was rounded by.
+
+    Also the ``reach`` of `_angle_kernel`: above 1, in float32 after it is multiplied by the largest r of a tile, where
+    two arms may meet that the law of cosines does not resolve.
+    """
     rows, width = len(squares), triton.cdiv(len(squares), TILE) * TILE
     packed = torch.zeros(2 if dtype == torch.float64 else 3, width, width, dtype=dtype, device=squares.device)
     coarse = halves = squares / 2
+    largest = halves.amax()
+    packed[1, :rows, :rows] = inverse_lengths(squares)
     if dtype != torch.float64:
+        packed[1].clamp_(max=LONGEST_INVERSE)
         # Numbers of this size are so far apart that adding it, and taking it off again, rounds to whole steps.
-        offset = STEPS * halves.amax()
+        offset = STEPS * largest
         coarse = (halves + offset).sub_(offset)
         packed[2, :rows, :rows] = halves.sub_(coarse)
     packed[0, :rows, :rows] = coarse
-    packed[1, :rows, :rows] = inverse_lengths(squares)
-    return packed
+    longest_inverse = packed[1].amax().double()
+    reach = 2 * largest / APART[dtype] * longest_inverse
+    return packed, reach * longest_inverse if dtype == torch.float64 else reach
 
 
 def _launch(
     student: Tensor,
     teacher: Tensor,
+    student_rows: Tensor,
+    teacher_rows: Tensor,
     huber_delta: float,
     dtype: torch.dtype,
     vertices: int,
@@ -275,48 +404,72 @@ def _launch(
         return student.new_zeros(vertices), gradient
     if weights is None and vertices < rows:
         weights = student.new_ones(vertices)
-    sides = [_packed(squares, dtype) for squares in (student, teacher)]
+    sides, reaches = zip(*(_packed(squares, dtype) for squares in (student, teacher)), strict=True)
+    columns = [_columns(x) for x in (student_rows, teacher_rows)]
     width = sides[0].shape[1]
     losses = student.new_zeros(2, width // TILE, width)
     limit = torch.full((1,), huber_delta, dtype=dtype, device=student.device)
     if weights is not None:
         weights = torch.nn.functional.pad(weights.to(dtype), (0, width - vertices))
     with torch.cuda.device_of(student):
-        _angle_kernel[(width // TILE, width // TILE)](
-            *sides,
-            limit,
-            weights,
-            end,
-            losses,
-            gradient,
-            rows,
-            vertices,
-            width,
-            split=dtype != torch.float64,
-            weighted=weights is not None,
-            needs_losses=end is None,
-            needs_gradient=needs_gradient,
-            tile=TILE,
-            span=SPAN,
-            **LAUNCH,
-        )
+        for apart in (False, True):
+            _angle_kernel[(width // TILE, width // TILE)](
+                *sides,
+                *columns,
+                student,
+                teacher,
+                torch.stack(reaches),
+                limit,
+                weights,
+                end,
+                losses,
+                gradient,
+                rows,
+                vertices,
+                width,
+                *map(len, columns),
+                apart=apart,
+                by_tile=dtype != torch.float64,
+                split=dtype != torch.float64 and not apart,
+                weighted=weights is not None,
+                needs_losses=end is None,
+                needs_gradient=needs_gradient,
+                tile=TILE,
+                span=SPAN,
+                **LAUNCH,
+            )
     return losses[..., :vertices].sum((0, 1)), gradient
 
 
-def _forward(
-    student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, vertices: int, needs_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    return _launch(student, teacher, huber_delta, dtype, vertices, needs_gradient)
-
-
 def _backward(
-    weights: Tensor, student: Tensor, teacher: Tensor, gradient: Tensor, huber_delta: float, dtype: torch.dtype
+    weights: Tensor,
+    gradient: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    student_rows: Tensor,
+    teacher_rows: Tensor,
+    huber_delta: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     # Whether the gradient at hand will do is only known on the device, where it ends the walk before it begins.
     equal = (weights == weights[:1]).all()
     end = len(student) * (~equal).int()
-    weighted = _launch(student, teacher, huber_delta, dtype, len(weights), True, weights, end)[1]
+    sides = student, teacher, student_rows, teacher_rows
+    weighted = _launch(*sides, huber_delta, dtype, len(weights), True, weights, end)[1]
     return torch.where(equal, gradient * weights[:1].sum(), weighted)  # of none, where there is no vertex
+
+
+def _forward(
+    student: Tensor,
+    teacher: Tensor,
+    student_rows: Tensor,
+    teacher_rows: Tensor,
+    huber_delta: float,
+    dtype: torch.dtype,
+    vertices: int,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    return _launch(student, teacher, student_rows, teacher_rows, huber_delta, dtype, vertices, needs_gradient)
 
 
 _angle = angle_operator("fused_angle", _forward, _backward)

@@ -14,16 +14,16 @@ def angle_operator(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Register ``rkd_plugin::name``, differentiable by the student's squared distances.
 
-    The gradient is taken in the forward pass for weights of 1, since every reduction but a weighted one asks for the
-    same weight at each vertex.
+    The gradient is computed in the forward pass for weights of 1, since every reduction but a weighted one has the same
+    weight at each vertex.
 
     Args:
         name: of the operator.
-        angle: squared distances ``(N, N)`` of student and teacher, ``huber_delta``, the dtype to compute in, the number
-            of vertices and whether a gradient is needed -> losses ``(vertices,)`` and their gradient ``(N, N)``, or
-            ``(0,)`` where none is needed.
-        angle_backward: weights ``(vertices,)``, both squared distances, that gradient, ``huber_delta`` and the dtype ->
-            the gradient ``(N, N)`` of the weighted losses.
+        angle: squared distances ``(N, N)`` of student and teacher, the rows ``(N, D)`` of both that they are of,
+            ``huber_delta``, the dtype to compute in, the number of vertices and whether a gradient is needed -> losses
+            ``(vertices,)`` and their gradient ``(N, N)``, or ``(0,)`` where none is needed.
+        angle_backward: weights ``(vertices,)``, that gradient, the squared distances and the rows, ``huber_delta`` and
+            the dtype -> the gradient ``(N, N)`` of the weighted losses.
 
     Returns:
         What ``angle`` is.
@@ -32,18 +32,25 @@ def angle_operator(
     backward = torch.library.custom_op(f"rkd_plugin::{name}_backward", angle_backward, mutates_args=())
 
     def shapes(
-        student: Tensor, teacher: Tensor, huber_delta: float, dtype: torch.dtype, vertices: int, needs_gradient: bool
+        student: Tensor,
+        teacher: Tensor,
+        student_rows: Tensor,
+        teacher_rows: Tensor,
+        huber_delta: float,
+        dtype: torch.dtype,
+        vertices: int,
+        needs_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         return student.new_empty(vertices), torch.empty_like(student) if needs_gradient else student.new_empty(0)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        student, teacher, ctx.huber_delta, ctx.dtype, _, _ = inputs
-        ctx.save_for_backward(student, teacher, output[1])
+        *sides, ctx.huber_delta, ctx.dtype, _, _ = inputs
+        ctx.save_for_backward(output[1], *sides)
 
     def differentiate(ctx: Any, weights: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        return backward(weights, *ctx.saved_tensors, ctx.huber_delta, ctx.dtype), None, None, None, None, None
+        return backward(weights, *ctx.saved_tensors, ctx.huber_delta, ctx.dtype), *[None] * 7
 
     operator.register_fake(shapes)
-    backward.register_fake(lambda weights, student, *_: torch.empty_like(student))
+    backward.register_fake(lambda weights, gradient, student, *_: torch.empty_like(student))
     operator.register_autograd(differentiate, setup_context=save)
     return operator

@@ -1,4 +1,9 @@
-"""Scale, squared distances and mean distance of a batch: what both losses start from."""
+"""Scale, squared distances and mean distance of a batch: what both losses start from.
+
+Everything is float64 (float32 on a device that has no float64), since both losses compare lengths of very different
+sizes. The limit of the arithmetic: rows count as equal where their distance is less than 2^-500 (2^-42 in float32) of
+the largest difference of two entries of one column. Entries of float32 and narrower dtypes cannot come that close.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from rkd_plugin.kernels.derivatives import transformed
 
 CLOSE = 1e-3  # of the squared norms: below this, three digits have cancelled and the Gram matrix is not trusted
-EQUAL = 2.0**-72  # squared distance in the scale of `rescale`: closer rows count as equal, or 1 / length**3 overflows
+NEAR = 2.0**-40  # of a row's squared norm: below this, gradients that differ by 1e-10 are lost in its product
+# Squared distance in the scale of `rescale`: closer rows count as equal, or products of two reciprocals overflow.
+EQUAL = {torch.float64: 2.0**-1000, torch.float32: 2.0**-84}
 CROWDED = 1 / 64  # of all pairs: above this, differences between all rows are cheaper than a list of pairs
 
 
@@ -18,30 +26,55 @@ def widest(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-class _Rescale(torch.autograd.Function):
-    """``x`` in another dtype, divided by the power of two that brings its largest entry near 1."""
+class _Widen(torch.autograd.Function):
+    """``x`` in a wider dtype; its gradient saturates at the largest number of the narrow one instead of overflowing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        wide = x.to(dtype)
-        # A power of two leaves every bit of the mantissa in place, so that close rows stay as far apart as they came.
-        scale = torch.ldexp(wide.new_ones(()), -torch.frexp(wide.abs().amax()).exponent)
-        ctx.save_for_backward(scale)
-        ctx.dtype = x.dtype
-        return wide * scale
+        ctx.narrow = x.dtype
+        return x.to(dtype, copy=True)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (scale,) = ctx.saved_tensors
-        limit = torch.finfo(ctx.dtype).max
-        # The scale itself needs no gradient: both losses are invariant to it. Saturate instead of overflowing to inf.
-        return (grad * scale).clamp(-limit, limit).to(ctx.dtype), None
+        limit = torch.finfo(ctx.narrow).max
+        return grad.clamp(-limit, limit).to(ctx.narrow), None
 
 
-def rescale(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert to ``dtype`` in a scale where no finite input overflows when squared; both losses are invariant to it."""
-    return _Rescale.apply(x, dtype) if x.numel() else x.to(dtype)
+class _SubstituteValue(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def substitute_value(x: Tensor, value: Tensor) -> Tensor:
+    """``value`` with the gradient of ``x``."""
+    substituted: Tensor = _SubstituteValue.apply(x, value)
+    return substituted
+
+
+def rescale(x: Tensor) -> Tensor:
+    """The same shape in `widest`: no column further from 0 than twice its range, the largest entry near 1.
+
+    Nothing is rounded. A column is shifted where all its entries lie within a factor of 2 of each other, so that their
+    differences are exact (Sterbenz's lemma); any other column is already close enough to 0. The scale is a power of 2.
+    Neither loss changes with shift or scale, so that derivatives of every order treat both as constants.
+    """
+    # PyTorch's transforms take a Function of two derivatives in forward mode for one whose second derivative is 0.
+    wide: Tensor = x.to(widest(x)) if transformed(x) else _Widen.apply(x, widest(x))
+    if not x.numel():
+        return wide
+    with torch.no_grad():
+        lowest, highest = wide.detach().amin(0), wide.detach().amax(0)
+        within_factor_2 = highest - lowest <= torch.minimum(lowest.abs(), highest.abs())
+        shift = torch.where(within_factor_2, lowest, 0)
+        exponent = -torch.frexp((wide.detach() - shift).abs().amax()).exponent
+        # Two steps: the scale of a batch of subnormal numbers is itself beyond the largest number.
+        first, second = (torch.ldexp(torch.ones_like(shift[0]), e) for e in (exponent // 2, exponent - exponent // 2))
+    return (wide - shift) * first * second
 
 
 @torch.library.custom_op("rkd_plugin::squared_distances", mutates_args=())
@@ -63,17 +96,26 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(len(x), len(x))
 
 
-def differentiate_squares(ctx: Any, grad: Tensor) -> Tensor:
-    """Gradient of any computation of the squared distances of a saved ``x``."""
-    (x,) = ctx.saved_tensors
+@torch.library.custom_op("rkd_plugin::squared_distances_backward", mutates_args=())
+def _squared_distances_backward(grad: Tensor, x: Tensor, squares: Tensor) -> Tensor:
     centred = x - x.mean(0)
     both = grad + grad.T
-    to_x: Tensor = 2 * (both.sum(1, keepdim=True) * centred - both @ centred)
-    return to_x
+    to_x = both.sum(1, keepdim=True).mul(centred).sub_(both @ centred)
+    # The two cancel where a row is far from the centre beside its distance from another: differences first, there.
+    nearest = squares.masked_fill(squares < EQUAL[squares.dtype], torch.inf).amin(1) if len(x) else squares.sum(1)
+    for row in (nearest < NEAR * centred.square().sum(1)).nonzero().flatten().tolist():
+        to_x[row] = both[row] @ (x[row] - x)
+    return to_x.mul_(2)
+
+
+@_squared_distances_backward.register_fake
+def _(grad: Tensor, x: Tensor, squares: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 _squared_distances.register_autograd(
-    differentiate_squares, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0])
+    lambda ctx, grad: _squared_distances_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output),
 )
 
 
@@ -89,13 +131,13 @@ def squared_distances(x: Tensor) -> Tensor:
 
 def safe_sqrt(squares: Tensor) -> Tensor:
     """Square root, and 0 (with gradient 0 instead of infinite) between rows that count as equal."""
-    equal = squares < EQUAL
+    equal = squares < EQUAL[squares.dtype]
     return squares.masked_fill(equal, 1).sqrt_().masked_fill(equal, 0)
 
 
 def inverse_lengths(squares: Tensor) -> Tensor:
     """``1 / sqrt(squares)``, and 0 (with gradient 0) between equal rows: an arm of no length has no direction."""
-    equal = squares < EQUAL
+    equal = squares < EQUAL[squares.dtype]
     return squares.masked_fill(equal, 1).rsqrt_().masked_fill(equal, 0)
 
 

@@ -1,21 +1,28 @@
 """The paper's formulas, written to be read: the oracle of all tests.
 
-``O(N^2 D + N^3)`` memory, so for small batches only. Computes in the input's dtype, in float32 at least.
+``O(N^2 D + N^3)`` memory, so for small batches only. Computes in float64 where the device has it. Made of PyTorch's
+differentiable operations alone, so that derivatives of every order and the transforms of ``torch.func`` work.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import huber_loss
 
 from rkd_plugin.kernels.pairwise import inverse_lengths, normalise, rescale, safe_sqrt
 
 
 def relations(x: Tensor) -> Tensor:
     """``(N, N, D)``: the difference vector from every row to every row."""
-    x = rescale(x, torch.promote_types(x.dtype, torch.float32))
+    x = rescale(x)
     return x.unsqueeze(0) - x.unsqueeze(1)
+
+
+def huber(student_psi: Tensor, teacher_psi: Tensor, huber_delta: float) -> Tensor:
+    """The Huber loss of each entry; unlike PyTorch's, it has derivatives of every order in every mode."""
+    difference = student_psi - teacher_psi
+    slope = difference.clamp(-huber_delta, huber_delta)
+    return slope * (difference - slope / 2)
 
 
 def distance(
@@ -26,7 +33,7 @@ def distance(
     def psi(differences: Tensor) -> Tensor:
         return normalise(safe_sqrt(differences.square().sum(-1)))
 
-    losses = huber_loss(psi(student), psi(teacher).to(student.dtype), reduction="none", delta=huber_delta)
+    losses = huber(psi(student), psi(teacher), huber_delta)
     if pairs is not None:
         return losses.new_zeros(len(losses)).index_add(0, pairs[0], losses[pairs])
     return losses.sum(1)
@@ -46,8 +53,8 @@ def angle(
         units = differences * inverse_lengths(differences.square().sum(-1, keepdim=True))
         return units @ units.mT
 
-    losses = huber_loss(psi(student), psi(teacher).to(student.dtype), reduction="none", delta=huber_delta)
-    # An arm and itself span no angle; where only one side's arm has length 0 the formula would say 0 against 1.
+    losses = huber(psi(student), psi(teacher), huber_delta)
+    # An arm and itself span no angle; where only one side's arm has length 0 the formula would give 0 against 1.
     losses = losses.masked_fill(torch.eye(losses.shape[1], dtype=torch.bool, device=losses.device), 0)
     if triplets is not None:
         return losses.new_zeros(len(losses)).index_add(0, triplets[0], losses[triplets])
