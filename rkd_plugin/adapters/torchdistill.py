@@ -2,7 +2,8 @@
 
 Losses (mid-level): ``RKDDistanceLoss``, ``RKDAngleLoss``, ``RKDDALoss`` on any pair of hooked modules, and ``PMLLoss``,
 any loss of pytorch-metric-learning. Model wrapper: ``TrainedWith``, for a loss that has parameters. Forward processes,
-for teachers: ``forward_in_eval_mode``, and ``no_forward`` for a stage without one. Pre-epoch process: ``seeded_epoch``.
+for teachers: ``forward_in_eval_mode``, and ``no_forward`` for a stage without one. Pre-epoch process: ``seeded_epoch``. Scheduler:
+``MultiStepFractionLR``.
 torchdistill's own ``RKDLoss`` stays as it is.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import copyreg
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -32,6 +33,7 @@ from torchdistill.datasets.wrapper import BaseDatasetWrapper
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, register_mid_level_loss
 from torchdistill.models.registry import AUXILIARY_MODEL_WRAPPER_DICT, register_auxiliary_model_wrapper
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
+from torchdistill.optim.registry import SCHEDULER_DICT, register_scheduler
 
 from rkd_plugin import losses
 
@@ -67,6 +69,7 @@ def _register(register: Callable[[T], T], registry: Mapping[str, Any]) -> Callab
 mid_level_loss = _register(register_mid_level_loss, MIDDLE_LEVEL_LOSS_DICT)
 _forward_proc = _register(register_forward_proc_func, FORWARD_PROC_FUNC_DICT)
 _pre_epoch_proc = _register(register_pre_epoch_proc_func, PRE_EPOCH_PROC_FUNC_DICT)
+_scheduler = _register(register_scheduler, SCHEDULER_DICT)
 _model_wrapper = _register(register_auxiliary_model_wrapper, AUXILIARY_MODEL_WRAPPER_DICT)
 
 
@@ -284,6 +287,44 @@ def forward_in_eval_mode(model: nn.Module, sample_batch: Any, *_: Any, **__: Any
 @_forward_proc
 def no_forward(model: nn.Module, *_: Any, **__: Any) -> None:
     """``train.stage2.teacher.forward_proc`` where the student goes on alone: the teacher costs nothing."""
+
+
+@_scheduler
+class MultiStepFractionLR(torch.optim.lr_scheduler.MultiStepLR):
+    """PyTorch's ``MultiStepLR`` with milestones as fractions, so that they follow the number of epochs.
+
+    Args:
+        optimizer: given by torchdistill.
+        num_epochs: of the training, at least 1.
+        milestones: fractions of ``num_epochs``, above 0 and up to 1; each is rounded to a whole epoch, the first at
+            the earliest. After each of them the learning rate is multiplied by ``gamma``.
+        gamma: the factor.
+        last_epoch: as PyTorch's.
+
+    Raises:
+        ValueError: if a milestone is not above 0 and up to 1.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        >>> sorted(MultiStepFractionLR(optimizer, num_epochs=200, milestones=[0.3, 0.6, 0.8]).milestones)
+        [60, 120, 160]
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        num_epochs: int,
+        milestones: Sequence[float],
+        gamma: float = 0.1,
+        last_epoch: int = -1,
+    ) -> None:
+        if not all(0 < milestone <= 1 for milestone in milestones):
+            raise ValueError(
+                f"MultiStepFractionLR: expected milestones as fractions of num_epochs, above 0 and up to 1, got "
+                f"{list(milestones)}; write 0.3 for epoch 60 of 200"
+            )
+        epochs = [max(round(milestone * num_epochs), 1) for milestone in milestones]
+        super().__init__(optimizer, epochs, gamma, last_epoch)
 
 
 def seed_epoch(seed: int, epoch: int) -> None:

@@ -57,6 +57,7 @@ def reproduce(
     """
     suite = read_suite(name)
     suite["rows"] = _chosen(suite["rows"], rows, fast)
+    common = suite.pop("overrides", [])
     suite["overrides"] = list(overrides)
     stem = Path(name).with_suffix("")
     folder = (out or Path("runs", *stem.parts[-2:-1] or stem.parts)).absolute()
@@ -70,7 +71,9 @@ def reproduce(
     tests = {key: read(recipe) for key, recipe in suite.get("test_sets", {}).items()}
     schedule = suite["fast"]["overrides"] if fast else None
     planned = [
-        (seed, row, _overrides(folder, row, seed, schedule, overrides)) for seed in seeds for row in suite["rows"]
+        (seed, row, [*common, *_overrides(folder, row, seed, schedule, overrides)])
+        for seed in seeds
+        for row in suite["rows"]
     ]
     recipes = [read(row["recipe"], changes) for _, row, changes in planned]
     for recipe in [*recipes, *tests.values()]:
