@@ -2,9 +2,8 @@
 
 Losses (mid-level): ``RKDDistanceLoss``, ``RKDAngleLoss``, ``RKDDALoss`` on any pair of hooked modules, and ``PMLLoss``,
 any loss of pytorch-metric-learning. Model wrapper: ``TrainedWith``, for a loss that has parameters. Forward processes,
-for teachers: ``forward_in_eval_mode``, and ``no_forward`` for a stage without one. Pre-epoch process: ``seeded_epoch``. Scheduler:
-``MultiStepFractionLR``.
-torchdistill's own ``RKDLoss`` stays as it is.
+for teachers: ``forward_in_eval_mode``, and ``no_forward`` for a stage without one. Pre-epoch process: ``seeded_epoch``.
+Scheduler: ``MultiStepFractionLR``. torchdistill's own ``RKDLoss`` stays as it is.
 """
 
 from __future__ import annotations
