@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     embed = verb(
         "embed", _embed, "write what a recipe's losses read of its teacher into a bank, or go on with it",
         "embed quickstart/rkd_da --out runs/quickstart/bank",
-        "embed classification/cifar100/rkd_da --views 8 --dtype bfloat16 --out banks/cifar100",
+        "embed classification/cifar100/rkd --views 8 --dtype bfloat16 --out banks/cifar100",
         "embed --verify runs/quickstart/bank",
     )  # fmt: skip
     embed.add_argument("recipe", nargs="?", help=RECIPE)
