@@ -13,7 +13,7 @@ from rkd_plugin.experiments.threads import limit_spinning
 ABOUT = "write the teacher outputs that a recipe's losses read into a bank, or go on with it"
 EXAMPLES = (
     "embed quickstart/rkd_da --out runs/quickstart/bank",
-    "embed classification/cifar100/rkd_da --views 8 --dtype bfloat16 --out banks/cifar100",
+    "embed classification/cifar100/rkd --views 8 --dtype bfloat16 --out banks/cifar100",
     "embed --verify runs/quickstart/bank",
 )
 SHARES_WORK = True

@@ -91,6 +91,7 @@ def _plan(
     """Read and check every recipe before the first of them is run."""
     suite = read_suite(name)
     suite["rows"] = _chosen(suite["rows"], rows, fast)
+    common = suite.pop("overrides", [])
     suite["overrides"] = list(overrides)
     suite["seeds"] = list(seeds or suite["seeds"])
     schedule = None
@@ -103,7 +104,7 @@ def _plan(
     runs = []
     for seed in suite["seeds"]:
         for row in suite["rows"]:
-            changes = _overrides(folder, row, seed, schedule, overrides)
+            changes = [*common, *_overrides(folder, row, seed, schedule, overrides)]
             runs.append(_Run(row, seed, read(row["recipe"], changes), changes, _folder(folder, row["name"], seed)))
     for recipe in [*(run.recipe for run in runs), *tests.values()]:
         recipe.validate()

@@ -3,6 +3,7 @@
 Losses (mid-level): ``RKDDistanceLoss``, ``RKDAngleLoss``, ``RKDDALoss`` on any pair of hooked modules, and ``PMLLoss``,
 any loss of pytorch-metric-learning. Model wrapper: ``TrainedWith``, for a loss that has parameters. Forward processes,
 for teachers: ``forward_in_eval_mode``, and ``no_forward`` for a stage without one. Pre-epoch process: ``seeded_epoch``.
+Scheduler: ``MultiStepFractionLR``.
 In place of a teacher, the precomputed outputs of a teacher bank: ``BankTeacher`` and ``WithTeacherBank``.
 torchdistill's own ``RKDLoss`` stays as it is.
 """
@@ -22,7 +23,13 @@ from rkd_plugin.adapters.torchdistill.hooks import (
 )
 from rkd_plugin.adapters.torchdistill.losses import HookedLoss, RKDAngleLoss, RKDDALoss, RKDDistanceLoss
 from rkd_plugin.adapters.torchdistill.pml import PMLLoss, TrainedWith
-from rkd_plugin.adapters.torchdistill.processes import forward_in_eval_mode, no_forward, seed_epoch, seeded_epoch
+from rkd_plugin.adapters.torchdistill.processes import (
+    MultiStepFractionLR,
+    forward_in_eval_mode,
+    no_forward,
+    seed_epoch,
+    seeded_epoch,
+)
 from rkd_plugin.adapters.torchdistill.registering import mid_level_loss
 
 __all__ = [
@@ -30,6 +37,7 @@ __all__ = [
     "BankTeacher",
     "Hooked",
     "HookedLoss",
+    "MultiStepFractionLR",
     "PMLLoss",
     "Pool",
     "RKDAngleLoss",

@@ -1,7 +1,8 @@
-"""How a teacher runs, and what an epoch begins with."""
+"""How a teacher runs, what an epoch begins with, and when the learning rate falls."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torchdistill.core.interfaces.pre_epoch_proc import (
     default_pre_epoch_process_without_teacher,
 )
 
-from rkd_plugin.adapters.torchdistill.registering import forward_proc, pre_epoch_proc
+from rkd_plugin.adapters.torchdistill.registering import forward_proc, pre_epoch_proc, scheduler
 
 
 @forward_proc
@@ -30,6 +31,44 @@ def forward_in_eval_mode(model: nn.Module, sample_batch: Any, *_: Any, **__: Any
 @forward_proc
 def no_forward(model: nn.Module, *_: Any, **__: Any) -> None:
     """``train.stage2.teacher.forward_proc`` where the student goes on alone: the teacher costs nothing."""
+
+
+@scheduler
+class MultiStepFractionLR(torch.optim.lr_scheduler.MultiStepLR):
+    """PyTorch's ``MultiStepLR`` with milestones as fractions, so that they follow the number of epochs.
+
+    Args:
+        optimizer: given by torchdistill.
+        num_epochs: of the training, at least 1.
+        milestones: fractions of ``num_epochs``, above 0 and up to 1; each is rounded to a whole epoch, the first at
+            the earliest. After each of them the learning rate is multiplied by ``gamma``.
+        gamma: the factor.
+        last_epoch: as PyTorch's.
+
+    Raises:
+        ValueError: if a milestone is not above 0 and up to 1.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        >>> sorted(MultiStepFractionLR(optimizer, num_epochs=200, milestones=[0.3, 0.6, 0.8]).milestones)
+        [60, 120, 160]
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        num_epochs: int,
+        milestones: Sequence[float],
+        gamma: float = 0.1,
+        last_epoch: int = -1,
+    ) -> None:
+        if not all(0 < milestone <= 1 for milestone in milestones):
+            raise ValueError(
+                f"MultiStepFractionLR: expected milestones as fractions of num_epochs, above 0 and up to 1, got "
+                f"{list(milestones)}; write 0.3 for epoch 60 of 200"
+            )
+        epochs = [max(round(milestone * num_epochs), 1) for milestone in milestones]
+        super().__init__(optimizer, epochs, gamma, last_epoch)
 
 
 def seed_epoch(seed: int, epoch: int) -> None:

@@ -19,6 +19,7 @@ from torchdistill.models.registry import (
     register_auxiliary_model_wrapper,
     register_model,
 )
+from torchdistill.optim.registry import SCHEDULER_DICT, register_scheduler
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -44,3 +45,4 @@ pre_epoch_proc = keeping_others(register_pre_epoch_proc_func, PRE_EPOCH_PROC_FUN
 model_wrapper = keeping_others(register_auxiliary_model_wrapper, AUXILIARY_MODEL_WRAPPER_DICT)
 model = keeping_others(register_model, MODEL_DICT)
 dataset_wrapper = keeping_others(register_dataset_wrapper, DATASET_WRAPPER_DICT)
+scheduler = keeping_others(register_scheduler, SCHEDULER_DICT)

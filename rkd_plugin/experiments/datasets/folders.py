@@ -106,6 +106,7 @@ class ClassFolders(ImageFolder):
         train_classes: how many are the first; half of them, rounded down, if not given.
         transform: of an RGB image.
         target_transform: of a label, which counts all classes of the folder.
+        download: must be False; recipes pass it to every data set.
 
     Raises:
         FileNotFoundError: if the folder is missing, or a class has no image.
@@ -133,7 +134,10 @@ class ClassFolders(ImageFolder):
         train_classes: int | None = None,
         transform: Callable[[Image.Image], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
+        download: bool = False,
     ) -> None:
+        if download:
+            raise ValueError("ClassFolders: expected download=False, as the images are your own, got True")
         self.split = split
         self.train_classes = train_classes
         super().__init__(str(root), transform, target_transform, loader=open_image)

@@ -30,6 +30,7 @@ _ROW = section(
 _SUITE = section(
     {"title": of(str), "metrics": each(of(str)), "seeds": of(list[int]), "rows": each(_ROW)},
     {
+        "overrides": of(list[str]),  # of every row, before the row's own
         "panels": of(list[str]),
         "notes": of(str),
         "decimals": positive,

@@ -1,0 +1,427 @@
+"""The packaged recipes: each is checked, siblings are compared, and the commands in their headers and READMEs exist."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+
+from rkd_plugin.experiments.recipe import Recipe, Tagged, check, configs_root, find, names, read, read_suite
+
+SUITES = [entry.name for entry in names() if entry.is_suite]
+TEST_SETS = [entry.name for entry in names() if "/test_sets/" in entry.name]
+RECIPES = [entry.name for entry in names() if entry.name not in {*SUITES, *TEST_SETS}]
+ALL = [*RECIPES, *TEST_SETS]
+
+
+@functools.cache
+def recipe(name: str, *overrides: str) -> Recipe:
+    return read(name, overrides)
+
+
+def rows(suite: str) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+    """The rows of a suite with what each sets, the fast ones after the others."""
+    data = read_suite(suite)
+    for fast in [None, data["fast"]] if "fast" in data else [None]:
+        for row in data["rows"]:
+            shorter = [*fast["overrides"], *row.get("fast", ())] if fast else []
+            yield row, (*data.get("overrides", ()), *shorter, *row.get("overrides", ()))
+
+
+# Every file
+
+
+def test_every_file_is_a_recipe_or_a_suite():
+    files = {path.relative_to(configs_root()) for path in configs_root().rglob("*.y*ml")}
+    assert {str(path.with_suffix("")) for path in files} == {entry.name for entry in names()}
+    assert (len(files), len(SUITES), len(TEST_SETS), len(RECIPES)) == (56, 16, 4, 36)
+
+
+def test_the_first_sentence_tells_what_a_file_is():
+    assert all(entry.summary.endswith(".") and len(entry.summary) > 30 for entry in names())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_recipe_is_without_problems(name):
+    assert check(recipe(name)) == []
+
+
+def kinds(overrides: tuple[str, ...]) -> frozenset[tuple[str, str]]:
+    """What a check can tell apart: keys, names, and the types of other values."""
+    values = [(key, yaml.safe_load(value)) for key, _, value in (override.partition("=") for override in overrides)]
+    return frozenset((key, value if isinstance(value, str) else type(value).__name__) for key, value in values)
+
+
+def test_every_row_of_every_suite_is_without_problems():
+    problems, checked = {}, set()
+    for suite in SUITES:
+        for row, overrides in rows(suite):
+            changed = recipe(row["recipe"], *overrides)  # every override names a key
+            if (kind := (row["recipe"], kinds(overrides))) not in checked and (found := check(changed)):
+                problems[suite, row["name"]] = found
+            checked.add(kind)
+    assert problems == {}
+    assert len(checked) > 150
+
+
+def model(of: Recipe, side: str) -> dict[str, Any]:
+    """What a model is built of, without where its weights come from."""
+    models = of.section("models")
+    entry = models.get(side) or models["model"]
+    return {"key": entry["key"], **{name: value for name, value in entry["kwargs"].items() if name != "weights"}}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_teacher_of_every_row_is_the_model_that_its_row_trains(suite):
+    trained = {}
+    for row, overrides in rows(suite):
+        student = recipe(row["recipe"], *overrides)
+        if "teacher" in row:
+            assert model(student, "teacher_model") == trained[row["teacher"]], row["name"]
+        trained[row["name"]] = model(student, "student_model")
+
+
+def children(node: yaml.MappingNode) -> dict[str, yaml.Node]:
+    return {key.value: value for key, value in node.value}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_criterion_of_every_recipe_runs(name):
+    recipe(name).validate()
+    from torchdistill.common.yaml_util import load_yaml_file
+    from torchdistill.losses.registry import get_high_level_loss
+
+    load_yaml_file("/dev/null")  # registers torchdistill's tags
+    train = children(recipe(name).root)["train"]
+    stages = [value for key, value in children(train).items() if key.startswith("stage")] or [train]
+    for stage in stages:
+        parts = children(stage)
+        config = yaml.load(yaml.serialize(parts["criterion"]), Loader=yaml.FullLoader)  # the criterion, and no data set
+        io_dict = {"teacher": {}, "student": {}}
+        for side in parts.keys() & {"teacher", "student", "model"}:
+            hooks = yaml.load(yaml.serialize(parts[side]), Loader=yaml.FullLoader).get("forward_hook", {})
+            paths = {".": ["output"]}
+            for io in ("input", "output"):
+                for path in hooks.get(io, ()):
+                    paths.setdefault(path, []).append(io)
+            # Outputs, hints of them and pooled features are vectors; the others are maps.
+            vectors = (".", "regressors.embedding", "backbone")
+            shapes = {path: (8, 16) if path in vectors else (8, 16, 3, 3) for path in paths}
+            io_dict["teacher" if side == "teacher" else "student"] = {
+                path: {io: torch.randn(shapes[path], requires_grad=side != "teacher") for io in kinds}
+                for path, kinds in paths.items()
+            }
+        loss = get_high_level_loss(config)(io_dict, {}, torch.arange(8) // 2)
+        loss.backward()
+        assert loss.isfinite()
+
+
+# Siblings: what methods on one data set share
+
+# What a method decides alone.
+OWN = "dependencies train*.forward_hook.* train*.auxiliary_model_wrapper.* train.hints.criterion.*"
+# What only some methods have, and where a recipe tells that its method does; of a criterion it is each term alone.
+TERM = "train.criterion.kwargs.sub_terms"
+PARTS = {
+    "models.teacher_model.key": "recipe.teacher_* models.teacher_model.* train.teacher.*",
+    "train.hints.num_epochs": "recipe.hint_epochs recipe.hint_milestones recipe.hint_learning_rate recipe.finetuning_*"
+    " train.hints.*",
+    f"{TERM}.rkd.weight": "recipe.distance_weight recipe.angle_weight recipe.l2_normalize_features recipe.rkd_on",
+    f"{TERM}.attention.weight": "recipe.attention_weight",
+    f"{TERM}.hint.weight": "recipe.hint_weight",
+}
+
+
+class Apart(NamedTuple):
+    """Settings in which some recipes of a folder differ from the others, but not from each other; all, if None."""
+
+    settings: str
+    recipes: set[str] | None
+    reason: str
+
+
+WEIGHTS = "recipe.*_weight *.rkd.*_weight"
+SMALL = {"small/attention", "small/fitnet"}
+METRIC_LEARNING = [
+    Apart("recipe.l2_normalize models.student_model.*.l2_normalize", {"rkd"}, "the paper's best, X"),
+    Apart("recipe.num_epochs recipe.milestones", {"triplet"}, "the paper's schedule without a teacher"),
+    Apart("train.num_epochs train.scheduler.* train.optimizer.*.lr", {"triplet", "fitnet"}, "and so after the hints"),
+    Apart("train.teacher.forward_proc", {"fitnet"}, "triplets after the hints need no teacher"),
+]
+DIFFERENCES = {
+    "classification/cifar100": [
+        Apart(WEIGHTS, {"rkd"}, "a method without RKD unless an override says so"),
+        Apart("recipe.small_images", {"alone"}, "an anchor for the teacher, which `alone` trains"),
+        Apart("recipe.*num_epochs recipe.*milestones train.num_epochs train.scheduler.*", SMALL, "scaled down"),
+        Apart("recipe.hint_epochs train.hints.num_epochs train.hints.scheduler.*", SMALL, "scaled down"),
+        Apart("recipe.*network models.*.network *teacher*small_images", SMALL, "scaled down"),
+        Apart("recipe.teacher_checkpoint models.*_ckpt", SMALL, "scaled down: runs of another suite"),
+        Apart("recipe.channels_last *num_workers", SMALL, "for two cores"),
+        Apart("*.at_pairs.*", SMALL, "its networks have three blocks"),
+    ],
+    "classification/tiny_imagenet": [Apart(WEIGHTS, {"rkd"}, "a method without RKD unless an override says so")],
+    "classification/crd_benchmark": [
+        Apart("recipe.network models.student_model.*.network", {"alone"}, "the teacher by default"),
+        Apart("recipe.small_images", {"alone"}, "an anchor for the teacher, which `alone` trains"),
+    ],
+    "few_shot/omniglot": [],
+    "few_shot/mini_imagenet": [],
+    "metric_learning": METRIC_LEARNING,
+    "metric_learning/small_birds": [
+        METRIC_LEARNING[0],
+        METRIC_LEARNING[3],
+        Apart("recipe.num_epochs recipe.milestones", {"fitnet"}, "half of its steps learn hints"),
+        Apart("train.num_epochs train.scheduler.*", {"fitnet"}, "the other half learns triplets"),
+        Apart("train.optimizer.*.lr", {"triplet", "darkrank"}, "each chosen on another seed"),
+        Apart("recipe.learning_rate", None, "an anchor where a row of the suite sets it"),
+        Apart("recipe.widths", {"triplet"}, "an anchor for the teacher, which `triplet` trains"),
+    ],
+    "metric_learning/test_sets": [
+        Apart("recipe.data_root datasets.test.*.dataset.*", None, "each is another data set"),
+        Apart("recipe.cache datasets.test.*.folder", {"cifar100"}, "its images are no files"),
+    ],
+    "quickstart": [
+        Apart("recipe.embedding_dim models.student_model.* train.optimizer.*.lr", {"teacher"}, "it is wider"),
+        Apart("*.l2_normalize", {"rkd_d", "rkd_a", "rkd_da"}, "the paper's best, X"),
+        Apart("*.rkd.criterion.key", None, "an example of each loss"),
+        Apart("*.rkd.criterion.*_weight", {"rkd_da"}, "the only loss of two terms"),
+    ],
+}
+
+
+def settings(name: str) -> dict[str, Any]:
+    """Every value by its path; of two stages the last is ``train``, with the data loaders, and the first the hints."""
+    data = dict(recipe(name).data)
+    train, models = dict(data.get("train", {})), dict(data.get("models", {}))
+    if "stage1" in train:
+        hints, last = train.pop("stage1"), train.pop("stage2")
+        loaders = {key: hints[key] for key in hints if key.endswith("data_loader")}
+        data["train"] = {**train, **loaders, **last, "hints": {k: hints[k] for k in hints.keys() - loaders.keys()}}
+    elif "model" in models:
+        data["train"] = {("student" if key == "model" else key): value for key, value in train.items()}
+        data["models"] = {"student_model": models["model"]}
+    data["datasets"] = {key.rpartition("/")[2]: value for key, value in data["datasets"].items()}
+    found = dict(leaves(data, ""))
+    ids = {path: value.rpartition("/")[2] for path, value in found.items() if path.endswith("dataset_id")}
+    stem = name.rpartition("/")[2]
+    written = {path: value.replace(f"/{stem}.pt", "") for path, value in found.items() if path.endswith("dst_ckpt")}
+    return {**found, **ids, **written}
+
+
+def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Tagged):
+        yield f"{path}.tag", value.tag
+        yield from leaves(value.value, path)
+    elif isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from leaves(inner, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list) and any(isinstance(inner, Tagged) for inner in value):
+        yield from leaves(dict(enumerate(value)), path)
+    else:
+        yield path, value
+
+
+def siblings(folder: str) -> dict[str, dict[str, Any]]:
+    """The settings of a folder's recipes; those of CIFAR-100 scaled down stand beside the others."""
+    found = {name.rpartition("/")[2]: settings(name) for name in ALL if name.rpartition("/")[0] == folder}
+    if folder == "classification/cifar100":
+        found |= {key: settings(f"classification/{key.replace('small', 'small_cifar100')}") for key in SMALL}
+    return found
+
+
+def fits(path: str, patterns: str) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns.split())
+
+
+def has_part(of: dict[str, Any], path: str) -> bool:
+    """Whether a recipe has the part that a setting belongs to."""
+    if term := re.match(rf"{TERM}\.\w+", path):
+        return f"{term.group()}.weight" in of
+    return all(mark in of for mark, patterns in PARTS.items() if fits(path, patterns))
+
+
+def differences(recipes: dict[str, dict[str, Any]], allowed: list[Apart]) -> list[str]:
+    """The settings in which recipes differ, or that some of them lack."""
+    found = []
+    for path in dict.fromkeys(path for values in recipes.values() for path in values):
+        apart = [entry.recipes for entry in allowed if fits(path, entry.settings)]
+        if fits(path, OWN) or None in apart:
+            continue
+        same: dict[tuple[bool, ...], list[Any]] = {}
+        for name, values in recipes.items():
+            if has_part(values, path):
+                same.setdefault(tuple(name in others for others in apart), []).append(values.get(path, "missing"))
+        if any(value != values[0] for values in same.values() for value in values):
+            found.append(path)
+    return found
+
+
+@pytest.mark.parametrize("folder", DIFFERENCES)
+def test_siblings_differ_only_where_a_reason_is_given(folder):
+    recipes, allowed = siblings(folder), DIFFERENCES[folder]
+    assert differences(recipes, allowed) == []
+    for entry in allowed:  # each is needed
+        for pattern in entry.settings.split():
+            rest = [*(other for other in allowed if other is not entry)]
+            rest.append(entry._replace(settings=entry.settings.replace(pattern, "", 1)))
+            assert differences(recipes, rest), (pattern, entry.reason)
+
+
+def test_every_recipe_has_siblings():
+    assert {name.rpartition("/")[0] for name in ALL} == {*DIFFERENCES, "classification/small_cifar100"}
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("alone", "recipe.num_workers"),
+        ("alone", "models.student_model.kwargs.num_classes"),
+        ("fitnet", "train.optimizer.kwargs.lr"),
+        ("fitnet", "train.val_data_loader.kwargs.batch_size"),
+        ("hkd", "datasets.train.init.kwargs.transform.init.kwargs.transforms.0.init.kwargs.padding"),
+        ("rkd", "test.test_data_loader.sampler.class_or_func.key"),
+        ("attention", "models.teacher_model.kwargs.small_images"),
+        ("attention", f"{TERM}.rkd.criterion.kwargs.l2_normalize"),
+        ("small/fitnet", "recipe.hint_learning_rate"),
+    ],
+)
+def test_a_setting_that_one_sibling_lacks_or_has_otherwise_is_found(name, path):
+    recipes, allowed = siblings("classification/cifar100"), DIFFERENCES["classification/cifar100"]
+    others = {key: value for key, value in recipes[name].items() if key != path}
+    assert len(others) == len(recipes[name]) - 1
+    for changed in (others, {**others, path: "another"}):
+        assert differences({**recipes, name: changed}, allowed) == [path]
+
+
+def test_test_sets_are_prepared_as_the_test_data_of_metric_learning():
+    def prepared(name):
+        kept = "datasets.test.*transform* datasets.test*.key test.* recipe.recall_at"
+        left_out = "datasets.test.*.dataset.key datasets.test.*.dataset.tag"
+        return {p: v for p, v in settings(name).items() if fits(p, kept) and not fits(p, left_out)}
+
+    expected = prepared("metric_learning/rkd")
+    assert len(expected) > 20
+    assert all(prepared(name) == expected for name in TEST_SETS)
+
+
+# Commands in headers and READMEs
+
+READMES = [configs_root() / "README.md", configs_root().parent / "README.md"]
+
+
+class Command(NamedTuple):
+    verb: str
+    name: str
+    overrides: tuple[str, ...]
+    options: dict[str, list[str]]
+
+
+def header(name: str) -> list[str]:
+    lines = find(name).read_text(encoding="utf-8").splitlines()
+    return lines[: next(index for index, line in enumerate(lines) if not line.startswith("#"))]
+
+
+def commands(lines: list[str]) -> list[Command]:
+    return [command(shlex.split(match.group(1), comments=True)) for line in lines if (match := COMMAND.match(line))]
+
+
+COMMAND = re.compile(r"(?:#   )?rkd (.+)")
+
+
+def command(words: list[str]) -> Command:
+    verb, *rest = words
+    options: dict[str, list[str]] = {}
+    plain: list[str] = []
+    to = plain
+    for word in rest:
+        if word.startswith("--"):
+            to = options.setdefault(word, [])
+        elif "=" in word:
+            plain.append(word)
+        else:
+            to.append(word)
+    name = next((word for word in plain if "=" not in word), "")
+    return Command(verb, name, tuple(word for word in plain if "=" in word), options)
+
+
+def trained(by: Command) -> dict[Path, Recipe]:
+    """The folders that a command writes, each with its recipe; a `RecipeError` if anything that it names is missing."""
+    if by.verb == "run":
+        folder = Path(*by.options.get("--out", ["/".join(["runs", *by.name.split("/")[-2:]])]))
+        return {folder: recipe(by.name, *by.overrides)}
+    suite = read_suite(by.name)
+    chosen = by.options.get("--rows", [row["name"] for row in suite["rows"]])
+    assert {*chosen} <= {row["name"] for row in suite["rows"]}
+    assert "--fast" not in by.options or "fast" in suite
+    seeds = by.options.get("--seeds", suite["seeds"])
+    return {
+        Path("runs", by.name.split("/")[-2] if "/" in by.name else by.name, f"{row['name']}-seed{seed}"): recipe(
+            row["recipe"], *overrides, *by.overrides
+        )
+        for row, overrides in rows(by.name)
+        if row["name"] in chosen
+        for seed in seeds
+    }
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *SUITES])
+def test_a_header_has_a_command_and_a_result(name):
+    found = commands(header(name))
+    assert {by.verb for by in found} <= {"run", "reproduce"}
+    assert name in {by.name for by in found}
+    assert all(trained(by) for by in found)
+    assert re.search(r"\bResults?\b|[Nn]ot yet run", " ".join(header(name)))
+
+
+@pytest.mark.parametrize("name", TEST_SETS)
+def test_the_header_of_a_test_set_names_itself(name):
+    assert [(by.verb, by.options["--data"]) for by in commands(header(name))] == [("eval", [name])]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "teacher_checkpoint" in recipe(name).settings])
+def test_the_teacher_of_a_recipe_is_what_its_header_trains(name):
+    runs = {folder: of for by in commands(header(name)) for folder, of in trained(by).items()}
+    student = recipe(name)
+    teacher = runs[Path(student.settings["teacher_checkpoint"]).parent]
+    assert model(student, "teacher_model") == model(teacher, "student_model")
+
+
+@pytest.mark.parametrize("path", READMES, ids=["configs", "main"])
+def test_commands_of_readmes_exist(path):
+    if not path.is_file():
+        pytest.skip("an installed package has no README")
+    text = path.read_text(encoding="utf-8")
+    blocks = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        for line in block.replace("\\\n", "").splitlines()
+    ]
+    inline = re.findall(r"`(rkd (?:run|reproduce|bench) [^`]*/[^`]*)`", " ".join(text.split()))
+    found = [
+        by for by in commands([*blocks, *inline]) if by.verb in ("run", "reproduce") or (by.verb == "bench" and by.name)
+    ]
+    assert found
+    for by in found:
+        assert trained(by._replace(verb="run") if by.verb == "bench" else by)
+
+
+def test_every_key_that_a_header_or_readme_names_is_one_of_a_recipe():
+    key = re.compile(r"\brecipe\.([a-z_0-9]+)")
+    for name in ALL:
+        prose = " ".join(line for line in header(name) if not line.startswith("#   "))
+        assert {*key.findall(prose)} <= recipe(name).settings.keys(), name
+    known = {setting for name in ALL for setting in recipe(name).settings}
+    assert {*key.findall(READMES[0].read_text(encoding="utf-8"))} <= known
+
+
+def test_lines_of_headers_are_short():
+    long = [(name, line) for name in [*ALL, *SUITES] for line in header(name) if len(line) > 120]
+    assert [line for _, line in long if not line.startswith("#   rkd ")] == []
