@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from rkd_plugin.cli.arguments import RECIPE, add_recipe
-from rkd_plugin.experiments.printing import show
-from rkd_plugin.experiments.threads import limit_spinning
+from rkd_plugin.experiments.support.printing import show
+from rkd_plugin.experiments.support.threads import limit_spinning
 
 ABOUT = "time and memory of the losses beside torchdistill's own, or of a recipe's training step"
 EXAMPLES = (
@@ -47,7 +47,7 @@ def execute(options: argparse.Namespace) -> None:
     if options.recipe:
         limit_spinning()  # as `rkd run`; the losses are measured as a user's own program has them
         from rkd_plugin.experiments.recipe import read
-        from rkd_plugin.experiments.throughput import throughput
+        from rkd_plugin.experiments.tables.throughput import throughput
 
         show(throughput(read(options.recipe, options.overrides), options.steps, options.busy))
         return

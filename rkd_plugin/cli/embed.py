@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 
 from rkd_plugin.cli.arguments import add_recipe
-from rkd_plugin.experiments.printing import show
-from rkd_plugin.experiments.threads import limit_spinning
+from rkd_plugin.experiments.support.printing import show
+from rkd_plugin.experiments.support.threads import limit_spinning
 
 ABOUT = "write the teacher outputs that a recipe's losses read into a bank, or go on with it"
 EXAMPLES = (
@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     """Write or verify a bank, and print what it holds."""
     limit_spinning()
-    from rkd_plugin.experiments.embed import embed, verify
-    from rkd_plugin.experiments.processes import process_group, rank
     from rkd_plugin.experiments.recipe import quoted, read
+    from rkd_plugin.experiments.running.embed import embed, verify
+    from rkd_plugin.experiments.support.processes import process_group, rank
 
     if options.verify:
         show(f"{options.verify}: {sum(verify(options.verify))} rows are as they were written")

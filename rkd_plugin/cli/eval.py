@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from rkd_plugin.cli.arguments import RECIPE, add_recipe
-from rkd_plugin.experiments.printing import show
-from rkd_plugin.experiments.threads import limit_spinning
+from rkd_plugin.experiments.support.printing import show
+from rkd_plugin.experiments.support.threads import limit_spinning
 
 ABOUT = "measure a model on test data, and draw pictures of its embeddings"
 EXAMPLES = (
@@ -42,10 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     """Print the metrics, and the paths of the pictures."""
     limit_spinning()
-    from rkd_plugin.experiments.experiment import evaluate
-    from rkd_plugin.experiments.processes import process_group, rank
     from rkd_plugin.experiments.recipe import read
-    from rkd_plugin.experiments.run_folder import recipe_of_run
+    from rkd_plugin.experiments.running.experiment import evaluate
+    from rkd_plugin.experiments.running.run_folder import recipe_of_run
+    from rkd_plugin.experiments.support.processes import process_group, rank
 
     folder = Path(options.recipe)
     if folder.is_dir():
@@ -65,7 +65,7 @@ def execute(options: argparse.Namespace) -> None:
     for name, value in evaluation.metrics.items():
         show(f"{name} {value:.4g}")
     if options.pictures:
-        from rkd_plugin.experiments.report import evaluation_pictures
+        from rkd_plugin.experiments.tables.report import evaluation_pictures
 
         for path in evaluation_pictures(evaluation, options.out or folder / "pictures"):
             show(path)

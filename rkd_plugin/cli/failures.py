@@ -20,8 +20,8 @@ def one_sentence(error: Exception) -> str | None:
         >>> one_sentence(TypeError("of the program")) is None
         True
     """
-    from rkd_plugin.experiments.printing import printable
     from rkd_plugin.experiments.recipe.errors import RecipeError
+    from rkd_plugin.experiments.support.printing import printable
 
     if isinstance(error, RecipeError):
         return str(error)

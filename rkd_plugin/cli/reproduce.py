@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from rkd_plugin.cli.arguments import OVERRIDES
-from rkd_plugin.experiments.printing import show
-from rkd_plugin.experiments.threads import limit_spinning
+from rkd_plugin.experiments.support.printing import show
+from rkd_plugin.experiments.support.threads import limit_spinning
 
 ABOUT = "run a whole table, read the runs that are finished, and write tables and pictures"
 EXAMPLES = (
@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     """Print the table, and where the files are."""
     limit_spinning()
-    from rkd_plugin.experiments.memory import keep_memory
-    from rkd_plugin.experiments.suite import reproduce
+    from rkd_plugin.experiments.support.memory import keep_memory
+    from rkd_plugin.experiments.tables.suite import reproduce
 
     keep_memory()
     folder, table = reproduce(options.suite, options.out, options.seeds, options.rows, options.overrides, options.fast)

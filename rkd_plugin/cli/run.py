@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from rkd_plugin.cli.arguments import add_recipe
-from rkd_plugin.experiments.printing import show
-from rkd_plugin.experiments.threads import limit_spinning
+from rkd_plugin.experiments.support.printing import show
+from rkd_plugin.experiments.support.threads import limit_spinning
 
 ABOUT = "train a model as a recipe describes it, or go on with a run; loading a recipe executes what it names"
 EXAMPLES = (
@@ -26,11 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     """Train, and print the final and the best metrics."""
     limit_spinning()
-    from rkd_plugin.experiments import runner
-    from rkd_plugin.experiments.memory import keep_memory
-    from rkd_plugin.experiments.processes import process_group, rank
     from rkd_plugin.experiments.recipe import read
-    from rkd_plugin.experiments.run_folder import default_folder
+    from rkd_plugin.experiments.running import runner
+    from rkd_plugin.experiments.running.run_folder import default_folder
+    from rkd_plugin.experiments.support.memory import keep_memory
+    from rkd_plugin.experiments.support.processes import process_group, rank
 
     recipe = read(options.recipe, options.overrides)
     folder = options.out or default_folder(options.recipe)

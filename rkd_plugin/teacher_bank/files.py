@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rkd_plugin.storage import allocate
 from rkd_plugin.teacher_bank.fingerprint import digest
-from rkd_plugin.teacher_bank.storage import allocate
 
 FORMAT = "rkd_plugin teacher bank"
 VERSION = 2  # to be raised when the files, or the meaning of what is in them, change

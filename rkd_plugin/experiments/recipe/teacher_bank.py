@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rkd_plugin.experiments.checkpoints import read_weights
 from rkd_plugin.experiments.recipe.errors import Problem
 from rkd_plugin.experiments.recipe.module_paths import loss_paths
 from rkd_plugin.experiments.recipe.schema import has_teacher, mapping, stages
+from rkd_plugin.experiments.running.checkpoints import read_weights
 from rkd_plugin.teacher_bank import Bank
 from rkd_plugin.teacher_bank.fingerprint import of_weights
 

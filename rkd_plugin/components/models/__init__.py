@@ -1,0 +1,19 @@
+"""Models of the recipes, registered in torchdistill under their names; import this package to have them."""
+
+from rkd_plugin.components.models.classifiers import ImageClassifier
+from rkd_plugin.components.models.embeddings import (
+    BackboneEmbedding,
+    Conv4Embedding,
+    ConvEmbedding,
+    ResNet12Embedding,
+    few_shot_encoder,
+)
+
+__all__ = [
+    "BackboneEmbedding",
+    "Conv4Embedding",
+    "ConvEmbedding",
+    "ImageClassifier",
+    "ResNet12Embedding",
+    "few_shot_encoder",
+]

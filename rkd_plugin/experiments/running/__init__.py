@@ -1,0 +1,1 @@
+"""One run: a recipe that is built, trained, measured and kept."""

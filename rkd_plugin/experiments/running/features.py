@@ -1,0 +1,47 @@
+"""The features of an image classifier that pictures show beside its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
+from torch import nn
+from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
+
+from rkd_plugin.adapters.torchdistill import HookedLoss, RKDDALoss
+from rkd_plugin.experiments.recipe.schema import stages
+from rkd_plugin.experiments.running.metrics import Layer
+
+
+def compared(config: Mapping[str, Any], model: nn.Module, side: str) -> Layer | None:
+    """The output that the recipe's relational loss reads, else that of the ``backbone``, else the scores.
+
+    Args:
+        config: a recipe, as torchdistill loads it.
+        model: one of its models.
+        side: ``"student"`` or ``"teacher"``.
+
+    Returns:
+        The layer, pooled and L2-normalised as by the last such loss of the recipe, so that pictures of relations show
+        what the loss compared; a backbone's maps are averaged. None for the outputs themselves, and for other tasks.
+    """
+    if config["recipe"]["task"] != "classification":
+        return None
+    modules = {**dict(model.named_modules()), ".": model}
+    for loss in _relational(config):
+        path = loss.paths[side]
+        if path in modules:  # a loss may also read what wraps the model in training, and is gone now
+            return Layer(modules[path], loss.ios[side], partial(loss.embeddings, side))
+    return (
+        Layer(modules["backbone"], "output", partial(RKDDALoss().embeddings, side)) if "backbone" in modules else None
+    )
+
+
+def _relational(config: Mapping[str, Any]) -> Iterator[HookedLoss]:
+    for stage in reversed(stages(config).values()):
+        for term in stage["criterion"].get("kwargs", {}).get("sub_terms", {}).values():
+            loss = MIDDLE_LEVEL_LOSS_DICT.get(term["criterion"]["key"])
+            if isinstance(loss, type) and issubclass(loss, HookedLoss):
+                yield loss(**term["criterion"]["kwargs"])

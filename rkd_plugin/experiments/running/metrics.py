@@ -1,0 +1,241 @@
+"""How each task is measured: the only thing in which the tasks differ once a recipe is built."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rkd_plugin.components.few_shot import few_shot
+from rkd_plugin.experiments.support.processes import all_gather_in_turn
+from rkd_plugin.kernels.pairwise import rescale, widest
+from rkd_plugin.teacher_bank.labels import check_labels
+
+BLOCK = 2**24  # distances at once, 128 MiB in float64
+# Squared distances from the Gram matrix have errors in proportion to the squared norms; in units of the machine epsilon
+# the largest seen are 24 for 512 dimensions and 92 for 8192, and a comparison has two of them.
+TIE = 256
+
+
+_CHANNELS = re.compile(r"to have (\d+) channels, but got (\d+) channels")
+
+
+class Layer(NamedTuple):
+    """A module inside a model, ``"input"`` or ``"output"`` of it, and how that becomes features ``(N, E)``."""
+
+    module: nn.Module
+    io: str
+    rows: Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode in the block; afterwards each of their modules is in its own mode again."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def named_channels(images: Any, where: str) -> Iterator[None]:
+    """Images ``(N, C, H, W)`` of another number of channels than a model takes raise a ValueError in the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = _CHANNELS.search(str(error))
+        if found is None or int(found[2]) != images.shape[1]:
+            raise
+        remedy = {"1": "Grayscale()", "3": "RGB()"}.get(found[1])
+        raise ValueError(
+            f"{where}: expected images of {found[1]} channels, which the model takes, got {found[2]}; "
+            + (f"add torchvision.transforms.v2.{remedy} to the data set's transform, or " if remedy else "")
+            + "change the model"
+        ) from error
+
+
+@torch.no_grad()
+def embed(
+    model: nn.Module, batches: Iterable[Sequence[Any]], device: torch.device, layer: Layer | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs of ``model`` in eval mode for all batches of images and labels, in one pass.
+
+    Processes that train together take turns with whole batches, as `SharedBatches` deals them out, so that each is
+    computed as one process alone would do it; all have the result.
+
+    Returns:
+        Outputs ``(M, D)``, labels ``(M,)``, and features ``(M, E)`` of ``layer``, without one the outputs again.
+
+    Raises:
+        ValueError: if labels are no whole numbers, or images have another number of channels than the model takes.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        seen["features"] = layer.rows(inputs[0] if layer.io == "input" else output) if layer else output
+
+    embedded = []
+    with in_eval_mode(model), layer.module.register_forward_hook(keep) if layer else nullcontext():
+        for images, labels, *_ in batches:
+            if not isinstance(labels, Tensor):
+                check_labels(labels, "test data")
+                labels = torch.as_tensor(labels)
+            with named_channels(images, "test data"):
+                outputs = model(images.to(device))
+            embedded.append((outputs, labels.to(device), seen.pop("features") if layer else outputs))
+    outputs, labels, features = zip(*all_gather_in_turn(embedded, device), strict=True)
+    whole = torch.cat(outputs)
+    return whole, torch.cat(labels), torch.cat(features) if layer else whole
+
+
+@torch.no_grad()
+def retrieval(outputs: Tensor, labels: Tensor, recall_at: Sequence[int] = (1,)) -> dict[str, float]:
+    """Recall@K and MAP@R in percent: every row is a query, and looks for its class among all other rows.
+
+    Recall@K: how often one of the K nearest is of the query's class. MAP@R: the mean over queries of
+    ``1/R sum over i = 1..R of P(i)``, with R the number of others of the class, and P(i) the share of the class among
+    the i nearest if the i-th is of the class, else 0 (Musgrave, Belongie, Lim, "A Metric Learning Reality Check",
+    ECCV 2020).
+
+    Exact, by Euclidean distance in float64, in blocks of queries: no ``(M, M)`` matrix. Of two rows at one distance the
+    one of another class counts as nearer, so that a model that has collapsed gets 0; squared distances count as one
+    within rounding, about 1e-13 of their size and of the query's squared distance from the mean row. A row whose class
+    has no other is no query, but stays among the rows that the others look through.
+
+    Args:
+        outputs: embeddings ``(M, D)``, floating point.
+        labels: classes ``(M,)``, whole numbers from 0.
+        recall_at: the values of K; one above M is as good as M.
+
+    Returns:
+        ``recall_at_<K>`` for each K in the given order, then ``map_at_r``; in percent.
+
+    Raises:
+        ValueError: if the shapes do not fit, a label is not a whole number from 0, a K is below 1, an output is not
+            finite, or every class has one row only.
+
+    Example:
+        >>> retrieval(torch.tensor([[0.], [1.], [5.], [1.6]]), torch.tensor([0, 0, 1, 1]), recall_at=[1, 2])
+        {'recall_at_1': 50.0, 'recall_at_2': 75.0, 'map_at_r': 50.0}
+    """
+    _check(outputs, labels, recall_at)
+    labels = labels.to(outputs.device)
+    # Sorted by class, the rows of a class stand side by side.
+    order = labels.argsort(stable=True)
+    _, counts = torch.unique_consecutive(labels[order], return_counts=True)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    size = counts.repeat_interleave(counts)
+    queries = (size > 1).nonzero().squeeze(1)
+    if not len(queries):
+        raise ValueError(
+            f"retrieval: expected a class with two rows or more, got {len(labels)} rows of as many classes"
+        )
+    rows = rescale(outputs[order], widest(outputs))
+    rows -= rows.mean(0)
+    norms = rows.square().sum(1)
+    tie = TIE * torch.finfo(rows.dtype).eps
+    nearer = torch.empty(len(queries), dtype=torch.long, device=rows.device)
+    average_precision = 0.0
+    for part in torch.split(torch.arange(len(queries), device=rows.device), max(BLOCK // len(rows), 1)):
+        block = queries[part]
+        squares = torch.addmm(norms, rows[block], rows.T, alpha=-2).add_(norms[block, None])
+        # The places of the query's class, as many as the largest class of the block has; others repeat the first place.
+        offsets = torch.arange(int(size[block].max()), device=rows.device)
+        is_class = offsets < size[block, None]
+        places = first[block, None] + offsets * is_class
+        own = squares.gather(1, places).masked_fill(~is_class | (places == block[:, None]), torch.inf).sort(1).values
+        squares.scatter_(1, places, torch.inf)
+        own, relevant = own[:, :-1], size[block] - 1
+        own = own + tie * (own + norms[block, None])
+        nearer[part] = (squares <= own[:, :1]).sum(1)
+        others = squares.topk(min(own.shape[1], len(rows)), largest=False).values
+        found = torch.arange(1, own.shape[1] + 1, dtype=rows.dtype, device=rows.device)
+        place = torch.searchsorted(others, own, right=True) + found
+        precision = (found / place).where(place <= relevant[:, None], 0.0).sum(1) / relevant
+        average_precision += float(precision.sum())
+    recalls = {f"recall_at_{k}": 100 * int((nearer < k).sum()) / len(queries) for k in recall_at}
+    return {**recalls, "map_at_r": 100 * average_precision / len(queries)}
+
+
+def _check(outputs: Tensor, labels: Tensor, recall_at: Sequence[int]) -> None:
+    if outputs.ndim != 2 or not outputs.is_floating_point():
+        raise ValueError(
+            f"retrieval: outputs must be (M, D) and floating point, got {tuple(outputs.shape)} {outputs.dtype}"
+        )
+    if labels.shape != outputs.shape[:1] or len(labels) < 2:
+        raise ValueError(
+            f"retrieval: labels must be (M,), for M of at least 2, got {tuple(labels.shape)} for {len(outputs)} outputs"
+        )
+    check_labels(labels, "retrieval")
+    if min(recall_at, default=1) < 1:
+        raise ValueError(f"retrieval: every K of recall_at must be at least 1, got {list(recall_at)}")
+    bad = int((~outputs.isfinite().all(1)).sum())
+    if bad:
+        raise ValueError(f"retrieval: outputs must be finite, got NaN or Inf in {bad} of {len(outputs)} rows")
+
+
+def collapsed(outputs: Tensor) -> bool:
+    """Whether all rows of ``(M, D)`` are equal within rounding.
+
+    Example:
+        >>> collapsed(torch.ones(3, 2) / 3), collapsed(torch.tensor([[1.0], [1.001]]))
+        (True, False)
+    """
+    spread, largest = (outputs - outputs[:1]).abs().max(), outputs.abs().max()
+    return len(outputs) > 1 and bool(spread <= 16 * torch.finfo(outputs.dtype).eps * largest)
+
+
+@torch.no_grad()
+def classification(outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent: how often the label is the class of the highest score, or among the five.
+
+    Args:
+        outputs: scores ``(M, C)``; of two equal ones that of the other class counts as higher.
+        labels: classes ``(M,)``, from 0 to C - 1.
+
+    Raises:
+        ValueError: if the shapes do not fit, or a label is not a whole number from 0 to C - 1.
+
+    Example:
+        >>> classification(torch.tensor([[0., 1.], [1., 0.]]), torch.tensor([1, 1]))
+        {'top1': 50.0, 'top5': 100.0}
+    """
+    if outputs.ndim != 2 or labels.shape != outputs.shape[:1] or not len(labels):
+        raise ValueError(
+            f"classification: expected outputs (M, C) and labels (M,), got {tuple(outputs.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
+    check_classes(outputs.shape[1], labels)
+    own = outputs.gather(1, labels[:, None])
+    # A score that is NaN is never above another one, and must not count as right either.
+    place = outputs.shape[1] - (outputs < own).sum(1)
+    return {f"top{k}": 100 * int((place <= k).sum()) / len(labels) for k in (1, 5)}
+
+
+def check_classes(count: int, labels: Tensor, where: str = "classification") -> None:
+    """Raise ValueError, which begins with ``where``, if a label is not one of ``count`` classes."""
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        check_labels(labels, where)
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < count:
+        raise ValueError(
+            f"{where}: expected labels from 0 to {count - 1}, as the model has {count} outputs, got "
+            f"{int(labels.min())} to {int(labels.max())}; set num_classes to the number of classes of the data"
+        )
+
+
+Evaluator = Callable[..., dict[str, float]]
+
+# Task -> what it measures; the first metric is the one that a better model has higher, and that `best` goes by.
+EVALUATORS: dict[str, Evaluator] = {
+    "metric_learning": retrieval,
+    "classification": classification,
+    "few_shot": few_shot,
+}

@@ -1,0 +1,1 @@
+"""What experiments need of the system: processes, files, signals, memory, threads and the terminal."""

@@ -1,0 +1,1 @@
+"""Many runs: suites, their tables and pictures, and the time of a step."""
