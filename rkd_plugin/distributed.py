@@ -41,7 +41,8 @@ fit, from N = 38,000 on in 80 GB, pass a process group as ``gather``: the relati
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -50,9 +51,44 @@ from rkd_plugin.kernels.derivatives import first_only
 from rkd_plugin.kernels.pairwise import substitute_value
 
 # PyTorch's later name where it exists, since the earlier one then warns.
-_all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-_reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+_all_gather = getattr(distributed, "all_gather_single", None) or getattr(distributed, "all_gather_into_tensor", None)
+_reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or getattr(
+    distributed, "reduce_scatter_tensor", None
+)
+T = TypeVar("T")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def rank() -> int:
+    """This process's rank; rank 0 writes all files."""
+    return distributed.get_rank() if is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes that work together."""
+    return distributed.get_world_size() if is_initialized() else 1
+
+
+def is_initialized() -> bool:
+    """Whether this process has joined others."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def broadcast(compute: Callable[[], T]) -> T:
+    """What ``compute`` returns, or raises, on rank 0; no other rank calls it."""
+    if world_size() == 1:
+        return compute()
+    sent: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            sent[0] = compute()
+        except Exception as error:
+            sent[1] = error
+    distributed.broadcast_object_list(sent, src=0)
+    if sent[1] is not None:
+        raise sent[1]
+    result: T = sent[0]
+    return result
 
 
 class GlobalBatch(NamedTuple):

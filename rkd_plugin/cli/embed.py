@@ -32,9 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     """Write or verify a bank, and print what it holds."""
     limit_spinning()
+    from rkd_plugin.distributed import rank
     from rkd_plugin.experiments.recipe import quoted, read
     from rkd_plugin.experiments.running.embed import embed, verify
-    from rkd_plugin.experiments.support.processes import process_group, rank
+    from rkd_plugin.experiments.support.processes import process_group
 
     if options.verify:
         show(f"{options.verify}: {sum(verify(options.verify))} rows are as they were written")

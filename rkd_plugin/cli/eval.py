@@ -42,10 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     """Print the metrics, and the paths of the pictures."""
     limit_spinning()
+    from rkd_plugin.distributed import rank
     from rkd_plugin.experiments.recipe import read
     from rkd_plugin.experiments.running.experiment import evaluate
     from rkd_plugin.experiments.running.run_folder import recipe_of_run
-    from rkd_plugin.experiments.support.processes import process_group, rank
+    from rkd_plugin.experiments.support.processes import process_group
 
     folder = Path(options.recipe)
     if folder.is_dir():

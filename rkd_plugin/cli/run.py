@@ -26,11 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     """Train, and print the final and the best metrics."""
     limit_spinning()
+    from rkd_plugin.distributed import rank
     from rkd_plugin.experiments.recipe import read
     from rkd_plugin.experiments.running import runner
     from rkd_plugin.experiments.running.run_folder import default_folder
     from rkd_plugin.experiments.support.memory import keep_memory
-    from rkd_plugin.experiments.support.processes import process_group, rank
+    from rkd_plugin.experiments.support.processes import process_group
 
     recipe = read(options.recipe, options.overrides)
     folder = options.out or default_folder(options.recipe)

@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from torchdistill.datasets.registry import get_batch_sampler, register_batch_sampler, register_dataset_wrapper
 from torchdistill.datasets.wrapper import BaseDatasetWrapper
 
-from rkd_plugin.experiments.support import processes
+from rkd_plugin import distributed
 from rkd_plugin.teacher_bank.labels import labels_of
 
 
@@ -54,13 +54,15 @@ class SharedBatches(SharedBatchSampler):
     def __len__(self) -> int:
         """Batches of this process."""
         return (
-            len(range(processes.rank(), len(self.batches), processes.world_size())) if self.whole else len(self.batches)
+            len(range(distributed.rank(), len(self.batches), distributed.world_size()))
+            if self.whole
+            else len(self.batches)
         )
 
     def __iter__(self) -> Iterator[list[int]]:
         """Lists of indices into the data set."""
-        rank, count = processes.rank(), processes.world_size()
-        batches = processes.broadcast(lambda: list(self.batches))
+        rank, count = distributed.rank(), distributed.world_size()
+        batches = distributed.broadcast(lambda: list(self.batches))
         if self.whole:
             yield from batches[rank::count]
             return
@@ -123,9 +125,9 @@ class ClassBalancedBatchSampler(SharedBatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Lists of indices into the data set."""
-        rank, generator = processes.rank(), _generator()
+        rank, generator = distributed.rank(), _generator()
         _check_even(self.batch_size)
-        size = self.batch_size // processes.world_size()
+        size = self.batch_size // distributed.world_size()
         for _ in range(self.iterations):
             batch: list[int] = []
             # Every class brings at least one image, so that no more classes than this are needed.
@@ -184,20 +186,20 @@ class EpisodicBatchSampler(SharedBatchSampler):
 
     def __len__(self) -> int:
         """Episodes of one process."""
-        if self.episodes % processes.world_size():
+        if self.episodes % distributed.world_size():
             raise ValueError(
-                f"EpisodicBatchSampler: expected a number of episodes that {processes.world_size()} processes share "
+                f"EpisodicBatchSampler: expected a number of episodes that {distributed.world_size()} processes share "
                 f"evenly, got {self.episodes}"
             )
-        return self.episodes // processes.world_size()
+        return self.episodes // distributed.world_size()
 
     def __iter__(self) -> Iterator[list[int]]:
         """Lists of indices into the data set."""
-        rank, generator = processes.rank(), _generator()
-        for number in range(len(self) * processes.world_size()):
+        rank, generator = distributed.rank(), _generator()
+        for number in range(len(self) * distributed.world_size()):
             classes = generator.sample(self.images, self.way)
             episode = [index for images in classes for index in generator.sample(images, self.images_per_class)]
-            if number % processes.world_size() == rank:
+            if number % distributed.world_size() == rank:
                 yield episode
 
 
@@ -216,9 +218,9 @@ class WholeBatches(BaseDatasetWrapper):
 
 
 def _check_even(images: int) -> None:
-    if images % processes.world_size():
+    if images % distributed.world_size():
         raise ValueError(
-            f"expected batches that {processes.world_size()} processes share evenly, got one of {images} images; "
+            f"expected batches that {distributed.world_size()} processes share evenly, got one of {images} images; "
             "change recipe.batch_size, which counts the images of all processes together, or set drop_last"
         )
 
@@ -231,7 +233,7 @@ def _check_positive(sampler: object, **numbers: int) -> None:
 
 def _generator() -> random.Random:
     """Random numbers that follow the first process's seed, the same on all processes."""
-    return random.Random(processes.broadcast(lambda: int(torch.randint(2**63 - 1, ()))))
+    return random.Random(distributed.broadcast(lambda: int(torch.randint(2**63 - 1, ()))))
 
 
 def _by_class(owner: object, sampler: Any) -> list[list[int]]:

@@ -231,7 +231,8 @@ def test_a_full_disk_behind_stdout_is_one_sentence():
 
 
 def test_ascii_terminals_get_what_they_can_show():
-    code = "from rkd_plugin.cli.streams import lasting_streams as l; from rkd_plugin.experiments.support.printing import show\n"
+    code = "from rkd_plugin.cli.streams import lasting_streams as l\n"
+    code += "from rkd_plugin.experiments.support.printing import show\n"
     done = python(code + "with l(): show('50 ± 2')", PYTHONIOENCODING="ascii:strict")
     assert (done.returncode, done.stdout) == (0, "50 \\xb1 2\n")
 

@@ -8,14 +8,8 @@ import torchvision  # noqa: F401  before torchdistill, whose registries look for
 from torchdistill.losses.registry import get_high_level_loss, get_mid_level_loss
 
 from rkd_plugin import rkd_da_loss
-from rkd_plugin.components.few_shot import (
-    OnEpisodePart,
-    PrototypicalAccuracy,
-    PrototypicalLoss,
-    episode_accuracies,
-    few_shot,
-    interval,
-)
+from rkd_plugin.components.few_shot import OnEpisodePart, PrototypicalAccuracy, PrototypicalLoss
+from rkd_plugin.experiments.running.episodes import episode_accuracies, few_shot, interval
 
 
 def episode(way=4, shot=2, query=3, width=5, dtype=torch.float64, spread=1.0):
@@ -165,7 +159,7 @@ def test_accuracies_are_those_of_episodes_drawn_one_by_one(monkeypatch):
 
 
 def test_every_class_and_row_is_as_likely_in_a_test_episode():
-    from rkd_plugin.components.few_shot import _episodes
+    from rkd_plugin.experiments.running.episodes import _episodes
 
     labels = torch.arange(7).repeat_interleave(torch.tensor([4, 6, 5, 4, 9, 2, 4]))  # the sixth has too few rows
     episodes = _episodes(labels, 0, 3, 1, 2, 20_000)

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torchdistill.models.registry import register_model
 
-from rkd_plugin import rkd_da_loss
+from rkd_plugin import distributed, rkd_da_loss
 from rkd_plugin.experiments.recipe import read
 from rkd_plugin.experiments.running import experiment, runner
 from rkd_plugin.experiments.support import processes
@@ -38,7 +38,7 @@ class Points(torch.utils.data.Dataset):
     def __getitem__(self, index):
         rank, after, how = os.environ.get("BREAK", "-1,0,").split(",")
         self.asked += 1
-        if int(rank) == processes.rank() and self.asked > int(after):
+        if int(rank) == distributed.rank() and self.asked > int(after):
             if how == "raise":
                 raise OSError(f"cannot read point {index}")
             if how == "kill" or self.asked == int(after) + 1:
@@ -80,10 +80,10 @@ def gradients_of_fsdp():
     images, teacher = torch.randn(14, 6, dtype=torch.float64), torch.randn(14, 7, dtype=torch.float64)
     student, sharded = Perceptron(9, 4), Perceptron(9, 4)
     sharded.load_state_dict(student.state_dict())
-    mesh = init_device_mesh("cpu", (processes.world_size(),))
+    mesh = init_device_mesh("cpu", (distributed.world_size(),))
     for module in (sharded[0], sharded[2], sharded):
         fully_shard(module, mesh=mesh)
-    own = slice(0, 5) if processes.rank() == 0 else slice(5, 14)
+    own = slice(0, 5) if distributed.rank() == 0 else slice(5, 14)
     rkd_da_loss(sharded(images[own]), teacher[own], gather=True).backward()
     rkd_da_loss(student(images), teacher).backward()
     shards = [parameter.grad for parameter in sharded.parameters() if parameter.grad is not None]
@@ -95,8 +95,8 @@ def mean_gradients():
     """Of a parameter that both use, one in float32, one that only this process uses, one that none does."""
     used, narrow, first, second, none = (torch.ones((), requires_grad=True) for _ in range(5))
     used, narrow = used.detach().double().requires_grad_(), narrow
-    mine = (first, second)[processes.rank()]
-    loss = (processes.rank() + 1) * (used * 2 + narrow + mine)
+    mine = (first, second)[distributed.rank()]
+    loss = (distributed.rank() + 1) * (used * 2 + narrow + mine)
     processes.average_gradients(loss, [used, narrow, first, second, none])
     loss.backward()
     return [parameter.grad for parameter in (used, narrow, first, second, none)]
@@ -109,4 +109,4 @@ def main():
             train(*arguments)
         found = {path: measure(path, checkpoint) for path, checkpoint in todo["measure"]}
         found |= {"fsdp": gradients_of_fsdp(), "mean": mean_gradients()}
-        torch.save(found, Path(todo["out"]) / f"{processes.rank()}.pt")
+        torch.save(found, Path(todo["out"]) / f"{distributed.rank()}.pt")

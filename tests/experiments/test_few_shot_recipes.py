@@ -10,8 +10,9 @@ from torch.nn.functional import mse_loss
 from torchdistill.losses.mid_level import ATLoss
 
 from rkd_plugin import rkd_angle_loss, rkd_distance_loss
-from rkd_plugin.components.few_shot import PrototypicalLoss, episode_accuracies
+from rkd_plugin.components.few_shot import PrototypicalLoss
 from rkd_plugin.experiments.recipe import RecipeError, read, read_suite
+from rkd_plugin.experiments.running.episodes import episode_accuracies
 from rkd_plugin.experiments.running.experiment import Experiment, evaluate
 from rkd_plugin.experiments.running.run_folder import recipe_of_run
 from rkd_plugin.experiments.running.runner import run, steps_of

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import rkd_plugin
 from rkd_plugin.cli import main
-from rkd_plugin.experiments.recipe import (
+from rkd_plugin.experiments.recipe import catalog, (
     RecipeError,
     Tagged,
     check,
@@ -78,7 +78,7 @@ def test_names_of_recipes():
 def test_an_installed_package_brings_its_recipes(tmp_path, monkeypatch):
     (tmp_path / "rkd_plugin" / "configs").mkdir(parents=True)
     (tmp_path / "configs").mkdir()  # of somebody else
-    monkeypatch.setattr(rkd_plugin, "__file__", str(tmp_path / "rkd_plugin" / "__init__.py"))
+    monkeypatch.setattr(catalog, "PACKAGE", tmp_path / "rkd_plugin")
     assert configs_root() == tmp_path / "rkd_plugin" / "configs"
     assert names() == []
     (tmp_path / "rkd_plugin" / "configs").rmdir()

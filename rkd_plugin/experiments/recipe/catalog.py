@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import rkd_plugin
 from rkd_plugin.experiments.recipe.errors import RecipeError, suggest
+
+PACKAGE = Path(__file__).parents[2]
 
 
 class Entry(NamedTuple):
@@ -20,11 +21,10 @@ class Entry(NamedTuple):
 
 def configs_root() -> Path:
     """The folder of the packaged recipes: inside an installed package, beside the package in a checkout."""
-    package = Path(rkd_plugin.__file__).parent
-    for root in (package / "configs", package.parent / "configs"):
+    for root in (PACKAGE / "configs", PACKAGE.parent / "configs"):
         if root.is_dir():
             return root
-    raise RecipeError(package, [("", "the packaged recipes are missing: reinstall rkd-plugin")])
+    raise RecipeError(PACKAGE, [("", "the packaged recipes are missing: reinstall rkd-plugin")])
 
 
 def _names() -> dict[str, Path]:

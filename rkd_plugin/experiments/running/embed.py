@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from rkd_plugin import distributed
 from rkd_plugin.adapters.torchdistill import Pool, pooled, pooling, reading
 from rkd_plugin.environment import environment
 from rkd_plugin.experiments.recipe import Recipe
@@ -102,13 +103,13 @@ def embed(recipe: Recipe, folder: Path, dataset_id: str | None = None, dtype: st
     }
     processes.check_equal({f"{name} of the bank": digest(value) for name, value in header.items()})
     with ExitStack() as held:
-        processes.broadcast(lambda: held.enter_context(alone_in(folder)))
-        if processes.broadcast(lambda: _is_new(folder, header)):
+        distributed.broadcast(lambda: held.enter_context(alone_in(folder)))
+        if distributed.broadcast(lambda: _is_new(folder, header)):
             options = loader["kwargs"]
             size = options.get("batch_size") or (loader.get("batch_sampler") or {}).get("kwargs", {}).get("batch_size")
             _write(folder, header, _Rows(dataset, views, seed), read, size or BATCH, options.get("num_workers", 0))
             where = environment(experiment.device.type)
-            processes.broadcast(lambda: _finish(folder, header, where))
+            distributed.broadcast(lambda: _finish(folder, header, where))
     return Bank(folder)
 
 
@@ -212,7 +213,7 @@ def _write(folder: Path, header: dict[str, Any], rows: _Rows, read: Reader, size
     held, writer = ShardReader(folder, layout), ShardWriter(folder, layout)
     step = max(size // layout.shard_rows, 1)
     batches = [range(start, min(start + step, layout.shards)) for start in range(0, layout.shards, step)]
-    batches = batches[processes.rank() :: processes.world_size()]
+    batches = batches[distributed.rank() :: distributed.world_size()]
     # A batch is computed as a whole: its rows would be rounded otherwise in a smaller one.
     todo = [
         range(layout.shard(batch[0]).start, layout.shard(batch[-1]).stop)
@@ -226,7 +227,7 @@ def _write(folder: Path, header: dict[str, Any], rows: _Rows, read: Reader, size
         initial=count - sum(map(len, todo)),
         desc=f"embedding into {folder}",
         unit="row",
-        disable=processes.rank() > 0,
+        disable=distributed.rank() > 0,
     ) as bar:
         for numbers, images in loader:
             first, last = int(numbers[0]), int(numbers[-1])

@@ -26,16 +26,17 @@ from torchdistill.datasets.wrapper import BaseDatasetWrapper
 from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
+from rkd_plugin import distributed
 from rkd_plugin.adapters.torchdistill import seed_epoch
-from rkd_plugin.components.few_shot import episode_accuracies
 from rkd_plugin.components.samplers import SharedBatchSampler
 from rkd_plugin.environment import environment
 from rkd_plugin.experiments.recipe import Recipe, configs_root
 from rkd_plugin.experiments.recipe.schema import stages
-from rkd_plugin.experiments.recipe.teacher_bank import learn_from_bank
 from rkd_plugin.experiments.running.checkpoints import load_weights, read_weights
+from rkd_plugin.experiments.running.episodes import episode_accuracies
 from rkd_plugin.experiments.running.features import compared
 from rkd_plugin.experiments.running.metrics import EVALUATORS, Layer, check_classes, embed, in_eval_mode, named_channels
+from rkd_plugin.experiments.running.teacher_bank import learn_from_bank
 from rkd_plugin.experiments.support import processes, threads
 from rkd_plugin.experiments.support.signals import random_state, set_random_state
 from rkd_plugin.teacher_bank.labels import class_names, item_name, labels_of, unwrapped
@@ -74,7 +75,7 @@ class Experiment:
         import_dependencies(self.config.get("dependencies"))
         sizes = {f"number of images of datasets.{name}": data for name, data in self.config["datasets"].items()}
         processes.check_equal({name: str(len(data)) for name, data in sizes.items() if hasattr(data, "__len__")})
-        if processes.world_size() > 1:
+        if distributed.world_size() > 1:
             self._share_data()
 
     @functools.cached_property
@@ -91,7 +92,7 @@ class Experiment:
 
     def seed(self, epoch: int) -> None:
         """See `seed_epoch`; in an epoch every process crops and drops otherwise, the first as one that is alone."""
-        seed_epoch(self.settings["seed"] + (processes.rank() << 16 if epoch else 0), epoch)
+        seed_epoch(self.settings["seed"] + (distributed.rank() << 16 if epoch else 0), epoch)
 
     def _share_data(self) -> None:
         """Have torchdistill build loaders of this process's batches: the recipe's own, shared."""
@@ -133,7 +134,7 @@ class Experiment:
             option = next(settings, f"{self._place(config)}.src_ckpt")
             self.load(model, config, _weights(path, f"{option}="), path)
         check_equal_weights(model, f"weights of {config['key']}")
-        if config.get("sync_bn") and processes.world_size() > 1:
+        if config.get("sync_bn") and distributed.world_size() > 1:
             if self.device.type == "cpu":
                 raise ValueError(
                     f"{self.path}: expected sync_bn on GPUs, which alone PyTorch has it for, got CPUs; set sync_bn to "
@@ -275,7 +276,7 @@ class Experiment:
         evaluator = evaluator or EVALUATORS[self.settings["task"]]
         known = inspect.signature(evaluator).parameters
         options = {name: self.settings[name] for name in known if name in self.settings}
-        measured: dict[str, Any] = processes.broadcast(lambda: evaluator(outputs, labels, **options))
+        measured: dict[str, Any] = distributed.broadcast(lambda: evaluator(outputs, labels, **options))
         return measured
 
     def test_loader(self, all_classes: bool = False) -> Any:
@@ -319,7 +320,7 @@ def _weights(path: Path, option: str) -> dict[str, Any]:
 
 def check_equal_start(recipe: Recipe) -> None:
     """Raise on every rank if some rank was started with another recipe, code or device; see `processes.check_equal`."""
-    if processes.world_size() > 1:
+    if distributed.world_size() > 1:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         digest = hashlib.sha256(recipe.resolved().encode("utf-8", "surrogatepass")).hexdigest()[:12]
         where = environment(device)
@@ -329,7 +330,7 @@ def check_equal_start(recipe: Recipe) -> None:
 
 def check_equal_weights(model: nn.Module, name: str) -> None:
     """Raise on every rank if some rank's model has other weights than that of rank 0; see `processes.check_equal`."""
-    if processes.world_size() > 1:
+    if distributed.world_size() > 1:
         digest = hashlib.sha256()
         for key, tensor in model.state_dict().items():
             digest.update(key.encode())

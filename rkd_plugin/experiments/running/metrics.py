@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rkd_plugin.components.few_shot import few_shot
+from rkd_plugin.experiments.running.episodes import few_shot
 from rkd_plugin.experiments.support.processes import all_gather_in_turn
 from rkd_plugin.kernels.pairwise import rescale, widest
 from rkd_plugin.teacher_bank.labels import check_labels

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rkd_plugin import distributed
 from rkd_plugin.environment import environment
 from rkd_plugin.experiments.recipe import Recipe
 from rkd_plugin.experiments.running.checkpoints import (
@@ -68,13 +69,13 @@ def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
         FloatingPointError: if the loss is no longer finite; the last checkpoint is kept.
     """
     check_equal_start(recipe)
-    result = processes.broadcast(lambda: _finished(folder, recipe))
+    result = distributed.broadcast(lambda: _finished(folder, recipe))
     if result is None:
         recipe.validate()
         with ExitStack() as held:
-            processes.broadcast(lambda: held.enter_context(alone_in(folder)))
+            distributed.broadcast(lambda: held.enter_context(alone_in(folder)))
             # Another run may have ended here meanwhile.
-            result = processes.broadcast(lambda: _finished(folder, recipe))
+            result = distributed.broadcast(lambda: _finished(folder, recipe))
             if result is None:
                 result = _run(recipe, folder, label or recipe.path.stem)
     return result
@@ -90,9 +91,9 @@ def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
 def _run(recipe: Recipe, folder: Path, label: str) -> dict[str, Any]:
     experiment = Experiment(recipe)
     box = experiment.box()
-    processes.broadcast(lambda: write_recipe(folder, recipe.resolved()))
+    distributed.broadcast(lambda: write_recipe(folder, recipe.resolved()))
     history, part = _resume(folder / "last.pt", experiment, box)
-    events = events_in(folder, len(history)) if processes.rank() == 0 else nullcontext()
+    events = events_in(folder, len(history)) if distributed.rank() == 0 else nullcontext()
     with experiment.threads(box.train_data_loader, *models_of(experiment, box)):
         with stopping() as signals, events as writer:
             _Training(experiment, box, folder, history, part, signals, writer).train(printable(label))
@@ -102,7 +103,7 @@ def _run(recipe: Recipe, folder: Path, label: str) -> dict[str, Any]:
             write_json(folder / "result.json", result)
             return result
 
-        return processes.broadcast(finish)
+        return distributed.broadcast(finish)
 
 
 @dataclass
@@ -136,7 +137,7 @@ class _Training:
             desc=label,
             unit="step",
             leave=False,
-            disable=processes.rank() > 0,
+            disable=distributed.rank() > 0,
         ) as bar:
             for epoch in range(len(self.history), self.box.num_epochs):
                 if _is_settled(self.history, self.experiment.settings.get("patience")):
@@ -175,7 +176,7 @@ class _Training:
         """The metrics after an epoch, of the student on all test data."""
         processes.broadcast_weights(_trained(self.box))  # each rank has BatchNorm's statistics of its own part
         outputs, labels, _ = self.experiment.embed(self.experiment.student, self.box.val_data_loader)
-        if processes.rank() == 0 and not self.has_collapsed and collapsed(outputs):
+        if distributed.rank() == 0 and not self.has_collapsed and collapsed(outputs):
             self.has_collapsed = True
             warnings.warn(
                 f"epoch {epoch + 1}: the student has the same output for all {len(outputs)} test images, where RKD "
@@ -198,14 +199,14 @@ class _Training:
         random = processes.all_gather(random_state(self.experiment.device))
         part = {**self.part, "seconds": seconds, "random": random}
         state = _state(self.experiment.student, self.box, self.history, part)
-        processes.broadcast(lambda: write_checkpoint(self.folder / "last.pt", state))
+        distributed.broadcast(lambda: write_checkpoint(self.folder / "last.pt", state))
 
     def keep_epoch(self, measured: dict[str, Any]) -> None:
         self.history.append(measured)
         if self.events is not None:
             for name, value in measured.items():
                 self.events.add_scalar(name, value, measured["epoch"])
-        processes.broadcast(self._save)
+        distributed.broadcast(self._save)
         self.part = START
 
     def _save(self) -> None:
@@ -253,7 +254,7 @@ def steps_of(experiment: Experiment, box: Any, part: Mapping[str, Any] = START) 
     if part["steps"]:
         # Load the batches that are done again: only so samplers, transforms and the loader's processes draw as before.
         next(islice(loaded, part["steps"] - 1, None))
-        set_random_state(part["random"][processes.rank()], experiment.device)
+        set_random_state(part["random"][distributed.rank()], experiment.device)
     with _terms(box.criterion) as terms:
         for step, (batch, targets, supplement) in enumerate(loaded, part["steps"] + 1):
             terms.update(dict.fromkeys(terms))
@@ -325,7 +326,7 @@ def _trained(box: Any) -> nn.Module:
 
 def _resume(path: Path, experiment: Experiment, box: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Load a checkpoint, if there is one, into a new box; returns the finished epochs, and the part of the next."""
-    checkpoint = processes.broadcast(lambda: _last(path))
+    checkpoint = distributed.broadcast(lambda: _last(path))
     if checkpoint is None:
         return [], START
     history: list[dict[str, Any]] = checkpoint["history"]
@@ -339,12 +340,12 @@ def _resume(path: Path, experiment: Experiment, box: Any) -> tuple[list[dict[str
     restore(box, checkpoint, path)
     box.stage_grad_count = checkpoint["steps"]
     begun: dict[str, Any] = checkpoint["part"]
-    if begun["steps"] and len(begun["random"]) != processes.world_size():
+    if begun["steps"] and len(begun["random"]) != distributed.world_size():
         raise ValueError(
             f"{path}: expected the number of processes that were stopped within epoch {len(history) + 1}, "
-            f"{len(begun['random'])}, got {processes.world_size()}; start as many until that epoch has ended"
+            f"{len(begun['random'])}, got {distributed.world_size()}; start as many until that epoch has ended"
         )
-    if processes.rank() == 0 and len(history) < box.num_epochs:
+    if distributed.rank() == 0 and len(history) < box.num_epochs:
         steps = f", step {begun['steps'] + 1} of {len(box.train_data_loader)}" if begun["steps"] else ""
         report(f"{path.parent}: going on from epoch {len(history) + 1} of {box.num_epochs}{steps}")
     return history, begun
@@ -387,7 +388,7 @@ def _result(recipe: Recipe, experiment: Experiment, history: list[dict[str, Any]
         "best": {name: best[name] for name in ("epoch", *metrics)},
         "parameters": sum(parameter.numel() for parameter in experiment.student.parameters()),
         "seconds": sum(epoch["seconds"] for epoch in history),
-        "processes": processes.world_size(),
+        "processes": distributed.world_size(),
         "environment": environment(experiment.device.type),
         "history": history,
     }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, zip_longest
 from typing import Any, TypeVar
@@ -20,23 +20,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from rkd_plugin.distributed import is_initialized, rank, world_size
 from rkd_plugin.experiments.support.launcher import launched
 
 T = TypeVar("T")
-
-
-def rank() -> int:
-    """This process's rank; rank 0 writes all files."""
-    return distributed.get_rank() if _is_initialized() else 0
-
-
-def world_size() -> int:
-    """The number of processes that work together."""
-    return distributed.get_world_size() if _is_initialized() else 1
-
-
-def _is_initialized() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
 
 
 @contextmanager
@@ -49,7 +36,7 @@ def process_group() -> Iterator[None]:
         ConnectionError: if another process ended early (gloo; NCCL waits until its own limit).
     """
     launched()
-    if "RANK" not in os.environ or _is_initialized():
+    if "RANK" not in os.environ or is_initialized():
         yield
         return
     if torch.cuda.is_available():
@@ -71,23 +58,6 @@ def process_group() -> Iterator[None]:
 
 def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def broadcast(compute: Callable[[], T]) -> T:
-    """What ``compute`` returns, or raises, on rank 0; no other rank calls it."""
-    if world_size() == 1:
-        return compute()
-    sent: list[Any] = [None, None]
-    if rank() == 0:
-        try:
-            sent[0] = compute()
-        except Exception as error:
-            sent[1] = error
-    distributed.broadcast_object_list(sent, src=0)
-    if sent[1] is not None:
-        raise sent[1]
-    result: T = sent[0]
-    return result
 
 
 def all_gather(value: T) -> list[T]:

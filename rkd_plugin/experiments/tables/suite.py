@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rkd_plugin.components.few_shot import episode_accuracies, interval
 from rkd_plugin.experiments.recipe import Recipe, RecipeError, quoted, read, read_suite
 from rkd_plugin.experiments.recipe.errors import suggest
 from rkd_plugin.experiments.running import runner
 from rkd_plugin.experiments.running.checkpoints import read_measured
+from rkd_plugin.experiments.running.episodes import episode_accuracies, interval
 from rkd_plugin.experiments.running.experiment import evaluate
 from rkd_plugin.experiments.running.run_folder import RUNS, default_folder, recipe_of_run
 from rkd_plugin.experiments.support.files import write_json, write_text
