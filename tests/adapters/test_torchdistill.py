@@ -29,7 +29,7 @@ import rkd_plugin
 from rkd_plugin.adapters import torchdistill as adapter
 from rkd_plugin.adapters.torchdistill import registering
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 FUNCTIONS = {
     "RKDDistanceLoss": rkd_plugin.rkd_distance_loss,
     "RKDAngleLoss": rkd_plugin.rkd_angle_loss,

@@ -19,8 +19,8 @@ from rkd_plugin.cli import main
 from rkd_plugin.kernels import chunked, compiled
 
 SIZE = 6
-RESULTS = sorted(Path(__file__).with_name("bench").glob("*.json"))
-README = Path(__file__).parents[1] / "README.md"
+RESULTS = sorted(Path(__file__).parent.glob("*.json"))
+README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture

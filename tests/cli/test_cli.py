@@ -17,7 +17,7 @@ from rkd_plugin.experiments.running import runner
 from rkd_plugin.experiments.support.printing import report, show
 from rkd_plugin.experiments.tables import suite
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = ["recipe.num_epochs=1", "recipe.samples_per_epoch=128", "recipe.batch_size=64"]
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.test_datasets import clutter, write_image
 from torchvision.datasets.utils import calculate_md5
 from torchvision.transforms import v2
 
 from rkd_plugin.components.datasets import CIFAR100, Cached, TinyImageNet
+from tests.components.test_datasets import clutter, write_image
 
 WNIDS = ["n02124075", "n04067472", "n04540053"]
 GET_CIFAR = "; get cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html and unpack it in "

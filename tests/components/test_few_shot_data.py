@@ -12,14 +12,14 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from tests.test_classification_data import Malicious
-from tests.test_datasets import clutter
 from torch.utils.data import SequentialSampler
 from torchdistill.datasets.util import build_data_loader
 from torchvision.transforms import v2
 
 from rkd_plugin.components.datasets import Cached, MiniImageNet, Omniglot, omniglot
 from rkd_plugin.components.samplers import WholeBatches
+from tests.components.test_classification_data import Malicious
+from tests.components.test_datasets import clutter
 
 ANGLES = (0, 90, 180, 270)
 PARTS = ("images_background", "images_evaluation")

@@ -1,4 +1,4 @@
-"""What tests/test_many_processes.py starts in several processes: data, models and losses in float64, and a script."""
+"""What test_many_processes.py starts in several processes: data, models and losses in float64, and a script."""
 
 from __future__ import annotations
 

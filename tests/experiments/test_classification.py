@@ -5,8 +5,6 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from tests.test_classification_eval import write_cifar
-from tests.test_torchdistill import build_as_the_example_scripts_do, train_as_the_example_scripts_do
 from torch.nn.functional import cross_entropy, normalize
 from torchdistill.common.yaml_util import load_yaml_file
 from torchdistill.losses.registry import get_high_level_loss
@@ -18,6 +16,8 @@ from rkd_plugin.experiments import baselines  # noqa: F401  registers what the r
 from rkd_plugin.experiments.recipe import find, read, read_suite
 from rkd_plugin.experiments.running.metrics import EVALUATORS
 from rkd_plugin.experiments.running.runner import run
+from tests.adapters.test_torchdistill import build_as_the_example_scripts_do, train_as_the_example_scripts_do
+from tests.experiments.test_classification_eval import write_cifar
 
 SWITCHED_OFF = ["recipe.channels_last=False"]  # a switch of `rkd run`, which rounds in another order
 ROWS = [

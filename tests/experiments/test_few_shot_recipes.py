@@ -4,8 +4,6 @@ import json
 
 import pytest
 import torch
-from tests.test_few_shot_data import SIZES, write_mini, write_omniglot
-from tests.test_torchdistill import build_as_the_example_scripts_do, train_as_the_example_scripts_do
 from torch.nn.functional import mse_loss
 from torchdistill.losses.mid_level import ATLoss
 
@@ -17,6 +15,8 @@ from rkd_plugin.experiments.running.experiment import Experiment, evaluate
 from rkd_plugin.experiments.running.run_folder import recipe_of_run
 from rkd_plugin.experiments.running.runner import run, steps_of
 from rkd_plugin.experiments.tables import suite as suites
+from tests.adapters.test_torchdistill import build_as_the_example_scripts_do, train_as_the_example_scripts_do
+from tests.components.test_few_shot_data import SIZES, write_mini, write_omniglot
 
 SMALL = [
     "recipe.published=False", "recipe.way=3", "recipe.query=2", "recipe.episodes=3", "recipe.num_epochs=2",

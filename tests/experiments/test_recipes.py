@@ -11,11 +11,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import rkd_plugin
 from rkd_plugin.cli import main
-from rkd_plugin.experiments.recipe import catalog, (
+from rkd_plugin.experiments.recipe import (
     RecipeError,
     Tagged,
+    catalog,
     check,
     configs_root,
     examine,

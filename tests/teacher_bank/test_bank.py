@@ -296,7 +296,7 @@ embed(read(sys.argv[1]), Path(sys.argv[2]))
 
 
 def python(program, *arguments, **environment):
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": paths, **environment},
@@ -362,7 +362,7 @@ distributed.destroy_process_group()
 
 def two_processes(tmp_path, *recipes):
     """Exit codes and standard errors of two processes that write one bank, each from a recipe of its own."""
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     written = [tmp_path / f"{rank}.yaml" for rank in range(2)]
     for path, recipe in zip(written, recipes, strict=True):
         path.write_text(recipe.resolved())
