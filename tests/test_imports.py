@@ -25,7 +25,7 @@ FLOORS = [
     ["adapters.pml", "adapters.torchdistill"],
     ["teacher_bank", "core"],
     ["kernels"],
-    ["environment", "storage", "markdown"],
+    ["cores", "environment", "storage", "markdown"],
 ]
 CORE = ["functional", "losses", "distributed"]
 FOREIGN = [

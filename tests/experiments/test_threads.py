@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from rkd_plugin import cores
 from rkd_plugin.experiments.recipe import read
 from rkd_plugin.experiments.running import runner
 from rkd_plugin.experiments.support import processes, threads
@@ -19,7 +20,7 @@ def free(monkeypatch):
     """An environment that sets nothing, and a machine of eight cores and threads."""
     for name in (*threads.COUNT, *threads.SPINNING):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(threads, "_affinity", lambda: frozenset(range(8)))
+    monkeypatch.setattr(threads, "affinity", lambda: frozenset(range(8)))
     monkeypatch.setattr(threads, "usable_cores", lambda: 6)
     before = torch.get_num_threads()
     torch.set_num_threads(8)
@@ -36,7 +37,7 @@ def groups(root, cgroup, files):
 
 
 @pytest.mark.parametrize(
-    ("cgroup", "files", "cores"),
+    ("cgroup", "files", "count"),
     [
         ("0::/\n", {"cpu.max": "250000 100000\n"}, 2),
         ("0::/\n", {"cpu.max": "max 100000\n"}, 8),
@@ -52,14 +53,20 @@ def groups(root, cgroup, files):
         ("0::/\n", {"cpu.max": "nonsense"}, 8),
     ],
 )
-def test_cores_are_those_of_the_container(tmp_path, monkeypatch, cgroup, files, cores):
-    monkeypatch.setattr(threads, "_affinity", lambda: frozenset(range(8)))
+def test_cores_are_those_of_the_container(tmp_path, monkeypatch, cgroup, files, count):
+    monkeypatch.setattr(cores, "affinity", lambda: frozenset(range(8)))
     groups(tmp_path, cgroup, files)
-    assert threads.usable_cores(tmp_path) == cores
+    assert cores.usable_cores(tmp_path) == count
 
 
 def test_without_control_groups_the_affinity_counts(tmp_path):
-    assert threads.usable_cores(tmp_path) == len(threads._affinity())
+    assert cores.usable_cores(tmp_path) == len(cores.affinity())
+
+
+@pytest.mark.parametrize(("usable", "most", "workers"), [(1, 8, 0), (2, 8, 2), (64, 8, 8), (64, 0, 0)])
+def test_a_loader_has_a_worker_per_core(monkeypatch, usable, most, workers):
+    monkeypatch.setattr(cores, "usable_cores", lambda: usable)
+    assert cores.loader_workers(most) == workers
 
 
 def test_processes_on_one_machine_divide_its_cores(free):

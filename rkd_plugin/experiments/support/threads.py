@@ -17,8 +17,9 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
+
+from rkd_plugin.cores import affinity, usable_cores
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,50 +37,6 @@ def limit_spinning() -> None:
     if "torch" not in sys.modules and not any(name in os.environ for name in SPINNING):
         os.environ["GOMP_SPINCOUNT"] = SPINS
         os.environ["KMP_BLOCKTIME"] = "1"  # of Intel's and LLVM's OpenMP, in milliseconds, instead of 200
-
-
-def usable_cores(root: Path = Path("/")) -> int:
-    """The cores that this process may use: its affinity, and the CPU quota of its container (cgroup v1 and v2).
-
-    Args:
-        root: of the file system in which ``proc`` and ``sys`` are.
-    """
-    return max(1, int(min([len(_affinity()), *_quotas(root)])))
-
-
-def _affinity() -> frozenset[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return frozenset(os.sched_getaffinity(0))
-    return frozenset(range(os.cpu_count() or 1))  # not on Linux
-
-
-def _quotas(root: Path) -> Iterator[float]:
-    """Cores that each control group above this process may use, where there is a limit."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    groups = root / "sys/fs/cgroup"
-    for line in lines:
-        _, controllers, own = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        # Inside of a container its own group is often mounted as the root of all.
-        for group in [PurePosixPath(own), *PurePosixPath(own).parents]:
-            for mounted in [groups] if not controllers else [groups / controllers, groups / "cpu"]:
-                yield from _quota(mounted / str(group).lstrip("/"))
-
-
-def _quota(group: Path) -> Iterator[float]:
-    try:
-        if (group / "cpu.max").is_file():
-            quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
-        else:
-            quota, period = ((group / f"cpu.cfs_{name}_us").read_text(encoding="utf-8") for name in ("quota", "period"))
-        if quota != "max" and int(quota) > 0 and int(period) > 0:
-            yield int(quota) / int(period)
-    except (OSError, ValueError):
-        return
 
 
 def share(cores: int, own: tuple[str, frozenset[int]], everyone: Sequence[tuple[str, frozenset[int]]]) -> int:
@@ -134,7 +91,7 @@ def fitted(work: Callable[[], int | None] = lambda: None) -> Iterator[None]:
     if any(name in os.environ for name in COUNT) or processes.all_reduce_max(before) == 1:
         yield
         return
-    own = socket.gethostname(), _affinity()
+    own = socket.gethostname(), affinity()
     allowed = share(usable_cores(), own, processes.all_gather(own))
     operations = work()
     with exactly(1 if operations is not None and operations < SMALL else min(before, allowed)):
