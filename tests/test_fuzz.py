@@ -22,7 +22,7 @@ from rkd_plugin.experiments.recipe import RecipeError, check, find, read_suite, 
 from rkd_plugin.experiments.recipe.reading import parse
 
 EXAMPLES = int(os.environ.get("RKD_FUZZ", "2000"))
-SEEDS = ["quickstart/rkd_da", "quickstart/student", "classification/small_cifar100/fitnet", "few_shot/omniglot/rkd_da"]
+SEEDS = ["quickstart/rkd_da", "quickstart/student", "classification/small_cifar100/fitnet", "few_shot/omniglot/rkd"]
 LINES = {
     name: [line for line in find(name).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     for name in [*SEEDS, "quickstart"]
