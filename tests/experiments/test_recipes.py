@@ -25,6 +25,7 @@ from rkd_plugin.experiments.recipe import (
     read,
     read_suite,
 )
+from rkd_plugin.experiments.recipe.anchors import early_aliases
 from rkd_plugin.experiments.recipe.errors import suggest
 from rkd_plugin.experiments.recipe.imports import find_modules_of_user
 from rkd_plugin.experiments.recipe.reading import Recipe, parse
@@ -946,3 +947,34 @@ def test_any_text(start, length, new, end):
     except RecipeError:
         return
     assert isinstance(check(recipe), list)
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("recipe: {a: &a [8, 8]}\ndatasets: {train: !import_call {size: *a}}", ["datasets.train.size"]),
+        ("recipe: {a: &a {b: 1}}\ndatasets: {train: !import_call {x: [*a]}}", ["datasets.train.x.0"]),
+        ("recipe: {a: &a [[1, 2]]}\nd: {t: {u: !import_get {size: *a}}}", ["d.t.u.size.0"]),
+        ("recipe: {a: &a [8, 8]}\ntrain: {b: {c: {d: !import_call {size: *a}}}}", []),  # filled by then
+        ("recipe: {a: &a []}\ndatasets: {train: !import_call {size: *a}}", []),
+        ("datasets: {a: !import_call {size: &a [8, 8]}, b: !import_call {size: *a}}", []),
+    ],
+)
+def test_an_alias_that_torchdistill_would_meet_empty(text, places):
+    class Called(yaml.FullLoader):
+        """Calls at once, as torchdistill does."""
+
+    met = []
+    Called.add_multi_constructor(
+        "!", lambda loader, _, node: met.append(str(loader.construct_mapping(node, deep=True)))
+    )
+    yaml.load(text, Loader=Called)
+    assert [path for path, _ in early_aliases(yaml.compose(text))] == places
+    assert any("[]" in value or "{}" in value for value in met) == (bool(places) or "&a []" in text)
+
+
+def test_an_override_that_makes_an_anchor_a_list_is_a_problem():
+    found = check(read("metric_learning/rkd", ["recipe.resized_to=[8, 8]"]))
+    early = [path for path, message in found if message.startswith("expected the values of the alias, got an empty")]
+    assert early
+    assert all("transforms.0.init.kwargs.size." in path for path in early)

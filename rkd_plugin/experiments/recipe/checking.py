@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from rkd_plugin.experiments.recipe.anchors import early_aliases
 from rkd_plugin.experiments.recipe.errors import Findings
 from rkd_plugin.experiments.recipe.module_paths import check_module_paths
 from rkd_plugin.experiments.recipe.readiness import check_readiness
@@ -38,7 +39,7 @@ def _examine(walk: Walk, root: yaml.Node) -> None:
         return
     check_sections(walk)
     check_tags(walk)
-    for problem in number_strings(root):
+    for problem in [*number_strings(root), *early_aliases(root)]:
         walk.report(*problem)
     check_module_paths(walk)
     if mapping(walk.data.get("recipe")).get("teacher_bank"):
