@@ -978,3 +978,8 @@ def test_an_override_that_makes_an_anchor_a_list_is_a_problem():
     early = [path for path, message in found if message.startswith("expected the values of the alias, got an empty")]
     assert early
     assert all("transforms.0.init.kwargs.size." in path for path in early)
+
+
+def test_a_transform_that_always_applies_is_no_random_one():
+    notes = examine(read("few_shot/omniglot/rkd")).notes  # RandomInvert with p=1
+    assert [message for _, message in notes if "at random" in message] == []

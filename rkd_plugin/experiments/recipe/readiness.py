@@ -22,6 +22,14 @@ from rkd_plugin.experiments.recipe.values import Tagged
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _CHANGED_BY_MODE = (_BATCH_NORM, nn.modules.dropout._DropoutNd)
 _AUGMENTING = ("Random", "ColorJitter", "AutoAugment", "RandAugment", "TrivialAugment", "AugMix")
+# With a probability of 1 they change every image in the same way.
+_FIXED_IF_CERTAIN = {
+    f"Random{name}"
+    for name in (
+        *("Invert", "HorizontalFlip", "VerticalFlip", "Grayscale", "Equalize", "Autocontrast"),
+        *("Solarize", "Posterize", "AdjustSharpness"),
+    )
+}
 _OFFICIAL = torchvision.datasets
 # Classes, images to train and to test of data sets that a class names for good.
 _PUBLISHED: dict[Any, tuple[int, int, int] | None] = {
@@ -169,7 +177,8 @@ def _check_measuring(walk: Walk, loader: Mapping[Any, Any], path: str) -> None:
         walk.note(f"{path}.kwargs.drop_last", "the last images are not measured; set drop_last: False")
     for _, call in _calls(_dataset(walk, loader), ""):
         transform = str(mapping(call.value).get("key")).rpartition(".")[2]
-        if transform.startswith(_AUGMENTING):
+        is_certain = transform in _FIXED_IF_CERTAIN and _kwargs(call).get("p") == 1
+        if transform.startswith(_AUGMENTING) and not is_certain:
             walk.note(f"{path}.dataset_id", f"{transform} changes test images at random, and so what is measured")
 
 
