@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rkd_plugin.experiments.recipe.errors import Problem
-from rkd_plugin.experiments.recipe.values import nodes
+from rkd_plugin.experiments.recipe.values import Tagged, nodes
 
 
 def early_aliases(root: yaml.Node) -> Iterator[Problem]:
@@ -43,14 +43,14 @@ class _AtOnce(yaml.constructor.SafeConstructor):
         super().__init__()
         self.early: list[tuple[yaml.Node, str]] = []
 
-    def call(self, node: yaml.Node) -> Any:
+    def call(self, node: yaml.Node) -> Tagged:
         value: Any = node.value
         if isinstance(node, yaml.MappingNode):
             value = self.construct_mapping(node, deep=True)
         elif isinstance(node, yaml.SequenceNode):
             value = self.construct_sequence(node, deep=True)
         self.early += [(node, place) for place in _unfilled(node, value)]
-        return value
+        return Tagged(node.tag, value)  # which may be a key
 
 
 _AtOnce.add_constructor(None, _AtOnce.call)
