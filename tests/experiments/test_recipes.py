@@ -961,7 +961,7 @@ def test_any_text(start, length, new, end):
     ],
 )
 def test_an_alias_that_torchdistill_would_meet_empty(text, places):
-    class Called(yaml.FullLoader):
+    class Called(yaml.SafeLoader):
         """Calls at once, as torchdistill does."""
 
     met = []
