@@ -65,7 +65,8 @@ def check_labels(labels: Any, where: str, item: Callable[[int], str] = "item {}"
     for index, label in enumerate(values):
         if isinstance(label, bool) or not isinstance(label, Integral) or label < 0:
             expected = "from 0" if isinstance(label, Integral) and not isinstance(label, bool) else "whole numbers"
-            remedy = "give the argmax of one-hot vectors" if isinstance(label, list) else "number the classes from 0"
+            is_vector = isinstance(label, list) and len(label) > 1  # of one entry, the argmax would always be 0
+            remedy = "give the argmax of one-hot vectors" if is_vector else "number the classes from 0"
             raise ValueError(
                 f"{where}: expected labels that are {expected}, got {reprlib.repr(label)}, a {type(label).__name__}, "
                 f"for {item(index)}; {remedy}"

@@ -120,6 +120,7 @@ WRONG = {
     "float": (torch.tensor([2.0]), "whole numbers, got 2.0, a float, for item 0; number"),
     "text": (["auk"], "whole numbers, got 'auk', a str, for item 0; number"),
     "one-hot": (torch.eye(3)[[1]].long(), r"whole numbers, got \[0, 1, 0\], a list, for item 0; give the argmax"),
+    "column": (torch.tensor([[1]]), r"whole numbers, got \[1\], a list, for item 0; number the classes"),
     "negative": (np.array([0, -1]), "from 0, got -1, a int, for item 1; number the classes from 0"),
     "bool": (torch.tensor([True]), "whole numbers, got True, a bool, for item 0"),
     "too large": (np.array([2**63], np.uint64) * 0.5, "whole numbers, got 4.6"),

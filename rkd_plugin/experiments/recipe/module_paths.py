@@ -211,10 +211,13 @@ def _check_pools(walk: Walk, model: nn.Module, reads: list[Read]) -> None:
             continue
         break
     for read in pooled:
-        value = values.get((read.path, read.io))
-        if not isinstance(value, Tensor):
+        if (read.path, read.io) not in values:
             continue
+        value = values[read.path, read.io]
         where = f"the {read.io} of the {read.side}'s {read.path!r}"
+        if not isinstance(value, Tensor):
+            walk.report(read.place, f"{where}: expected one tensor, got {type(value).__name__}; name another module")
+            continue
         try:
             name = pooling(value, read.pool)
         except KeyError:  # no such pool, which the check of arguments reports
