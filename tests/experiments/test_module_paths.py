@@ -52,7 +52,7 @@ CASES = {
     ("vit_b_16", "encoder.ln", "cls"): None,
     ("vit_b_16", "heads", "auto"): None,
     ("vit_b_16", "encoder.layers.encoder_layer_0.self_attention", "cls"): "expected one tensor, got tuple; name",
-    ("swin_t", "features.7", "auto"): "got (2, 7, 7, 768), whose channels seem to be last; set pool to 'avg_channels_",
+    ("swin_t", "features.7", "auto"): "got (2, 7, 7, 768), whose channels may be last; set pool to 'avg_channels_",
     ("swin_t", "features.7", "avg"): f"{LAST}(2, 7, 7, 768), whose channels are last; set pool to 'avg_channels_last'",
     ("swin_t", "features.7", "avg_channels_last"): None,
     ("swin_t", "permute", "auto"): None,

@@ -84,9 +84,9 @@ def pooling(value: Tensor, pool: Pool = "auto") -> Pool | None:
                 f"expected a pool for the three axes {shape}, got 'auto'; set pool to 'mean', 'cls' or 'last' for "
                 "tokens (N, T, D), or to 'avg' for (N, C, L)"
             )
-        if is_channels_last(shape):
+        if not _is_channels_first(shape):
             raise ValueError(
-                f"expected a feature map (N, C, H, W), got {shape}, whose channels seem to be last; set pool to "
+                f"expected a feature map (N, C, H, W), got {shape}, whose channels may be last; set pool to "
                 "'avg_channels_last', or to 'avg' if axis 1 holds the channels"
             )
         pool = "avg"
@@ -101,6 +101,13 @@ def pooling(value: Tensor, pool: Pool = "auto") -> Pool | None:
 def is_channels_last(shape: Sequence[int]) -> bool:
     """Whether a map of four or five axes looks like ``(N, H, W, C)``: most are square, and have more channels."""
     return shape[-3] == shape[-2] != shape[-1]
+
+
+def _is_channels_first(shape: Sequence[int]) -> bool:
+    """Whether a map can only be ``(N, C, H, W)``: it is square, or has more channels than positions along an axis."""
+    channels, *positions = shape[1:]
+    is_square = len(set(positions)) == 1 and channels != positions[0]
+    return is_square or channels > max(positions) or set(positions) == {1}
 
 
 def pooled(value: Tensor, pool: Pool = "auto") -> Tensor:
