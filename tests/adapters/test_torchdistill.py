@@ -24,6 +24,7 @@ from torchdistill.losses.registry import (
 )
 from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
+from torchdistill.optim.registry import get_scheduler
 
 import rkd_plugin
 from rkd_plugin.adapters import torchdistill as adapter
@@ -346,6 +347,12 @@ def train_as_the_example_scripts_do(box, after_epoch=lambda: None):
     return losses
 
 
+def learning_rate_falls_after(kwargs):
+    """The epochs after which a recipe's MultiStepFractionLR lowers the learning rate."""
+    scheduler = adapter.MultiStepFractionLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), **kwargs)
+    return sorted(scheduler.milestones.elements())
+
+
 def build_as_the_example_scripts_do(path, seed):
     """What torchdistill's script for image classification builds of a YAML file: student, teacher, box."""
     set_seed(seed)
@@ -437,3 +444,57 @@ def test_importing_the_adapter_patches_nothing():
         "assert not [kind for kind in changed if kind.__module__.startswith('torchdistill')], changed"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def rates(key, epochs, **kwargs):
+    """The learning rate of every epoch, as torchdistill builds and steps a scheduler, and one for the end."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = get_scheduler(optimizer, key, **kwargs)
+    found = [optimizer.param_groups[0]["lr"]]
+    for _ in range(epochs):
+        optimizer.step()
+        scheduler.step()
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "fractions", "milestones"),
+    [
+        (200, [0.3, 0.6, 0.8], [60, 120, 160]),
+        (120, [0.3333, 0.6667], [40, 80]),
+        (240, [0.625, 0.75, 0.875], [150, 180, 210]),
+        (5, [0.01, 1.0], [1, 5]),  # a first epoch at the earliest
+        (3, [0.5, 0.6], [2, 2]),  # two of them after one epoch
+        (1, [0.3, 0.6, 0.8], [1, 1, 1]),  # the only epoch has the first rate
+        (7, [], []),
+    ],
+)
+def test_fractions_are_pytorchs_milestones(num_epochs, fractions, milestones):
+    expected = rates("MultiStepLR", num_epochs, milestones=milestones, gamma=0.2)
+    found = rates("MultiStepFractionLR", num_epochs, num_epochs=num_epochs, milestones=fractions, gamma=0.2)
+    assert found == expected
+    assert found[0] == 1.0
+
+
+@pytest.mark.parametrize("milestones", [[0.5, 60], [0], [-0.1], [float("nan")]])
+def test_a_milestone_that_is_no_fraction_is_refused(milestones):
+    with pytest.raises(ValueError, match=r"MultiStepFractionLR: expected milestones as fractions .*, got .*; write"):
+        learning_rate_falls_after({"num_epochs": 10, "milestones": milestones})
+
+
+def test_a_resumed_schedule_goes_on_where_it_stopped():
+    whole = rates("MultiStepFractionLR", 8, num_epochs=8, milestones=[0.25, 0.75])
+    found = []
+    state = None
+    for _ in range(8):  # stopped after every epoch
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        scheduler = adapter.MultiStepFractionLR(optimizer, 8, [0.25, 0.75])
+        if state:
+            optimizer.load_state_dict(state[0])
+            scheduler.load_state_dict(state[1])
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+        state = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+    assert found == whole[:8]

@@ -10,20 +10,34 @@ from torchdistill.common.yaml_util import load_yaml_file
 from torchdistill.losses.registry import get_high_level_loss
 
 from rkd_plugin import rkd_angle_loss, rkd_distance_loss
+from rkd_plugin.components import baselines  # noqa: F401  registers what the recipes name
 from rkd_plugin.components.datasets import CIFAR100
 from rkd_plugin.components.models import ImageClassifier
-from rkd_plugin.experiments import baselines  # noqa: F401  registers what the recipes name
-from rkd_plugin.experiments.recipe import find, read, read_suite
+from rkd_plugin.experiments.recipe import read, read_suite
 from rkd_plugin.experiments.running.metrics import EVALUATORS
 from rkd_plugin.experiments.running.runner import run
-from tests.adapters.test_torchdistill import build_as_the_example_scripts_do, train_as_the_example_scripts_do
+from tests.adapters.test_torchdistill import (
+    build_as_the_example_scripts_do,
+    learning_rate_falls_after,
+    train_as_the_example_scripts_do,
+)
 from tests.experiments.test_classification_eval import write_cifar
 
-SWITCHED_OFF = ["recipe.channels_last=False"]  # a switch of `rkd run`, which rounds in another order
+WITH_RKD = ["recipe.distance_weight=25", "recipe.angle_weight=50"]
 ROWS = [
     "teacher", "baseline", "rkd_d", "rkd_a", "rkd_da", "hkd", "hkd_rkd_da", "fitnet", "fitnet_rkd_da", "attention",
     "attention_rkd_da",
 ]  # fmt: skip
+
+
+def small(row, *more):
+    """A row of the suite of small networks, as `rkd reproduce` reads it."""
+    suite = read_suite("classification/small_cifar100")
+    found = next(found for found in suite["rows"] if found["name"] == f"small_cifar100_{row}")
+    teacher = ["recipe.teacher_checkpoint=runs/small_cifar100/teacher/last.pt"] if "teacher" in found else []
+    # A switch of `rkd run`, which rounds in another order.
+    switched_off = ["recipe.channels_last=False"]
+    return read(found["recipe"], [*suite["overrides"], *found["overrides"], *teacher, *switched_off, *more])
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +50,14 @@ def cifar(tmp_path_factory):
 
 @pytest.fixture
 def published(cifar, monkeypatch):
-    """The recipes are unmodified: these files have to pass for the published ones."""
+    """The recipes take published data only: these files have to pass for the published ones."""
     folder = cifar / "data" / "cifar100" / "cifar-100-python"
     md5 = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in ("train", "test", "meta")}
     monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
     monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
     monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": md5["meta"]})
     monkeypatch.chdir(cifar)
-    run(read("classification/small_cifar100/teacher", SWITCHED_OFF), cifar / "runs/small_cifar100/teacher")
+    run(small("teacher"), cifar / "runs/small_cifar100/teacher")
     return cifar
 
 
@@ -61,10 +75,11 @@ def top_1_and_5(scores, labels):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_an_unmodified_recipe_in_torchdistills_script_gives_the_numbers_of_rkd_run(published, row):
-    name = f"classification/small_cifar100/{row}"
-    result = run(read(name, SWITCHED_OFF), published / "runs" / "small_cifar100" / row)
-    student, teacher, box = build_as_the_example_scripts_do(find(name), seed=0)
+def test_a_recipe_in_torchdistills_script_gives_the_numbers_of_rkd_run(published, tmp_path, row):
+    recipe = small(row)
+    result = run(recipe, published / "runs" / "small_cifar100" / row)
+    (tmp_path / "recipe.yaml").write_text(recipe.resolved())
+    student, teacher, box = build_as_the_example_scripts_do(tmp_path / "recipe.yaml", seed=0)
     before = {key: value.clone() for key, value in (teacher or student).state_dict().items()}
     history = []
     losses = train_as_the_example_scripts_do(box, lambda: history.append(accuracies(student, box.val_data_loader)))
@@ -76,39 +91,26 @@ def test_an_unmodified_recipe_in_torchdistills_script_gives_the_numbers_of_rkd_r
     assert moved == (teacher is None)
 
 
-SMALLER = {
-    "num_epochs: &num_epochs 200": "num_epochs: &num_epochs 1",
-    "num_epochs: &num_epochs 240": "num_epochs: &num_epochs 1",
-    "&milestones [60, 120, 160]": "&milestones []",
-    "&milestones [150, 180, 210]": "&milestones []",
-    "hint_epochs: &hint_epochs 40": "hint_epochs: &hint_epochs 1",
-    "&hint_milestones [20, 30]": "&hint_milestones []",
-    "&batch_size 128": "&batch_size 65",
-    "&batch_size 64": "&batch_size 65",
-    "&num_workers 8": "&num_workers 0",
-}
+SMALLER = ["recipe.num_epochs=1", "recipe.batch_size=65", "recipe.num_workers=0"]
 
 
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        ("cifar100/fitnet_rkd_da", 4),
-        ("cifar100/attention_rkd_da", 2),
+        ("cifar100/fitnet", 4),
+        ("cifar100/attention", 2),
         ("crd_benchmark/kd", 2),
         ("crd_benchmark/rkd", 2),
     ],
 )
 def test_the_papers_networks_train_in_torchdistills_script(published, name, steps, tmp_path):
     """For two steps of each stage: every hooked module is there, and the shapes of hints and maps fit."""
-    text = find(f"classification/{name}").read_text(encoding="utf-8")
-    for old, new in SMALLER.items():
-        text = text.replace(old, new)
-    checkpoint = tmp_path / "teacher.pt"
-    recipe = read(f"classification/{name}")
-    teacher = ImageClassifier(**recipe.section("models")["teacher_model"]["kwargs"])
-    torch.save({"model": teacher.state_dict()}, checkpoint)
-    text = text.replace(recipe.settings["teacher_checkpoint"], str(checkpoint))
-    (tmp_path / "recipe.yaml").write_text(text)
+    kwargs = read(f"classification/{name}").section("models")["teacher_model"]["kwargs"]
+    torch.save({"model": ImageClassifier(**kwargs).state_dict()}, tmp_path / "teacher.pt")
+    changes = [*SMALLER, f"recipe.teacher_checkpoint={tmp_path / 'teacher.pt'}"]
+    changes += WITH_RKD if name.startswith("cifar100") else []
+    changes += ["recipe.hint_epochs=1"] if name.endswith("fitnet") else []
+    (tmp_path / "recipe.yaml").write_text(read(f"classification/{name}", changes).resolved())
     _, _, box = build_as_the_example_scripts_do(tmp_path / "recipe.yaml", seed=0)
     losses = train_as_the_example_scripts_do(box)
     assert len(losses) == steps
@@ -125,10 +127,9 @@ def test_compiled_models_are_seen_by_the_hooks_of_every_stage(published, monkeyp
         module._compiled_call_impl = torch.compile(module._call_impl, backend="eager", **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
-    name = "classification/small_cifar100/fitnet_rkd_da"
-    expected = run(read(name, SWITCHED_OFF), plain)
+    expected = run(small("fitnet_rkd_da"), plain)
     assert compiled == []
-    result = run(read(name, [*SWITCHED_OFF, "recipe.compile=True"]), plain.with_name("compiled"))
+    result = run(small("fitnet_rkd_da", "recipe.compile=True"), plain.with_name("compiled"))
     assert compiled == ["ImageClassifier"] * 2
     assert [epoch["loss"] for epoch in result["history"]] == pytest.approx(
         [epoch["loss"] for epoch in expected["history"]], rel=1e-4
@@ -138,26 +139,23 @@ def test_compiled_models_are_seen_by_the_hooks_of_every_stage(published, monkeyp
 # The paper's sums, by hand
 
 
-def criterion(name):
+def criterion(name, *overrides):
     load_yaml_file("/dev/null")  # registers torchdistill's tags
-    return get_high_level_loss(read(name).section("train")["criterion"])
+    return get_high_level_loss(read(name, overrides).section("train")["criterion"])
 
 
 def vectors(paths):
     return {path: {"output": torch.randn(12, width, dtype=torch.float64)} for path, width in paths.items()}
 
 
-@pytest.mark.parametrize("data", ["cifar100", "small_cifar100", "tiny_imagenet"])
+@pytest.mark.parametrize("data", ["cifar100", "tiny_imagenet"])
 @pytest.mark.parametrize("l2_normalize", [True, False])
 def test_hkd_with_rkd_da_is_the_papers_sum(data, l2_normalize):
     """Cross-entropy, 16 times the divergence at temperature 4 (16 is its square), 25 RKD-D, 50 RKD-A."""
-    name = f"classification/{data}/hkd_rkd_da"
     student, teacher = vectors({".": 100, "backbone": 32}), vectors({".": 100, "backbone": 64})
     labels = torch.randint(100, (12,))
-    settings = read(name, [f"recipe.l2_normalize_features={l2_normalize}"])
-    loss = get_high_level_loss(settings.section("train")["criterion"])(
-        {"student": student, "teacher": teacher}, {}, labels
-    )
+    overrides = [*WITH_RKD, f"recipe.l2_normalize_features={l2_normalize}"]
+    loss = criterion(f"classification/{data}/hkd", *overrides)({"student": student, "teacher": teacher}, {}, labels)
     (scores, features), (soft, taught) = (
         (side["."]["output"], side["backbone"]["output"]) for side in (student, teacher)
     )
@@ -185,9 +183,8 @@ def test_attention_with_rkd_da_is_the_papers_sum():
     for side, io_dict in enumerate((student, teacher)):
         io_dict.update({path: {"output": both[side]} for path, both in maps.items()})
     labels = torch.randint(200, (12,))
-    loss = criterion("classification/tiny_imagenet/attention_rkd_da")(
-        {"student": student, "teacher": teacher}, {}, labels
-    )
+    io_dict = {"student": student, "teacher": teacher}
+    loss = criterion("classification/tiny_imagenet/attention", *WITH_RKD)(io_dict, {}, labels)
     attention = [normalize(x.square().mean(1).flatten(1)) for both in maps.values() for x in both]
     transfer = sum((s - t).square().mean() for s, t in zip(attention[::2], attention[1::2], strict=True))
     features = [normalize(side["backbone"]["output"]) for side in (student, teacher)]
@@ -207,13 +204,18 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("data", SCHEDULES)
 def test_schedules_are_the_published_ones(data):
-    for row in ["kd", "rkd"] if data == "crd_benchmark" else ROWS[2:]:
-        recipe = read(f"classification/{data}/{row}")
+    if data == "crd_benchmark":
+        recipes = [read(f"classification/crd_benchmark/{method}") for method in ("kd", "rkd")]
+    else:
+        rows = read_suite(f"classification/table4_{data}")["rows"]
+        recipes = [read(row["recipe"], row["overrides"]) for row in rows if "teacher" in row]
+        assert len(recipes) == len(ROWS) - 2
+    for recipe in recipes:
         train, settings = recipe.section("train"), recipe.settings
         last = train.get("stage2", train)
         optimizer, scheduler = last["optimizer"]["kwargs"], last["scheduler"]["kwargs"]
         assert SCHEDULES[data] == (
-            settings["teacher_network"], settings["network"], last["num_epochs"], scheduler["milestones"],
+            settings["teacher_network"], settings["network"], last["num_epochs"], learning_rate_falls_after(scheduler),
             optimizer["lr"], settings["batch_size"], scheduler["gamma"], optimizer["weight_decay"],
         )  # fmt: skip
         assert optimizer["momentum"] == 0.9

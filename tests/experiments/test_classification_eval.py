@@ -18,7 +18,7 @@ from rkd_plugin.experiments.running.metrics import classification
 from rkd_plugin.experiments.running.run_folder import recipe_of_run
 from rkd_plugin.experiments.tables import report
 
-TEACHER, STUDENT = "classification/small_cifar100/teacher", "classification/small_cifar100/rkd_da"
+TEACHER, STUDENT = "classification/cifar100/alone", "classification/cifar100/rkd"
 NAMES = [f"kind_{label}" for label in range(100)]
 
 
@@ -39,12 +39,13 @@ def write_cifar(root, train=range(64), test=range(64)):
 def overrides(root, *more, network="resnet8"):
     return [
         f"recipe.data_root={root}", "recipe.published=False", "recipe.num_epochs=1", "recipe.batch_size=16",
-        f"recipe.network={network}", *more,
+        f"recipe.network={network}", "recipe.channels_last=True", "recipe.num_workers=0", *more,
     ]  # fmt: skip
 
 
 def taught(teacher):
-    return ["recipe.teacher_network=resnet14", f"recipe.teacher_checkpoint={teacher}"]
+    network = ["recipe.teacher_network=resnet14", "recipe.teacher_small_images=False"]
+    return [*network, f"recipe.teacher_checkpoint={teacher}"]
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,16 @@ SMALL = [
     "recipe.published=False", "recipe.way=3", "recipe.query=2", "recipe.episodes=3", "recipe.num_epochs=2",
     "recipe.halve_after=1", "recipe.test_tasks=[[3, 1], [2, 2]]", "recipe.test_queries=2", "recipe.test_episodes=20",
 ]  # fmt: skip
-ROWS = {
-    "omniglot": ["teacher", "rkd_d", "rkd_a", "rkd_da"],
-    "mini_imagenet": ["teacher", "rkd_d", "rkd_a", "rkd_da", "fitnet", "attention"],
+# A row's method, and what it sets.
+METHODS = {
+    "teacher": ("prototypical", []),
+    "rkd_d": ("rkd", ["recipe.distance_weight=50", "recipe.angle_weight=0"]),
+    "rkd_a": ("rkd", ["recipe.distance_weight=0", "recipe.angle_weight=100"]),
+    "rkd_da": ("rkd", []),
+    "fitnet": ("fitnet", []),
+    "attention": ("attention", []),
 }
+ROWS = {"omniglot": [*METHODS][:4], "mini_imagenet": [*METHODS]}
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +50,16 @@ def recipe(root, monkeypatch):
     def small(data, row, *overrides):
         if row != "teacher":
             run(small(data, "teacher"), root / "runs" / data / "teacher")
-        return read(f"few_shot/{data}/{row}", [*SMALL, *overrides])
+        method, changes = METHODS[row]
+        return read(f"few_shot/{data}/{method}", [*SMALL, *changes, *overrides])
 
     return small
 
 
 def test_a_module_path_inside_an_episodes_loss_is_checked():
-    inner = "train.criterion.kwargs.sub_terms.rkd_da.criterion.kwargs.criterion.kwargs.teacher_module_path"
+    inner = "train.criterion.kwargs.sub_terms.rkd.criterion.kwargs.criterion.kwargs.teacher_module_path"
     with pytest.raises(RecipeError) as raised:
-        read("few_shot/omniglot/rkd_da", [f"{inner}=encoder"]).validate()
+        read("few_shot/omniglot/rkd", [f"{inner}=encoder"]).validate()
     problem = "the output of 'encoder' is not kept: list it in train.teacher.forward_hook.output"
     assert raised.value.problems == [(inner, problem)]
 
@@ -174,11 +181,16 @@ SUITE = {
     "seeds": [1, 2],
     "fast": {"label": "one epoch", "overrides": ["recipe.num_epochs=1"]},
     "rows": [
-        {"name": "search", "label": "Search", "recipe": "few_shot/omniglot/teacher", "overrides": [*SHORT, *SEARCH]},
+        {
+            "name": "search",
+            "label": "Search",
+            "recipe": "few_shot/omniglot/prototypical",
+            "overrides": [*SHORT, *SEARCH],
+        },
         {
             "name": "teacher",
             "label": "Teacher",
-            "recipe": "few_shot/omniglot/teacher",
+            "recipe": "few_shot/omniglot/prototypical",
             "overrides": SHORT,
             "epochs_of": "search",
             "metrics": ["3way_1shot"],
@@ -188,7 +200,7 @@ SUITE = {
         {
             "name": "long",
             "label": "Teacher, longer",
-            "recipe": "few_shot/omniglot/teacher",
+            "recipe": "few_shot/omniglot/prototypical",
             "overrides": SHORT,
             "epochs_of": "search",
             "times": 2,
@@ -199,9 +211,9 @@ SUITE = {
         {
             "name": "rkd_d",
             "label": "RKD-D",
-            "recipe": "few_shot/omniglot/rkd_d",
+            "recipe": "few_shot/omniglot/rkd",
             "teacher": "teacher",
-            "overrides": SHORT,
+            "overrides": [*SHORT, *METHODS["rkd_d"][1]],
             "epochs_of": "search",
             "against": ["teacher", "long"],
         },

@@ -24,7 +24,7 @@ from rkd_plugin.experiments.recipe.reading import parse
 
 SECONDS = 10.0  # of CPU, for one example; the slowest takes two
 EXAMPLES = int(os.environ.get("RKD_FUZZ", "2000"))
-SEEDS = ["quickstart/rkd_da", "quickstart/student", "classification/small_cifar100/fitnet", "few_shot/omniglot/rkd_da"]
+SEEDS = ["quickstart/rkd_da", "quickstart/student", "classification/small_cifar100/fitnet", "few_shot/omniglot/rkd"]
 LINES = {
     name: [line for line in find(name).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     for name in [*SEEDS, "quickstart"]

@@ -151,6 +151,31 @@ def test_overrides_reach_every_row_and_are_named(tmp_path):
         assert len(json.loads((tmp_path / f"{row}-seed3" / "result.json").read_text())["history"]) == 1
 
 
+def test_overrides_of_a_suite_reach_every_row_and_give_way_to_all_others(tmp_path):
+    teacher, student = ({**row, "overrides": []} for row in SUITE["rows"])
+    rows = [teacher, {**student, "overrides": ["recipe.num_epochs=2"]}]
+    fast = {"label": "less", "overrides": ["recipe.samples_per_epoch=128"]}
+    name = written(tmp_path, rows=rows, fast=fast, overrides=["recipe.num_epochs=1", *SMALL[1:]])
+
+    def settings(*overrides, **options):
+        folder, table = suites.reproduce(name, **{"out": tmp_path / "out", **options}, seeds=[3], overrides=overrides)
+        assert (" with recipe." in table) == bool(overrides)  # the suite's own are no news
+        found = [recipe_of_run(folder / f"{row}-seed3").settings for row in ("teacher", "rkd_d")]
+        return [(each["num_epochs"], each["samples_per_epoch"], each["batch_size"]) for each in found]
+
+    assert settings() == [(1, 256, 64), (2, 256, 64)]
+    assert settings(fast=True) == [(1, 128, 64), (2, 128, 64)]
+    assert settings("recipe.batch_size=32", out=tmp_path / "other") == [(1, 256, 32), (2, 256, 32)]
+
+
+def test_an_override_of_a_suite_that_names_no_key_stops_before_the_first_run(tmp_path):
+    with pytest.raises(RecipeError, match=r"recipe\.num_epoch: recipe has no key 'num_epoch'"):
+        suites.reproduce(written(tmp_path, overrides=["recipe.num_epoch=1"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RecipeError, match=r"suite\.overrides"):
+        read_suite(written(tmp_path, overrides="recipe.num_epochs=1"))
+
+
 def test_fast_is_the_stated_fraction_of_the_schedule(tmp_path):
     rows = [{**SUITE["rows"][0], "overrides": SMALL[2:], "fast": ["recipe.samples_per_epoch=128"]}]
     fast = {"label": "one epoch of twenty", "overrides": ["recipe.num_epochs=1", "recipe.samples_per_epoch=256"]}

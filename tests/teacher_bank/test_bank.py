@@ -245,8 +245,8 @@ def test_keys_are_indices_of_the_data_set(teacher, bank):
 
 
 def test_what_packaged_recipes_read_of_their_teachers():
-    assert teacher_reads(read("few_shot/omniglot/rkd_da").data) == {(".", "output"): {"auto"}}
-    assert teacher_reads(read("classification/small_cifar100/hkd_rkd_da").data) == {
+    assert teacher_reads(read("few_shot/omniglot/rkd").data) == {(".", "output"): {"auto"}}
+    assert teacher_reads(read("classification/cifar100/hkd").data) == {
         (".", "output"): {None}, ("backbone", "output"): {"auto"},
     }  # fmt: skip
     for name, _, is_suite in names():
