@@ -169,7 +169,7 @@ def test_a_checkpoint_of_another_network(runs, capsys, tmp_path):
     out = tmp_path / "out"
     trained = error_of(capsys, "run", STUDENT, *overrides(runs / "data", *taught(checkpoint)), "--out", out)
     assert trained.startswith(f"{checkpoint} holds another model than ")
-    assert trained.partition("rkd_da.yaml describes")[2] == lacks.partition("recipe.yaml describes")[2]
+    assert trained.partition("rkd.yaml describes")[2] == lacks.partition("recipe.yaml describes")[2]
     assert not out.exists()
     # The other way round, and with other widths.
     more = error_of(capsys, "eval", runs / "student", "--checkpoint", runs / "teacher" / "last.pt")
