@@ -175,7 +175,7 @@ def test_nothing_to_measure(rows, repeats):
     [
         (["--dtype", "int8"], "floating-point ones, got 'int8'"),
         (["--impl", "quick"], "expected impl to be .*'quick'"),
-        (["--impl", "fused", "--device", "cpu"], "impl 'fused' needs .*; take impl 'chunked'"),
+        (["--impl", "fused", "--device", "cpu"], "impl 'fused' needs .*; use impl='chunked'"),
     ],
 )
 def test_what_cannot_be_measured(options, message, capsys, monkeypatch):
