@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import subprocess
 import sys
@@ -157,22 +158,42 @@ STATEMENTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    """The modules that each statement adds, without those of Python and torch."""
-    code = f"""
-import json, sys
+def patched(modules, others=()):
+    """What of modules and their classes, and of other objects, is the package's."""
+    values = [value for module in modules for value in vars(module).values()]
+    values += [inner for value in values if isinstance(value, type) for inner in vars(value).values()]
+    return [
+        repr(value) for value in (*values, *others) if str(getattr(value, "__module__", "")).startswith("rkd_plugin")
+    ]
+
+
+FRESH = f"""
+import copyreg, json, sys
+{inspect.getsource(patched)}
 added, before = {{}}, set(sys.modules)
-for statement in {list(STATEMENTS)}:
+for statement in json.loads(sys.argv[1]):
     exec(statement)
     added[statement] = sorted(set(sys.modules) - before)
     before |= set(sys.modules)
-print(json.dumps(added))
+hosts = [m for name, m in sys.modules.items() if name.partition(".")[0] in ("torchdistill", "pytorch_metric_learning")]
+print(json.dumps([added, patched(hosts, copyreg.dispatch_table.values())]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """Of one fresh interpreter: the modules that each statement adds, and what the adapters patched."""
+    command = [sys.executable, "-c", FRESH, json.dumps(list(STATEMENTS))]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def loaded(fresh):
+    """The modules that each statement adds, without those of Python and torch."""
     return {
         statement: {name for name in names if name.partition(".")[0] not in {*sys.stdlib_module_names, "torch"}}
-        for statement, names in json.loads(done.stdout.splitlines()[-1]).items()
+        for statement, names in fresh[0].items()
     }
 
 
@@ -206,3 +227,15 @@ def test_an_adapter_imports_no_other_host(room, other):
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     assert "torch" in names
     assert not {name for name in names if name.partition(".")[0] == other}
+
+
+def test_importing_an_adapter_patches_no_host(fresh):
+    assert fresh[1] == []
+
+
+def test_a_patch_is_found(monkeypatch):
+    host = type(sys)("host")
+    host.Trainer = type("Trainer", (), {"__module__": "host", "train": lambda self: None})
+    assert patched([host]) == []
+    monkeypatch.setattr(host.Trainer.train, "__module__", "rkd_plugin.adapters.pml")
+    assert len(patched([host], [test_a_patch_is_found])) == 1
