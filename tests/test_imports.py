@@ -155,6 +155,7 @@ STATEMENTS = {
     "import rkd_plugin.teacher_bank": "rkd_plugin filelock safetensors",
     "import rkd_plugin.adapters.torchdistill": "torchdistill",
     "import rkd_plugin.adapters.pml": "pytorch_metric_learning",
+    "import rkd_plugin.experiments.tables.pictures": "rkd_plugin",
 }
 
 
@@ -213,9 +214,15 @@ def test_what_is_below_the_hosts_loads_none(loaded, statement, rooms):
     assert {room_of(name)[0] for name in own} <= rooms
 
 
-@pytest.mark.parametrize("statement", list(STATEMENTS)[4:])
+@pytest.mark.parametrize("statement", list(STATEMENTS)[4:6])
 def test_an_adapter_loads_its_host(loaded, statement):
     assert STATEMENTS[statement] in loaded[statement]  # so the test above can fail
+
+
+def test_matplotlib_is_loaded_by_the_first_picture_only(loaded):
+    names = loaded["import rkd_plugin.experiments.tables.pictures"]
+    assert "rkd_plugin.experiments.tables.pictures" in names
+    assert not any("matplotlib" in modules for modules in loaded.values())
 
 
 @pytest.mark.parametrize(("room", "other"), [("pml", "torchdistill"), ("torchdistill", "pytorch_metric_learning")])

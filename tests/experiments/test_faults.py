@@ -724,6 +724,7 @@ def disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.root
 def test_a_full_disk_is_one_sentence_and_the_checkpoint_stays(disk, undisturbed, monkeypatch):
     folder, kept = disk / "run", {}
 
@@ -746,6 +747,7 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_stays(disk, undisturbed,
     assert without_times(run(folder)["history"]) == without_times(undisturbed[1]["history"])
 
 
+@pytest.mark.root
 def test_a_disk_that_cannot_be_written_is_one_sentence(disk):
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     refused(OSError, rf"^expected to write {disk}/run, got: Read-only file system; what was there before", disk / "run")
