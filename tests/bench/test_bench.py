@@ -195,6 +195,7 @@ def test_what_cannot_be_shown(text, capsys, tmp_path):
     assert capsys.readouterr().err == f"rkd bench: {tmp_path / 'kept.json'}: {expected}\n"
 
 
+@pytest.mark.slow
 def test_peak_growth_sees_what_is_allocated():
     """In a fresh process: the peer's cubes, within what the estimate leaves out at so few rows."""
     case = bench.Case(128)
