@@ -9,13 +9,11 @@ from datetime import timedelta
 
 import pytest
 import torch
-from pytorch_metric_learning.reducers import ClassWeightedReducer, MeanReducer, MultipleReducers
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rkd_plugin import distributed as global_batch
 from rkd_plugin import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
-from rkd_plugin.adapters import pml, torchdistill
 from rkd_plugin.kernels import chunked, compiled
 
 PROCESSES = 3
@@ -121,24 +119,30 @@ def assert_as_one_process(found, loss, sizes, dtype=torch.float64, **options):
 
 
 @every_loss
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(n, id=name, marks=[pytest.mark.processes] * (name != "uneven")) for name, n in SIZES.items()],
+)
 def test_as_one_process_with_all_rows(everywhere, loss, sizes):
     options = {"reduction": "anchor", "huber_delta": 0.3}
     assert_as_one_process(everywhere(share, loss, sizes, torch.float64, options), loss, sizes, **options)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("reduction", ["mean", "tuple_mean", "sum"])
 def test_reductions(everywhere, reduction):
     sizes, options = SIZES["ragged"], {"reduction": reduction}
     assert_as_one_process(everywhere(share, rkd_da_loss, sizes, torch.float64, options), rkd_da_loss, sizes, **options)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("narrow", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [SIZES["uneven"], SIZES["ragged"]], ids=["uneven", "ragged"])
 def test_narrow_embeddings(everywhere, sizes, narrow):
     assert_as_one_process(everywhere(share, rkd_da_loss, sizes, narrow, {}), rkd_da_loss, sizes, narrow)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("rows", [0, 1, 2, 3])
 def test_hardly_any_rows(everywhere, rows):
     sizes = [rows, 0, 0]
@@ -156,6 +160,7 @@ def share_of_kernel(rank, groups, kernel):
         assert compiled.FAILURES == []
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kernel", ["reference", "chunked", "compiled"])
 def test_every_kernel(everywhere, kernel):
     assert_as_one_process(everywhere(share_of_kernel, kernel), rkd_da_loss, SIZES["ragged"])
@@ -172,6 +177,7 @@ def through_ddp(rank, groups):
     return layer.weight.grad.T.contiguous()
 
 
+@pytest.mark.processes
 def test_distributed_data_parallel(everywhere):
     _, gradient = value_and_gradient(rkd_da_loss, *embeddings(sum(SIZES["three"])))
     for ours in everywhere(through_ddp):
@@ -193,6 +199,7 @@ def vertices_of(rank, groups, sizes, options):
     return seen
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("options", "vertices"), [({}, [4, 3, 3]), ({"anchors": 4}, [2, 1, 1])])
 def test_the_cubic_work_is_shared_out(everywhere, options, vertices):
     """Even where the rows are not."""
@@ -226,6 +233,7 @@ def collectives_of(rank, groups):
             setattr(module, name, original)
 
 
+@pytest.mark.processes
 def test_communication(everywhere):
     """The shapes and one all-gather a side, the sum of the losses, and one reduce-scatter of the gradient."""
     forward = {"_all_gather": 3, "all_reduce": 1}
@@ -247,6 +255,7 @@ def gathered_bytes(rank, groups, dtype):
     return seen[1:]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("sent", "size"), [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 2)])
 def test_bytes_on_the_wire(everywhere, sent, size):
     """Each side goes in its own dtype."""
@@ -258,6 +267,7 @@ def drawn(rank, groups, sizes, options, seed):
     return share(rank, groups, rkd_angle_loss, sizes, torch.float64, options)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("anchors", [1, 4, 0.3, 0.99999, 100])
 def test_anchors_are_the_same_on_every_process(everywhere, anchors):
     sizes, options = SIZES["ragged"], {"anchors": anchors}
@@ -326,6 +336,7 @@ def errors_of(rank, groups, what):
         return [f"{type(error).__name__}: {error}"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("what", "message"),
     [
@@ -351,6 +362,7 @@ def test_disagreement_is_an_error_on_every_rank(everywhere, what, message):
     assert everywhere(errors_of, what) == [[message]] * PROCESSES
 
 
+@pytest.mark.processes
 def test_a_group_in_which_a_process_has_no_rank(everywhere):
     refused = "RuntimeError: rkd_da_loss: gather needs a group in which this process has a rank, got one without it"
     assert everywhere(errors_of, "outside") == [["True"], [refused], [refused]]
@@ -366,12 +378,21 @@ def adapter_share(rank, groups, adapter, options):
     return value, gradient / len(sizes)
 
 
+# The hosts are imported where they are used: the processes of the fast tests start without them.
+
+
 def torchdistill_loss(**options):
+    from rkd_plugin.adapters import torchdistill
+
     loss = torchdistill.RKDDALoss(student_module_path="fc", teacher_module_path=".", **options)
     return lambda student, teacher: loss({"fc": {"output": student}}, {".": {"output": teacher}})
 
 
 def pml_loss(**options):
+    from pytorch_metric_learning.reducers import MeanReducer, MultipleReducers
+
+    from rkd_plugin.adapters import pml
+
     reducer = MultipleReducers({"distance_loss": MeanReducer(), "angle_loss": MeanReducer()})
     loss = pml.RKDDALoss(reducer=reducer, **options)
     return lambda student, teacher: loss(student, ref_emb=teacher)
@@ -380,6 +401,7 @@ def pml_loss(**options):
 ADAPTERS = {"torchdistill": torchdistill_loss, "pml": pml_loss}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("options", [{}, {"anchors": 1.0}], ids=["all", "anchors"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_adapters(everywhere, adapter, options):
@@ -387,17 +409,24 @@ def test_adapters(everywhere, adapter, options):
 
 
 def pml_empty(rank, groups):
+    from rkd_plugin.adapters import pml
+
     return share(
         rank, groups, lambda s, t, gather: pml.RKDDALoss(gather=gather)(s, ref_emb=t), [0, 4], torch.float64, {}
     )
 
 
+@pytest.mark.processes
 def test_pml_on_a_process_without_rows(everywhere):
     assert_as_one_process(everywhere(pml_empty), rkd_da_loss, [0, 4])
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_reducer_that_needs_all_labels_is_refused(nested):
+    from pytorch_metric_learning.reducers import ClassWeightedReducer, MeanReducer, MultipleReducers
+
+    from rkd_plugin.adapters import pml
+
     reducer = ClassWeightedReducer(torch.ones(2))
     if nested:
         reducer = MultipleReducers({"distance_loss": reducer, "angle_loss": MeanReducer()})
@@ -421,6 +450,7 @@ def compiled_step(rank, groups):
     return value.detach(), weights.grad / PROCESSES
 
 
+@pytest.mark.processes
 def test_inside_a_compiled_step(everywhere):
     """With a break in the graph at the collective calls."""
     assert_as_one_process(everywhere(compiled_step), rkd_da_loss, SIZES["three"])
@@ -444,6 +474,7 @@ def second_derivatives_of(rank, groups, impl):
     return plain, gradient.detach(), None
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_a_second_derivative_is_an_error_on_every_rank(everywhere, impl):
     for plain, gradient, error in everywhere(second_derivatives_of, impl):

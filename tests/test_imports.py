@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,10 +28,6 @@ FLOORS = [
     ["cores", "environment", "storage", "markdown"],
 ]
 CORE = ["functional", "losses", "distributed"]
-FOREIGN = [
-    "yaml", "triton", "torchdistill", "pytorch_metric_learning", "torchvision", "matplotlib", "sklearn", "tqdm",
-    "tensorboard", "rkd_plugin.adapters", "rkd_plugin.experiments", "rkd_plugin.bench", "rkd_plugin.cli",
-]  # fmt: skip
 
 
 def modules_of(folder):
@@ -117,7 +113,9 @@ def test_no_circle_of_imports():
 
 def test_every_file_has_a_room():
     without = [m for m in modules_of(PACKAGE) if room_of(m) is None]
-    assert without == ["", "__main__", "adapters", "experiments"]  # the last two are empty packages
+    assert without == ["", "__main__", "adapters", "experiments"]
+    imported = {m: imports_of(modules_of(PACKAGE)[m], modules_of(PACKAGE)) for m in without}
+    assert imported == {"": set(), "__main__": {"cli"}, "adapters": set(), "experiments": set()}
 
 
 @pytest.mark.parametrize(
@@ -149,46 +147,102 @@ def test_a_circle_is_found(tmp_path):
     assert circles(tmp_path) == [("a", "b")]
 
 
-def loaded_by(statement):
-    """The modules in memory after a statement in a fresh interpreter."""
-    code = f"{statement}; import json, sys; print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(json.loads(done.stdout.splitlines()[-1]))
+# Each is executed in the same interpreter after those above it.
+STATEMENTS = {
+    "import torch": "torch",
+    "from rkd_plugin import RKDDALoss": "rkd_plugin",
+    "import rkd_plugin.bench": "rkd_plugin",
+    "import rkd_plugin.teacher_bank": "rkd_plugin filelock safetensors",
+    "import rkd_plugin.adapters.torchdistill": "torchdistill",
+    "import rkd_plugin.adapters.pml": "pytorch_metric_learning",
+    "import rkd_plugin.experiments.tables.pictures": "rkd_plugin",
+}
 
 
-def foreign(modules):
-    return {m for m in modules for name in FOREIGN if m == name or m.startswith(f"{name}.")}
+def patched(modules, others=()):
+    """What of modules and their classes, and of other objects, is the package's."""
+    values = [value for module in modules for value in vars(module).values()]
+    values += [inner for value in values if isinstance(value, type) for inner in vars(value).values()]
+    return [
+        repr(value) for value in (*values, *others) if str(getattr(value, "__module__", "")).startswith("rkd_plugin")
+    ]
+
+
+FRESH = f"""
+import copyreg, json, sys
+{inspect.getsource(patched)}
+added, before = {{}}, set(sys.modules)
+for statement in json.loads(sys.argv[1]):
+    exec(statement)
+    added[statement] = sorted(set(sys.modules) - before)
+    before |= set(sys.modules)
+hosts = [m for name, m in sys.modules.items() if name.partition(".")[0] in ("torchdistill", "pytorch_metric_learning")]
+print(json.dumps([added, patched(hosts, copyreg.dispatch_table.values())]))
+"""
 
 
 @pytest.fixture(scope="module")
-def torch_alone():
-    return loaded_by("import torch")
+def fresh():
+    """Of one fresh interpreter: the modules that each statement adds, and what the adapters patched."""
+    command = [sys.executable, "-c", FRESH, json.dumps(list(STATEMENTS))]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_core_loads_nothing_but_torch(torch_alone):
-    modules = loaded_by("from rkd_plugin import RKDDALoss")
-    assert "rkd_plugin.functional" in modules
-    assert foreign(modules - torch_alone) == set()
+@pytest.fixture(scope="module")
+def loaded(fresh):
+    """The modules that each statement adds, without those of Python and torch."""
+    return {
+        statement: {name for name in names if name.partition(".")[0] not in {*sys.stdlib_module_names, "torch"}}
+        for statement, names in fresh[0].items()
+    }
 
 
 @pytest.mark.parametrize(
-    ("statement", "name"),
+    ("statement", "rooms"),
     [
-        ("import rkd_plugin.adapters.torchdistill", "torchdistill"),
-        ("import rkd_plugin.adapters.pml", "pytorch_metric_learning"),
-        ("import rkd_plugin.bench", "rkd_plugin.bench"),
-        pytest.param(
-            "import rkd_plugin.kernels.fused",
-            "triton",
-            marks=pytest.mark.skipif(not find_spec("triton"), reason="none"),
-        ),
+        ("from rkd_plugin import RKDDALoss", {"core", "kernels"}),
+        ("import rkd_plugin.bench", {"bench", "environment", "markdown"}),
+        ("import rkd_plugin.teacher_bank", {"teacher_bank", "environment", "storage"}),
     ],
 )
-def test_the_check_can_fail(torch_alone, statement, name):
-    assert name in foreign(loaded_by(statement) - torch_alone)
+def test_what_is_below_the_hosts_loads_none(loaded, statement, rooms):
+    names = loaded[statement]
+    assert f"rkd_plugin.{statement.rpartition('.')[2] if '.' in statement else 'losses'}" in names
+    assert {name.partition(".")[0] for name in names} <= {*STATEMENTS[statement].split()}
+    own = {name.removeprefix("rkd_plugin.") for name in names if name.startswith("rkd_plugin.")}
+    assert {room_of(name)[0] for name in own} <= rooms
 
 
-@pytest.mark.parametrize("room", ["bench", "teacher_bank"])
-def test_these_load_no_host(torch_alone, room):
-    found = foreign(loaded_by(f"import rkd_plugin.{room}") - torch_alone)
-    assert {name for name in found if not name.startswith(f"rkd_plugin.{room}")} == set()
+@pytest.mark.parametrize("statement", list(STATEMENTS)[4:6])
+def test_an_adapter_loads_its_host(loaded, statement):
+    assert STATEMENTS[statement] in loaded[statement]  # so the test above can fail
+
+
+def test_matplotlib_is_loaded_by_the_first_picture_only(loaded):
+    names = loaded["import rkd_plugin.experiments.tables.pictures"]
+    assert "rkd_plugin.experiments.tables.pictures" in names
+    assert not any("matplotlib" in modules for modules in loaded.values())
+
+
+@pytest.mark.parametrize(("room", "other"), [("pml", "torchdistill"), ("torchdistill", "pytorch_metric_learning")])
+def test_an_adapter_imports_no_other_host(room, other):
+    nodes = [
+        node for path in (PACKAGE / "adapters" / room).rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))
+    ]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert "torch" in names
+    assert not {name for name in names if name.partition(".")[0] == other}
+
+
+def test_importing_an_adapter_patches_no_host(fresh):
+    assert fresh[1] == []
+
+
+def test_a_patch_is_found(monkeypatch):
+    host = type(sys)("host")
+    host.Trainer = type("Trainer", (), {"__module__": "host", "train": lambda self: None})
+    assert patched([host]) == []
+    monkeypatch.setattr(host.Trainer.train, "__module__", "rkd_plugin.adapters.pml")
+    assert len(patched([host], [test_a_patch_is_found])) == 1

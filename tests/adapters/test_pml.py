@@ -463,6 +463,7 @@ def one_of_two(rank: int, folder: str) -> None:
     os._exit(0)
 
 
+@pytest.mark.processes
 def test_two_processes_give_the_gradients_of_one(tmp_path: Path):
     torch.multiprocessing.spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
     net, data, teacher, labels = global_batch()

@@ -175,7 +175,7 @@ def test_nothing_to_measure(rows, repeats):
     [
         (["--dtype", "int8"], "floating-point ones, got 'int8'"),
         (["--impl", "quick"], "expected impl to be .*'quick'"),
-        (["--impl", "fused", "--device", "cpu"], "impl 'fused' needs .*; take impl 'chunked'"),
+        (["--impl", "fused", "--device", "cpu"], "impl 'fused' needs .*; use impl='chunked'"),
     ],
 )
 def test_what_cannot_be_measured(options, message, capsys, monkeypatch):
@@ -195,6 +195,7 @@ def test_what_cannot_be_shown(text, capsys, tmp_path):
     assert capsys.readouterr().err == f"rkd bench: {tmp_path / 'kept.json'}: {expected}\n"
 
 
+@pytest.mark.slow
 def test_peak_growth_sees_what_is_allocated():
     """In a fresh process: the peer's cubes, within what the estimate leaves out at so few rows."""
     case = bench.Case(128)

@@ -188,6 +188,7 @@ def _process(rank, processes, address, results):
     distributed.destroy_process_group()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_batches_of_one(processes, tmp_path):
     with multiprocessing.Manager() as manager:

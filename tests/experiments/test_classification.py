@@ -74,7 +74,9 @@ def top_1_and_5(scores, labels):
     return {"top1": 100 * places[:, 0].double().mean().item(), "top5": 100 * places.any(1).double().mean().item()}
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=[pytest.mark.slow] * (row not in ("rkd_da", "fitnet_rkd_da"))) for row in ROWS]
+)
 def test_a_recipe_in_torchdistills_script_gives_the_numbers_of_rkd_run(published, tmp_path, row):
     recipe = small(row)
     result = run(recipe, published / "runs" / "small_cifar100" / row)
@@ -97,9 +99,9 @@ SMALLER = ["recipe.num_epochs=1", "recipe.batch_size=65", "recipe.num_workers=0"
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        ("cifar100/fitnet", 4),
-        ("cifar100/attention", 2),
-        ("crd_benchmark/kd", 2),
+        pytest.param("cifar100/fitnet", 4, marks=pytest.mark.slow),
+        pytest.param("cifar100/attention", 2, marks=pytest.mark.slow),
+        pytest.param("crd_benchmark/kd", 2, marks=pytest.mark.slow),
         ("crd_benchmark/rkd", 2),
     ],
 )

@@ -26,7 +26,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from rkd_plugin import rkd_da_loss
-from rkd_plugin.components.datasets import Digits, digits
+from rkd_plugin.components.datasets import Digits
 from rkd_plugin.experiments.recipe import read
 from rkd_plugin.experiments.running import runner
 from rkd_plugin.experiments.running.checkpoints import DamagedError, read_checkpoint, write_checkpoint
@@ -446,7 +446,7 @@ def test_an_image_with_a_pixel_that_is_no_number_is_named(tmp_path, monkeypatch,
         loaded.images[row, 1, 1] = torch.nan
         return loaded
 
-    monkeypatch.setattr(digits, "load_digits", load)
+    monkeypatch.setattr("sklearn.datasets.load_digits", load)
     said = refused(FloatingPointError, r"^epoch 1: ", tmp_path / "o", [*TINY, "recipe.samples_per_epoch=6400"])
     assert f", as image {number} of datasets.digits/{split} has pixels that are; mend that image" in said
     assert ("through its term triplet" in said) == (split == "train")
@@ -724,6 +724,7 @@ def disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.root
 def test_a_full_disk_is_one_sentence_and_the_checkpoint_stays(disk, undisturbed, monkeypatch):
     folder, kept = disk / "run", {}
 
@@ -746,6 +747,7 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_stays(disk, undisturbed,
     assert without_times(run(folder)["history"]) == without_times(undisturbed[1]["history"])
 
 
+@pytest.mark.root
 def test_a_disk_that_cannot_be_written_is_one_sentence(disk):
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     refused(OSError, rf"^expected to write {disk}/run, got: Read-only file system; what was there before", disk / "run")

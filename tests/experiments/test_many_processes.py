@@ -165,6 +165,16 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
+def test_rkd_run_under_torchrun_has_the_numbers_of_one_process(tmp_path):
+    path, short = classification(tmp_path / "recipe.yaml"), "recipe.num_epochs=2"
+    many_processes.train(path, tmp_path / "one", short)
+    done = python(*TORCHRUN, "-m", "rkd_plugin", "run", path, short, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    runs = [result(tmp_path / name) for name in ("one", "two")]
+    assert [run["processes"] for run in runs] == [1, 2]
+    same([run["history"] for run in runs])
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Each recipe trained by this process."""
@@ -193,6 +203,7 @@ def together(alone, tmp_path_factory):
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["classification", "two_stages", "few_shot"])
 def test_two_processes_have_the_numbers_of_one(alone, together, name):
     """Epoch by epoch: the loss of the global batch, and what the student makes of the test data."""
@@ -204,6 +215,7 @@ def test_two_processes_have_the_numbers_of_one(alone, together, name):
     torch.testing.assert_close(weights[0], weights[1], rtol=CLOSE, atol=CLOSE)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["classification", "two_stages", "few_shot"])
 def test_test_data_is_embedded_once_and_in_order(alone, together, name):
     folder, recipes = alone
@@ -214,6 +226,7 @@ def test_test_data_is_embedded_once_and_in_order(alone, together, name):
         assert found[recipes[name]]["metrics"] == one["metrics"]
 
 
+@pytest.mark.processes
 def test_a_sharded_student_has_the_gradients_of_a_whole_one(together):
     for found in together[1]:
         sharded, whole, sizes = found["fsdp"]
@@ -222,6 +235,7 @@ def test_a_sharded_student_has_the_gradients_of_a_whole_one(together):
         torch.testing.assert_close(sharded, whole, rtol=CLOSE, atol=CLOSE)
 
 
+@pytest.mark.processes
 def test_gradients_are_means_also_of_what_one_process_uses(together):
     """Of rank + 1 and twice that; nothing stands for a parameter that nobody uses."""
     for found in together[1]:
@@ -240,7 +254,7 @@ def epochs(folder):
     return len(read_checkpoint(folder / "last.pt")["history"])
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_a_process_that_dies_ends_all_and_any_number_goes_on(alone, tmp_path, monkeypatch):
     """Killed with two, broken with one, broken with two, and at last through SLURM's variables to the end of one."""
     path, folder = alone[1]["two_stages"], tmp_path / "run"
@@ -278,6 +292,7 @@ def test_a_process_that_dies_ends_all_and_any_number_goes_on(alone, tmp_path, mo
     assert len(list(folder.glob("*tfevents*"))) == 4  # of each start, by the first process alone
 
 
+@pytest.mark.processes
 def test_data_that_one_process_cannot_load_keeps_no_other_waiting(alone, tmp_path):
     """Also where no launcher ends it."""
     command = ["-m", "rkd_plugin", "run", alone[1]["classification"], "--out", tmp_path]
@@ -290,7 +305,7 @@ def test_data_that_one_process_cannot_load_keeps_no_other_waiting(alone, tmp_pat
     assert re.search(r"rkd run, rank 0 of 2: expected the other processes to go on, .*\n$", waiting.stderr)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_asked_to_stop_one_stops_all_after_the_same_step(alone, tmp_path):
     path, folder = alone[1]["two_stages"], tmp_path / "run"
     command = ["-m", "rkd_plugin", "run", path, "--out", str(folder)]
@@ -333,6 +348,7 @@ def test_weights_that_differ_in_one_number_are_found(monkeypatch):
         check_equal_weights(model, "weights of the teacher")
 
 
+@pytest.mark.processes
 def test_ranks_with_other_recipes_all_end_with_an_error(alone, tmp_path):
     command = ["-m", "rkd_plugin", "run", alone[1]["classification"], "--out", tmp_path / "run"]
     done = tasks_of_slurm(command, [*command, "recipe.seed=4"])
@@ -344,7 +360,7 @@ def test_ranks_with_other_recipes_all_end_with_an_error(alone, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("verb", ["run", "eval"])
 def test_ranks_with_other_weights_all_end_with_an_error(alone, tmp_path, verb):
     """The same path on two machines, and another file behind it."""
@@ -410,28 +426,24 @@ def as_if_two(monkeypatch):
     monkeypatch.setattr(processes, "rank_zero_first", nullcontext)
 
 
-def test_wrappers_of_torchdistill_are_refused(alone, as_if_two):
-    changed = Path(alone[1]["classification"]).read_text().replace(HOOKED, f"{HOOKED}, wrapper: DataParallel")
-    path = alone[0] / "wrapped.yaml"
-    path.write_text(changed)
+def test_wrappers_of_torchdistill_are_refused(tmp_path, as_if_two):
+    path = tmp_path / "wrapped.yaml"
+    text = Path(classification(path)).read_text()
+    path.write_text(text.replace(HOOKED, f"{HOOKED}, wrapper: DataParallel"))
     with pytest.raises(ValueError, match=r"train\.teacher\.wrapper: expected none, .*, got DataParallel; leave it out"):
         Experiment(read(path))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there PyTorch has it")
-def test_synchronised_statistics_need_gpus(alone, as_if_two):
-    changed = (
-        Path(alone[1]["classification"])
-        .read_text()
-        .replace("{width: 5, dim: 10}", "{width: 5, dim: 10}, sync_bn: true")
-    )
-    path = alone[0] / "synchronised.yaml"
-    path.write_text(changed)
+def test_synchronised_statistics_need_gpus(tmp_path, as_if_two):
+    path = tmp_path / "synchronised.yaml"
+    text = Path(classification(path)).read_text()
+    path.write_text(text.replace("{width: 5, dim: 10}", "{width: 5, dim: 10}, sync_bn: true"))
     with pytest.raises(ValueError, match=r"expected sync_bn on GPUs, .*, got CPUs; set sync_bn to False"):
         Experiment(read(path)).box()
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.skipif(find_spec("accelerate") is None, reason="not installed")
 def test_accelerate_starts_processes_as_well(alone, tmp_path):
     start = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--num_processes=2"]

@@ -117,6 +117,7 @@ def cub(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ["fitnet", "attention", "rkd_da"])
 def test_the_papers_networks_train_as_the_recipe_says(cub, row):
     short = ["recipe.weights=null", "recipe.num_epochs=1", "recipe.iterations=1"]

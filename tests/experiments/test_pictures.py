@@ -1,8 +1,5 @@
 """Pictures: that they show what is in the numbers, always the same, whatever the numbers are."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -172,12 +169,6 @@ def test_files_and_events(tmp_path):
             assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 50
     written = EventAccumulator(str(tmp_path / "events")).Reload()
     assert written.Tags()["images"] == ["map", "pairs", "confusion"]
-
-
-def test_matplotlib_is_loaded_by_the_first_picture_only():
-    code = "import sys, rkd_plugin.experiments.tables.pictures; print('matplotlib' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
 
 
 def test_names_are_neither_formulas_nor_escapes(tmp_path):

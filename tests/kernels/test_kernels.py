@@ -551,7 +551,7 @@ def test_large_batches_are_compiled_and_small_ones_are_not(vertices):
     assert vertices == [12] * 12
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_large_batches_inside_a_compiled_step(vertices, backend):
     student, teacher = (x.float() for x in distinct(12))
     expected = evaluate(rkd_da_loss, student, teacher)

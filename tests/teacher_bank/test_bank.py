@@ -377,7 +377,7 @@ def two_processes(tmp_path, *recipes):
     return [process.returncode for process in started], errors
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_processes_take_turns_with_shards(teacher, whole, tmp_path):
     codes, errors = two_processes(tmp_path, digits(teacher), digits(teacher))
     assert codes == [0, 0], errors
@@ -386,7 +386,7 @@ def test_processes_take_turns_with_shards(teacher, whole, tmp_path):
     assert [max(map(int, re.findall(r"/(\d+) ", text)), default=0) for text in errors] == [7 * 64 + 5, 0]
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_processes_with_other_teachers_write_no_bank(teacher, tmp_path):
     model = Experiment(read("quickstart/teacher", ["recipe.seed=5"])).student
     write_checkpoint(tmp_path / "other.pt", {"model": model.state_dict()})
@@ -916,12 +916,6 @@ def test_one_array_does_not_stand_for_two_modules(tmp_path):
         RecipeError, match=r"is one array, but the losses read the output of '\.', the output of 'backbone'"
     ):
         recipe.validate()
-
-
-def test_the_bank_is_below_the_hosts():
-    hosts = ("torchdistill", "torchvision", "pytorch_metric_learning", "yaml", "rkd_plugin.experiments")
-    done = python(f"import sys, rkd_plugin.teacher_bank; print([name for name in {hosts} if name in sys.modules])")
-    assert done.stdout == "[]\n", done.stderr
 
 
 # Large banks.
