@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -167,7 +168,7 @@ def _name(path: Path, label: Any) -> str:
     """The name of a class in a pickle."""
     if not isinstance(label, str | int | np.integer):
         raise ValueError(
-            f"MiniImageNet: expected names or numbers as labels in {path}, got {label!r:.40}, a "
+            f"MiniImageNet: expected names or numbers as labels in {path}, got {reprlib.repr(label)}, a "
             f"{type(label).__name__}; number the classes"
         )
     return str(label)

@@ -13,6 +13,8 @@ import os
 import pickle
 import pickletools
 import re
+import reprlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from struct import unpack
@@ -41,7 +43,8 @@ class _Dtype:
 
     def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or not _PLAIN.fullmatch(code):
-            raise pickle.UnpicklingError(f"it holds an array of {code!r:.40}, which are no plain numbers or texts")
+            shown = reprlib.repr(code)  # a list may hold the same list many times
+            raise pickle.UnpicklingError(f"it holds an array of {shown}, which are no plain numbers or texts")
         self.code, self.order = code, "="
 
     def set_state(self, state: Any) -> None:
@@ -63,6 +66,18 @@ class _Array:
 class _Operations(dict[int, Any]):
     def __missing__(self, code: int) -> Any:
         raise pickle.UnpicklingError(f"it has the operation {_NAMES.get(code, code)}, which plain arrays do not need")
+
+
+def _with_plain_keys(operation: int, places: slice) -> Callable[[Any], None]:
+    """An operation that fills a dictionary, with keys whose hash takes no longer than reading them did."""
+    load = pickle._Unpickler.dispatch[operation]
+
+    def loaded(machine: Any) -> None:
+        if not all(isinstance(key, str | bytes | int | float | None) for key in machine.stack[places]):
+            raise pickle.UnpicklingError("it has keys that are no plain numbers or texts")
+        load(machine)
+
+    return loaded
 
 
 class _Arrays(pickle._Unpickler):  # the one in Python: its operations can be chosen, and its memory is that of the file
@@ -107,6 +122,8 @@ class _Arrays(pickle._Unpickler):  # the one in Python: its operations can be ch
         self.append(self.read(size))
 
     dispatch |= {ord(pickle.BUILD): load_build, ord(pickle.BYTEARRAY8): load_bytearray8}
+    dispatch |= {code[0]: _with_plain_keys(code[0], slice(None, None, 2)) for code in (pickle.SETITEMS, pickle.DICT)}
+    dispatch |= {pickle.SETITEM[0]: _with_plain_keys(pickle.SETITEM[0], slice(-2, -1))}
 
     def begun(self, kind: Any, shape: Any, code: Any) -> _Array:
         """Numpy's _reconstruct: an array whose state follows."""
@@ -118,12 +135,15 @@ class _Arrays(pickle._Unpickler):  # the one in Python: its operations can be ch
         """Numpy's _frombuffer: an array of bytes that fit its dtype and shape."""
         if isinstance(data, str):  # of Python 2
             data = self.encoded(data, "latin1")
-        is_shape = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
+        is_shape = isinstance(shape, tuple) and len(shape) <= 32
+        is_shape = is_shape and all(type(size) is int and 0 <= size < 2**63 for size in shape)
         if not isinstance(data, bytes) or not isinstance(dtype, _Dtype) or not is_shape or order not in ("C", "F"):
             raise pickle.UnpicklingError("it builds an array of other arguments than NumPy does")
         plain: np.dtype[Any] = np.dtype(dtype.code).newbyteorder(dtype.order)  # type: ignore[arg-type]
         if math.prod(shape) * plain.itemsize != len(data):
             raise pickle.UnpicklingError(f"it holds an array of {shape} {plain} in {len(data)} bytes")
+        if plain.kind == "U" and (np.frombuffer(data, f"{plain.byteorder}u4") > sys.maxunicode).any():
+            raise pickle.UnpicklingError("it holds an array of texts with characters that do not exist")
         return _Array(np.frombuffer(data, plain).reshape(shape, order=order))
 
     def scalar(self, dtype: Any, data: Any) -> Any:
