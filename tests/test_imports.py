@@ -25,7 +25,7 @@ FLOORS = [
     ["adapters.pml", "adapters.torchdistill"],
     ["teacher_bank", "core"],
     ["kernels"],
-    ["environment", "storage", "markdown"],
+    ["environment", "storage", "markdown", "printing"],
 ]
 CORE = ["functional", "losses", "distributed"]
 FOREIGN = [

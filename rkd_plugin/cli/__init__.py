@@ -19,7 +19,7 @@ from rkd_plugin.cli.arguments import unrecognized
 from rkd_plugin.cli.failures import one_sentence
 from rkd_plugin.cli.streams import lasting_streams
 from rkd_plugin.experiments.support.launcher import launched
-from rkd_plugin.experiments.support.printing import report
+from rkd_plugin.printing import report
 
 VERBS: dict[str, ModuleType] = {
     "ls": ls,

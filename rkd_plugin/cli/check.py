@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from rkd_plugin.cli.arguments import add_recipe
-from rkd_plugin.experiments.support.printing import show
+from rkd_plugin.printing import show
 
 ABOUT = "report every problem of a recipe, without running it"
 EXAMPLES = ("check quickstart/rkd_da", "check my_recipe.yaml train.num_epochs=2")

@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 
 from rkd_plugin.cli.arguments import add_recipe
-from rkd_plugin.experiments.support.printing import show
 from rkd_plugin.experiments.support.threads import limit_spinning
+from rkd_plugin.printing import show
 
 ABOUT = "write the teacher outputs that a recipe's losses read into a bank, or go on with it"
 EXAMPLES = (

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from rkd_plugin.cli.arguments import RECIPE, add_recipe
-from rkd_plugin.experiments.support.printing import show
 from rkd_plugin.experiments.support.threads import limit_spinning
+from rkd_plugin.printing import show
 
 ABOUT = "measure a model on test data, and draw pictures of its embeddings"
 EXAMPLES = (
@@ -44,7 +44,7 @@ def execute(options: argparse.Namespace) -> None:
     limit_spinning()
     from rkd_plugin.distributed import rank
     from rkd_plugin.experiments.recipe import read
-    from rkd_plugin.experiments.running.experiment import evaluate
+    from rkd_plugin.experiments.running.evaluation import evaluate
     from rkd_plugin.experiments.running.run_folder import recipe_of_run
     from rkd_plugin.experiments.support.processes import process_group
 

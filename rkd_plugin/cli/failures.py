@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 
+from rkd_plugin.experiments.support.failures import is_for_user
+from rkd_plugin.printing import printable
+
 # PyTorch raises these as RuntimeError, with a text that fills a page.
 _MEMORY = re.compile(r"can't allocate memory|not enough memory|cannot allocate memory|out of memory", re.IGNORECASE)
 _WORKER = re.compile(r"DataLoader worker .*(?:killed|exited unexpectedly|bus error)|bus error.* in worker", re.DOTALL)
 
 
 def one_sentence(error: Exception) -> str | None:
-    r"""What is printed of an error: one sentence, or a `RecipeError`'s list; None for a fault of the program itself.
+    r"""What is printed of an error: one sentence, or the list of a `RecipeError`; None for a fault of the program.
 
     Example:
         >>> one_sentence(MemoryError())
@@ -21,7 +24,6 @@ def one_sentence(error: Exception) -> str | None:
         True
     """
     from rkd_plugin.experiments.recipe.errors import RecipeError
-    from rkd_plugin.experiments.support.printing import printable
 
     if isinstance(error, RecipeError):
         return str(error)
@@ -32,6 +34,4 @@ def one_sentence(error: Exception) -> str | None:
             "expected the processes that load data to go on, the system ended one, mostly for lack of memory; use "
             "fewer workers (num_workers) or a smaller batch; what was written is kept"
         )
-    if isinstance(error, ValueError | FloatingPointError | OSError | ModuleNotFoundError):
-        return printable(str(error))
-    return None
+    return printable(str(error)) if is_for_user(error) else None

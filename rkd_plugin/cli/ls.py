@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rkd_plugin.experiments.support.printing import show
+from rkd_plugin.printing import show
 
 ABOUT = "list the packaged recipes and suites"
 EXAMPLES = ("ls",)

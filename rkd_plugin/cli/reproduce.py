@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from rkd_plugin.cli.arguments import OVERRIDES
-from rkd_plugin.experiments.support.printing import show
 from rkd_plugin.experiments.support.threads import limit_spinning
+from rkd_plugin.printing import show
 
 ABOUT = "run a whole table, read the runs that are finished, and write tables and pictures"
 EXAMPLES = (

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from rkd_plugin.cli.arguments import add_recipe
-from rkd_plugin.experiments.support.printing import show
 from rkd_plugin.experiments.support.threads import limit_spinning
+from rkd_plugin.printing import show
 
 ABOUT = "train a model as a recipe describes it, or go on with a run; loading a recipe executes what it names"
 EXAMPLES = (
@@ -41,6 +41,7 @@ def execute(options: argparse.Namespace) -> None:
         result = runner.run(recipe, folder)
         if rank() > 0:
             return
+    show(f"measured on {result['measured_on']}")
     for when in ("final", "best"):
         show(f"{when:6} " + "  ".join(f"{name} {value:.4g}" for name, value in result[when].items()))
     show(f"finished already, in {folder}" if had_ended else f"in {folder}")

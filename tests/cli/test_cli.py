@@ -14,10 +14,12 @@ import pytest
 from rkd_plugin.cli import VERBS, main
 from rkd_plugin.cli.streams import lasting_streams
 from rkd_plugin.experiments.running import runner
-from rkd_plugin.experiments.support.printing import report, show
 from rkd_plugin.experiments.tables import suite
+from rkd_plugin.printing import report, show
 
 ROOT = Path(__file__).parents[2]
+METRICS = {"final": {"recall_at_1": 1.0}, "best": {"epoch": 1, "recall_at_1": 1.0}}
+RESULT = {**METRICS, "measured_on": "9 images of 2 of 4 classes"}
 SMALL = ["recipe.num_epochs=1", "recipe.samples_per_epoch=128", "recipe.batch_size=64"]
 
 
@@ -156,7 +158,7 @@ def test_a_recipe_above_the_current_folder_is_run_inside_of_it(tmp_path, monkeyp
     (tmp_path / "mine.yaml").write_text(recipe)
     monkeypatch.chdir(tmp_path / "here")
     folders = []
-    ran = {"final": {"recall_at_1": 1.0}, "best": {"epoch": 1, "recall_at_1": 1.0}, "seconds": 1.0, "parameters": 1}
+    ran = {**RESULT, "seconds": 1.0, "parameters": 1}
     monkeypatch.setattr(runner, "run", lambda _, folder, *__: folders.append(folder) or {**ran, "seed": 0})
     monkeypatch.setattr(suite.report, "suite_pictures", lambda *_: [])
     assert main([verb, "../mine.yaml"]) == 0, capsys.readouterr().err
@@ -166,11 +168,11 @@ def test_a_recipe_above_the_current_folder_is_run_inside_of_it(tmp_path, monkeyp
 
 
 def test_a_finished_run_is_reported_as_such(tmp_path, capsys, monkeypatch):
-    result = {"final": {"recall_at_1": 1.0}, "best": {"epoch": 1, "recall_at_1": 1.0}}
-    monkeypatch.setattr(runner, "run", lambda *_: result)
+    monkeypatch.setattr(runner, "run", lambda *_: RESULT)
     assert main(["run", "quickstart/student", "--out", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"in {tmp_path}"
-    (tmp_path / "result.json").write_text(json.dumps(result))
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[0], lines[-1]) == ("measured on 9 images of 2 of 4 classes", f"in {tmp_path}")
+    (tmp_path / "result.json").write_text(json.dumps(RESULT))
     assert main(["run", "quickstart/student", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"finished already, in {tmp_path}"
 
@@ -182,7 +184,7 @@ def test_text_of_others_moves_no_cursor(tmp_path, monkeypatch, capsys):
     show("a\x1b[2J\nb\x07")
     report("c\x1b]0;title\x07")
     assert capsys.readouterr() == ("a\\x1b[2J\nb\\x07\n", "c\\x1b]0;title\\x07\n")
-    monkeypatch.setattr(runner, "run", lambda *_: {"final": {"x\x1b[31m": 1.0}, "best": {"x\x1b[31m": 1.0}})
+    monkeypatch.setattr(runner, "run", lambda *_: {**RESULT, "final": {"x\x1b[31m": 1.0}})
     assert main(["run", "quickstart/student", "--out", str(tmp_path / "e\x1b[31m")]) == 0
     assert main(["eval", "quickstart/student", "--checkpoint", "f\x1b[31m\n.pt"]) == 1
     for text in capsys.readouterr():
@@ -232,7 +234,7 @@ def test_a_full_disk_behind_stdout_is_one_sentence():
 
 def test_ascii_terminals_get_what_they_can_show():
     code = "from rkd_plugin.cli.streams import lasting_streams as l\n"
-    code += "from rkd_plugin.experiments.support.printing import show\n"
+    code += "from rkd_plugin.printing import show\n"
     done = python(code + "with l(): show('50 ± 2')", PYTHONIOENCODING="ascii:strict")
     assert (done.returncode, done.stdout) == (0, "50 \\xb1 2\n")
 

@@ -32,7 +32,8 @@ from rkd_plugin.components.datasets import cached as cache
 from rkd_plugin.components.datasets.downloads import unpack
 from rkd_plugin.components.samplers import WholeBatches
 from rkd_plugin.experiments.recipe import read
-from rkd_plugin.experiments.running.experiment import Experiment, measured_on
+from rkd_plugin.experiments.running.evaluation import measured_on
+from rkd_plugin.experiments.running.experiment import Experiment
 from rkd_plugin.storage import allocate
 
 

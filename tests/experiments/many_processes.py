@@ -18,7 +18,7 @@ from torchdistill.models.registry import register_model
 
 from rkd_plugin import distributed, rkd_da_loss
 from rkd_plugin.experiments.recipe import read
-from rkd_plugin.experiments.running import experiment, runner
+from rkd_plugin.experiments.running import evaluation, runner
 from rkd_plugin.experiments.support import processes
 
 
@@ -70,8 +70,8 @@ def train(path, folder, *overrides):
 
 
 def measure(path, checkpoint):
-    evaluation = experiment.evaluate(read(path), Path(checkpoint))
-    return {name: getattr(evaluation, name) for name in ("metrics", "outputs", "labels")}
+    measured = evaluation.evaluate(read(path), Path(checkpoint))
+    return {name: getattr(measured, name) for name in ("metrics", "outputs", "labels")}
 
 
 def gradients_of_fsdp():

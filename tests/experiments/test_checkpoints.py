@@ -20,8 +20,10 @@ from torchdistill.common.main_util import save_ckpt
 from rkd_plugin.cli import main
 from rkd_plugin.experiments.recipe import read
 from rkd_plugin.experiments.recipe.errors import difference
-from rkd_plugin.experiments.running import checkpoints, experiment, runner
-from rkd_plugin.experiments.running.checkpoints import DamagedError, load_weights, read_checkpoint, read_weights
+from rkd_plugin.experiments.running import checkpoints, evaluation, experiment, runner
+from rkd_plugin.experiments.running.checkpoints import read_checkpoint
+from rkd_plugin.experiments.running.tensor_files import DamagedError
+from rkd_plugin.experiments.running.weights import load_weights, read_weights
 
 TINY = ["recipe.num_epochs=2", "recipe.samples_per_epoch=256", "recipe.batch_size=64", "models.model.kwargs.width=4"]
 
@@ -294,7 +296,7 @@ def test_teacher_and_student_of_other_programs(ended, tmp_path, monkeypatch):
     save_ckpt(torch.compile(model), torch.optim.SGD(model.parameters()), None, 1.0, argparse.Namespace(), "host.pt")
     save_file(model.state_dict(), "host.safetensors")
     for name in ("host.pt", "host.safetensors"):
-        assert experiment.evaluate(read(folder / "recipe.yaml"), Path(name)).metrics == result["final"]
+        assert evaluation.evaluate(read(folder / "recipe.yaml"), Path(name)).metrics == result["final"]
         taught = [
             f"recipe.teacher_checkpoint={name}",
             "models.teacher_model.kwargs={width: 4, embedding_dim: 8, l2_normalize: True}",

@@ -11,11 +11,13 @@ from torch.nn.functional import normalize
 
 from rkd_plugin.cli import main
 from rkd_plugin.experiments.recipe import read
-from rkd_plugin.experiments.running.checkpoints import load_weights, read_checkpoint, write_checkpoint
-from rkd_plugin.experiments.running.experiment import Experiment, evaluate
+from rkd_plugin.experiments.running.checkpoints import read_checkpoint, write_checkpoint
+from rkd_plugin.experiments.running.evaluation import evaluate
+from rkd_plugin.experiments.running.experiment import Experiment
 from rkd_plugin.experiments.running.features import compared
 from rkd_plugin.experiments.running.metrics import classification
 from rkd_plugin.experiments.running.run_folder import recipe_of_run
+from rkd_plugin.experiments.running.weights import load_weights
 from rkd_plugin.experiments.tables import report
 
 TEACHER, STUDENT = "classification/small_cifar100/teacher", "classification/small_cifar100/rkd_da"
@@ -287,7 +289,7 @@ def test_the_check_of_labels_leaves_no_trace(runs, monkeypatch):
     recipe = read(TEACHER, overrides(runs / "data"))
     checked = Experiment(recipe)
     checked.box()
-    monkeypatch.setattr(Experiment, "_check_images", lambda *_: None)
+    monkeypatch.setattr("rkd_plugin.experiments.running.experiment.check_images", lambda *_: None)
     unchecked = Experiment(recipe)
     unchecked.box()
     assert checked.student.training

@@ -29,8 +29,9 @@ from rkd_plugin import rkd_da_loss
 from rkd_plugin.components.datasets import Digits, digits
 from rkd_plugin.experiments.recipe import read
 from rkd_plugin.experiments.running import runner
-from rkd_plugin.experiments.running.checkpoints import DamagedError, read_checkpoint, write_checkpoint
+from rkd_plugin.experiments.running.checkpoints import read_checkpoint, write_checkpoint
 from rkd_plugin.experiments.running.experiment import Experiment
+from rkd_plugin.experiments.running.tensor_files import DamagedError
 from rkd_plugin.experiments.support.files import LOCK, alone_in, write_json
 from rkd_plugin.experiments.support.signals import stopping
 from rkd_plugin.storage import replacing

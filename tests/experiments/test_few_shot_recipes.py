@@ -11,9 +11,11 @@ from rkd_plugin import rkd_angle_loss, rkd_distance_loss
 from rkd_plugin.components.few_shot import PrototypicalLoss
 from rkd_plugin.experiments.recipe import RecipeError, read, read_suite
 from rkd_plugin.experiments.running.episodes import episode_accuracies
-from rkd_plugin.experiments.running.experiment import Experiment, evaluate
+from rkd_plugin.experiments.running.evaluation import evaluate
+from rkd_plugin.experiments.running.experiment import Experiment
 from rkd_plugin.experiments.running.run_folder import recipe_of_run
-from rkd_plugin.experiments.running.runner import run, steps_of
+from rkd_plugin.experiments.running.runner import run
+from rkd_plugin.experiments.running.steps import steps_of
 from rkd_plugin.experiments.tables import suite as suites
 from tests.adapters.test_torchdistill import build_as_the_example_scripts_do, train_as_the_example_scripts_do
 from tests.components.test_few_shot_data import SIZES, write_mini, write_omniglot

@@ -20,7 +20,8 @@ import torch
 from rkd_plugin import cli
 from rkd_plugin.experiments.recipe import read
 from rkd_plugin.experiments.running.checkpoints import read_checkpoint
-from rkd_plugin.experiments.running.experiment import Experiment, check_equal_weights
+from rkd_plugin.experiments.running.experiment import Experiment
+from rkd_plugin.experiments.running.ranks import check_equal_weights
 from rkd_plugin.experiments.support import processes
 from rkd_plugin.experiments.support.launcher import launched
 

@@ -13,7 +13,8 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 
 from rkd_plugin.experiments.running import metrics
-from rkd_plugin.experiments.running.metrics import Layer, classification, embed, retrieval
+from rkd_plugin.experiments.running.embed import embed
+from rkd_plugin.experiments.running.metrics import Layer, classification, retrieval
 
 
 def by_hand(outputs, labels, recall_at):

@@ -13,7 +13,7 @@ import yaml
 from rkd_plugin import cli
 from rkd_plugin.adapters.torchdistill import PMLLoss
 from rkd_plugin.experiments.recipe import read
-from rkd_plugin.experiments.running import experiment, runner
+from rkd_plugin.experiments.running import evaluation, runner
 from rkd_plugin.experiments.running.checkpoints import read_checkpoint, write_checkpoint
 from rkd_plugin.experiments.running.run_folder import recipe_of_run
 from rkd_plugin.storage import replacing
@@ -52,8 +52,8 @@ def test_what_a_run_leaves(undisturbed):
 def test_checkpoints_hold_the_epochs_they_claim(undisturbed):
     folder, result = undisturbed
     recipe = recipe_of_run(folder)
-    assert experiment.evaluate(recipe, folder / "last.pt").metrics == result["final"]
-    best = experiment.evaluate(recipe, folder / "best.pt").metrics
+    assert evaluation.evaluate(recipe, folder / "last.pt").metrics == result["final"]
+    best = evaluation.evaluate(recipe, folder / "best.pt").metrics
     assert best == {name: value for name, value in result["best"].items() if name != "epoch"}
     assert len(read_checkpoint(folder / "best.pt")["history"]) == result["best"]["epoch"]
 
@@ -232,18 +232,18 @@ def test_best_is_kept_apart_from_last(undisturbed, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "best.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected a checkpoint at .*best\.pt"):
-        experiment.evaluate(recipe_of_run(tmp_path / "copy"), tmp_path / "copy" / "best.pt")
+        evaluation.evaluate(recipe_of_run(tmp_path / "copy"), tmp_path / "copy" / "best.pt")
 
 
 def test_a_checkpoint_of_another_model_is_refused(undisturbed):
     folder, _ = undisturbed
     with pytest.raises(ValueError, match=r"last\.pt holds another model than .*teacher\.yaml describes"):
-        experiment.evaluate(read("quickstart/teacher"), folder / "last.pt")
+        evaluation.evaluate(read("quickstart/teacher"), folder / "last.pt")
 
 
 def test_without_a_checkpoint_the_model_is_measured_as_it_is_built(undisturbed):
     folder, result = undisturbed
-    first, second = (experiment.evaluate(recipe_of_run(folder)) for _ in range(2))
+    first, second = (evaluation.evaluate(recipe_of_run(folder)) for _ in range(2))
     assert first.metrics == second.metrics
     assert first.metrics["recall_at_1"] < result["final"]["recall_at_1"]
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from rkd_plugin.experiments.recipe import RecipeError, configs_root, read, read_suite
-from rkd_plugin.experiments.running.experiment import Experiment, evaluate
+from rkd_plugin.experiments.running.evaluation import evaluate
+from rkd_plugin.experiments.running.experiment import Experiment
 from rkd_plugin.experiments.running.run_folder import recipe_of_run
 from rkd_plugin.experiments.tables import suite as suites
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -15,10 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from rkd_plugin.printing import printable
 from rkd_plugin.storage import allocate, replacing
+from rkd_plugin.teacher_bank.fingerprint import digest
 from rkd_plugin.teacher_bank.labels import files_of, labels_of, unwrapped
 
 VERSION = 1  # of cached images: to be raised when what is decoded changes
+DIGITS = 16  # of a digest in the name of a file
 LARGE = 2000  # images, from which on decoding them is worth starting processes
 
 
@@ -144,11 +146,9 @@ def _identify(dataset: Any) -> tuple[str, str]:
     # Several images may be in one file, such as a pickle, so that the files of two Subsets are the same.
     chosen = [[*map(int, part.indices)] for part in parts if hasattr(part, "indices")]
     stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
-    return "-".join([*names, _hash((VERSION, [*map(str, files)], transform, *chosen))]), _hash(stats)
-
-
-def _hash(content: object) -> str:
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+    # Not `fingerprint.of_data`, which loads images, and which is equal for copies of the files in other folders.
+    identity = digest([VERSION, [*map(str, files)], transform, *chosen])
+    return "-".join([*names, identity[:DIGITS]]), digest(stats)[:DIGITS]
 
 
 def _is_whole(path: Path, count: int) -> bool:
@@ -168,7 +168,7 @@ def _decode(dataset: Any, path: Path) -> None:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             size = file.tell() + math.prod(shape)
         allocate(temporary, size)
-        for error in tqdm(loader, desc=f"decoding into {path.parent}", unit="image", leave=False):
+        for error in tqdm(loader, desc=printable(f"decoding into {path.parent}"), unit="image", leave=False):
             if error is not None:
                 raise error
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from rkd_plugin.experiments.support.printing import printable
+from rkd_plugin.printing import printable
 
 Problem = tuple[str, str]
 """A YAML path such as ``train.criterion.key``, and one sentence."""

@@ -21,6 +21,7 @@ from rkd_plugin.experiments.recipe.teacher_bank import SETTING, identity, rebuil
 from rkd_plugin.experiments.running.experiment import Experiment
 from rkd_plugin.experiments.support import processes
 from rkd_plugin.experiments.support.files import alone_in, write_json
+from rkd_plugin.printing import printable
 from rkd_plugin.teacher_bank import Bank
 from rkd_plugin.teacher_bank.files import (
     DTYPES,
@@ -225,7 +226,7 @@ def _write(folder: Path, header: dict[str, Any], rows: _Rows, read: Reader, size
     with tqdm(
         total=count,
         initial=count - sum(map(len, todo)),
-        desc=f"embedding into {folder}",
+        desc=printable(f"embedding into {folder}"),
         unit="row",
         disable=distributed.rank() > 0,
     ) as bar:
@@ -260,7 +261,7 @@ def _finish(folder: Path, header: dict[str, Any], where: dict[str, Any]) -> None
 def verify(path: Path) -> Iterator[int]:
     """See `Bank.verify`, with a progress bar."""
     bank = Bank(path)
-    with tqdm(total=max(bank.views, 1) * bank.count, desc=f"verifying {path}", unit="row") as bar:
+    with tqdm(total=max(bank.views, 1) * bank.count, desc=printable(f"verifying {path}"), unit="row") as bar:
         for done in bank.verify():
             bar.update(done)
             yield done

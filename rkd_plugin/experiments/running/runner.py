@@ -10,19 +10,15 @@ before within one.
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from rkd_plugin import distributed
@@ -30,20 +26,24 @@ from rkd_plugin.environment import environment
 from rkd_plugin.experiments.recipe import Recipe
 from rkd_plugin.experiments.running.checkpoints import (
     START,
-    DamagedError,
-    load_weights,
     read_result,
     read_state,
     restore,
     write_checkpoint,
 )
-from rkd_plugin.experiments.running.experiment import Experiment, batches, check_equal_start
+from rkd_plugin.experiments.running.evaluation import measured_on
+from rkd_plugin.experiments.running.experiment import Experiment
 from rkd_plugin.experiments.running.metrics import collapsed
+from rkd_plugin.experiments.running.ranks import check_equal_start
 from rkd_plugin.experiments.running.run_folder import check_recipe, write_recipe
+from rkd_plugin.experiments.running.steps import models_of, steps_of
+from rkd_plugin.experiments.running.tensor_files import DamagedError
+from rkd_plugin.experiments.running.weights import load_weights
 from rkd_plugin.experiments.support import processes
 from rkd_plugin.experiments.support.files import alone_in, write_json
-from rkd_plugin.experiments.support.printing import printable, report
-from rkd_plugin.experiments.support.signals import is_stopping, random_state, set_random_state, stopping
+from rkd_plugin.experiments.support.signals import is_stopping, random_state, stopping
+from rkd_plugin.printing import printable, report
+from rkd_plugin.teacher_bank.labels import labels_of
 
 
 def run(recipe: Recipe, folder: Path, label: str = "") -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _run(recipe: Recipe, folder: Path, label: str) -> dict[str, Any]:
             _Training(experiment, box, folder, history, part, signals, writer).train(printable(label))
 
         def finish() -> dict[str, Any]:
-            result = _result(recipe, experiment, history)
+            result = _result(recipe, experiment, box.val_data_loader.dataset, history)
             write_json(folder / "result.json", result)
             return result
 
@@ -232,72 +232,6 @@ def _is_settled(history: list[dict[str, Any]], patience: int | None) -> bool:
     return max(values[:-patience]) >= max(values[-patience:])
 
 
-def steps_of(experiment: Experiment, box: Any, part: Mapping[str, Any] = START) -> Iterator[float]:
-    """Train one epoch, or the rest of it, and yield the loss of each step after its update, the mean over all ranks.
-
-    Args:
-        experiment: of the box.
-        box: after ``pre_epoch_process``, seeded for the epoch.
-        part: of the epoch, that is done: its ``steps``, and where the ``random`` numbers were after them.
-
-    Raises:
-        FloatingPointError: if a loss is not finite, before the update; it names the term, and an image if one is why.
-        ValueError: if the epoch has no step.
-    """
-    loader = box.train_data_loader
-    if not len(loader):
-        raise ValueError(
-            f"train.train_data_loader: expected a batch or more in an epoch, got none of {len(loader.dataset)} images; "
-            "use a smaller batch"
-        )
-    loaded = batches(loader)
-    if part["steps"]:
-        # Load the batches that are done again: only so samplers, transforms and the loader's processes draw as before.
-        next(islice(loaded, part["steps"] - 1, None))
-        set_random_state(part["random"][distributed.rank()], experiment.device)
-    with _terms(box.criterion) as terms:
-        for step, (batch, targets, supplement) in enumerate(loaded, part["steps"] + 1):
-            terms.update(dict.fromkeys(terms))
-            box.pre_forward_process()
-            try:
-                with experiment.precision():
-                    loss = box.forward_process(experiment.place(batch), targets.to(experiment.device), supplement)
-            except FloatingPointError:  # of a miner, which embeddings that are not finite leave without tuples
-                loss = torch.tensor(math.nan, device=experiment.device)
-            value = processes.all_reduce_mean(loss)
-            if not math.isfinite(value):
-                suspects = range(0 if batch.isfinite().all() else len(loader.dataset))
-                missing = [name for name, term in terms.items() if term is None][:1]  # the one that raised
-                through = [name for name, term in terms.items() if term is not None and not term.isfinite().all()]
-                raise FloatingPointError(
-                    f"the loss became {value} in step {step}"
-                    + (f" through its term {', '.join(through or missing)}" if through or missing else "")
-                    + experiment.not_finite(loader.dataset, suspects)
-                )
-            processes.average_gradients(loss, (p for group in box.optimizer.param_groups for p in group["params"]))
-            box.post_forward_process(loss)
-            yield value
-
-
-@contextmanager
-def _terms(criterion: Any) -> Iterator[dict[str, Tensor | None]]:
-    """The last value of each term of torchdistill's sum, by name."""
-    values: dict[str, Tensor | None] = {}
-
-    def keep(name: str, *called: Any) -> None:
-        values[name] = called[-1].detach()
-
-    hooks = []
-    for name, (term, _) in getattr(criterion, "term_dict", {}).items():
-        values[name] = None
-        hooks.append(term.register_forward_hook(partial(keep, name)))
-    try:
-        yield values
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _state(student: nn.Module, box: Any, history: list[dict[str, Any]], part: dict[str, Any]) -> dict[str, Any]:
     """The content of a checkpoint after the epochs of ``history`` and a part of the next one."""
     trained = _trained(box)
@@ -311,11 +245,6 @@ def _state(student: nn.Module, box: Any, history: list[dict[str, Any]], part: di
         "history": history,
         "part": part,
     }
-
-
-def models_of(experiment: Experiment, box: Any) -> list[nn.Module]:
-    """The student, and the box's teacher if there is one."""
-    return [model for model in (experiment.student, getattr(box, "teacher_model", None)) if model is not None]
 
 
 def _trained(box: Any) -> nn.Module:
@@ -377,7 +306,7 @@ def events_in(folder: Path, done: int = 0) -> AbstractContextManager[Any]:
     return SummaryWriter(str(folder), purge_step=done + 1)
 
 
-def _result(recipe: Recipe, experiment: Experiment, history: list[dict[str, Any]]) -> dict[str, Any]:
+def _result(recipe: Recipe, experiment: Experiment, dataset: Any, history: list[dict[str, Any]]) -> dict[str, Any]:
     metrics = _metrics(history)
     best = max(history, key=lambda epoch: float(epoch[metrics[0]]))
     return {
@@ -386,6 +315,7 @@ def _result(recipe: Recipe, experiment: Experiment, history: list[dict[str, Any]
         "seed": experiment.settings["seed"],
         "final": {name: history[-1][name] for name in metrics},  # of the last epoch, which nobody chose
         "best": {name: best[name] for name in ("epoch", *metrics)},
+        "measured_on": measured_on(dataset, labels_of(dataset, "val_data_loader")),
         "parameters": sum(parameter.numel() for parameter in experiment.student.parameters()),
         "seconds": sum(epoch["seconds"] for epoch in history),
         "processes": distributed.world_size(),

@@ -8,7 +8,7 @@ from typing import Any
 
 from rkd_plugin.experiments.recipe.schema import stages
 from rkd_plugin.experiments.recipe.teacher_bank import teacher_reads
-from rkd_plugin.experiments.running.checkpoints import read_weights
+from rkd_plugin.experiments.running.weights import read_weights
 from rkd_plugin.teacher_bank import Bank
 from rkd_plugin.teacher_bank.fingerprint import of_weights
 

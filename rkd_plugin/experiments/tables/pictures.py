@@ -18,8 +18,8 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rkd_plugin.experiments.support.printing import printable
 from rkd_plugin.functional import rkd_angle_loss, rkd_distance_loss
+from rkd_plugin.printing import printable
 from rkd_plugin.storage import replacing
 
 if TYPE_CHECKING:

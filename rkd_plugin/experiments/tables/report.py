@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rkd_plugin import markdown
-from rkd_plugin.experiments.running.experiment import Evaluation, evaluate
+from rkd_plugin.experiments.running.evaluation import Evaluation, evaluate
 from rkd_plugin.experiments.running.features import compared
 from rkd_plugin.experiments.running.run_folder import recipe_of_run
 from rkd_plugin.experiments.running.runner import events_in

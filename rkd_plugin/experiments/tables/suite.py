@@ -17,11 +17,11 @@ from rkd_plugin.experiments.recipe.errors import suggest
 from rkd_plugin.experiments.running import runner
 from rkd_plugin.experiments.running.checkpoints import read_measured
 from rkd_plugin.experiments.running.episodes import episode_accuracies, interval
-from rkd_plugin.experiments.running.experiment import evaluate
+from rkd_plugin.experiments.running.evaluation import evaluate
 from rkd_plugin.experiments.running.run_folder import RUNS, default_folder, recipe_of_run
 from rkd_plugin.experiments.support.files import write_json, write_text
-from rkd_plugin.experiments.support.printing import printable
 from rkd_plugin.experiments.tables import report
+from rkd_plugin.printing import printable
 
 Result = dict[str, Any]
 

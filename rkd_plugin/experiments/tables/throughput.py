@@ -21,7 +21,7 @@ from rkd_plugin import markdown
 from rkd_plugin.environment import environment
 from rkd_plugin.experiments.recipe import Recipe
 from rkd_plugin.experiments.running.experiment import Experiment
-from rkd_plugin.experiments.running.runner import models_of, steps_of
+from rkd_plugin.experiments.running.steps import models_of, steps_of
 from rkd_plugin.experiments.support import threads
 from rkd_plugin.experiments.support.memory import keep_memory
 
