@@ -1,6 +1,7 @@
-"""Whatever a recipe or a command line contains: `rkd check` answers with problems, in seconds, and executes nothing.
+"""Whatever a recipe, a command line or a bank contains: it is checked in seconds, and nothing in it is executed.
 
-The default checks 2,000 recipes and command lines, the same ones every time; ``RKD_FUZZ=50000`` as many new ones.
+The default checks 2,000 recipes and command lines and 500 banks, the same ones every time; ``RKD_FUZZ=50000`` checks as
+many new recipes.
 """
 
 from __future__ import annotations
@@ -8,23 +9,30 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from rkd_plugin import cli
 from rkd_plugin.experiments.recipe import RecipeError, check, examine, find, read, read_suite, suites
 from rkd_plugin.experiments.recipe.reading import parse
+from rkd_plugin.teacher_bank import Bank, files
+from rkd_plugin.teacher_bank.fingerprint import digest
 
 SECONDS = 10.0  # of CPU, for one example; the slowest takes two
 EXAMPLES = int(os.environ.get("RKD_FUZZ", "2000"))
-SEEDS = ["quickstart/rkd_da", "quickstart/student", "classification/small_cifar100/fitnet", "few_shot/omniglot/rkd_da"]
+SEEDS = ["quickstart/rkd_da", "quickstart/student", "classification/small_cifar100/fitnet", "few_shot/omniglot/rkd"]
 LINES = {
     name: [line for line in find(name).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     for name in [*SEEDS, "quickstart"]
@@ -345,3 +353,143 @@ def test_the_witness_can_fail(act, tmp_path):
     with watched() as seen:
         exec(act.format(tmp_path / "act"))
     assert seen
+
+
+# Banks: whatever their files hold, reading them ends in seconds, with rows or with one sentence.
+
+ROWS = np.arange(12, dtype=np.float32).reshape(4, 3)
+BANK = {
+    "format": files.FORMAT, "version": files.VERSION, "dtype": "float32", "views": 0, "seed": 0, "shard_rows": 2,
+    "arrays": [{"path": ".", "io": "output", "pool": None, "width": 3}],
+    "data": {
+        "count": 4, "labels": None, "files": None, "transform": "",
+        "images": [{"index": 0, "shape": [1], "mean": 0.0, "std": 0.0}],
+    },
+    "teacher": {"model": {}, "weights": "", "precision": "float32"},
+}  # fmt: skip
+KEYS = [(key,) for key in BANK] + [("data", key) for key in BANK["data"]] + [("arrays", 0), ("checksums",), ("more",)]
+KEYS += [("arrays", 0, key) for key in BANK["arrays"][0]] + [("data", "images", 0, "shape", 0), ("teacher", "weights")]
+VALUES = [None, True, -1, 0, 1, 3, 2**31, 2**63, 10**400, 0.5, float("nan"), float("inf"), "", "x" * 10**6, "\x1b[2J"]
+VALUES += ["float16", "../../x", "\0", [], {}, [[]] * 1000, {"x": {}}, [-1], [2**63]]
+HEADERS = [
+    *(f"{{'descr': {descr}, 'fortran_order': False, 'shape': (4, 3), }}" for descr in (
+        "'<f8'", "'|O'", "'<U99999999'", "'x'", "[]", "[('a', '|O')]", "('<f4', (2,))", "'|V0'", "None", "'<M8[ns]'")),
+    *(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}" for shape in (
+        "(-4, 3)", "(4, 0)", "()", "(99999999999999, 3)", f"({10**400}, 3)", "(4.0, 3)", "'x'", "(4,) * 99999999",
+        "(True, 3)", f"(2, {2**63})", "[4, 3]")),
+    "{'descr': '<f4', 'fortran_order': True, 'shape': (4, 3), }", "{}", "", "(" * 9000, "-" * 9000,
+    "x" * 70_000, "9" * 9999,
+]  # fmt: skip
+FILES = [files.HEADER, "0.npy", files.CHECKSUMS, "a.npy", "a.npz", "a.safetensors", "a.pt"]
+CHANGE = st.one_of(
+    st.tuples(st.just("value"), st.just(files.HEADER), st.sampled_from(KEYS), st.sampled_from(VALUES), st.booleans()),
+    st.tuples(st.just("header"), st.sampled_from([name for name in FILES if ".npy" in name]), st.sampled_from(HEADERS)),
+    st.tuples(st.just("bytes"), st.sampled_from(FILES), st.integers(0, 1500), st.binary(min_size=1, max_size=9)),
+    st.tuples(st.just("cut"), st.sampled_from(FILES), st.integers(0, 1500)),
+    st.tuples(st.just("without"), st.sampled_from(FILES)),
+    st.tuples(st.just("fifo"), st.sampled_from(FILES)),
+)
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory):
+    """A folder with a bank, and arrays of the other kinds; their bytes by name."""
+    folder = tmp_path_factory.mktemp("bank")
+    layout = files.Layout.of(BANK)
+    writer = files.ShardWriter(folder, layout)
+    writer.allocate()
+    writer.write(0, [ROWS])
+    write_header(folder, {**BANK, "checksums": digest(files.ShardReader(folder, layout).sums)})
+    np.save(folder / "a.npy", ROWS)
+    np.savez(folder / "a.npz", ROWS)
+    save_file({"a": ROWS}, folder / "a.safetensors")
+    torch.save(torch.from_numpy(ROWS), folder / "a.pt")
+    return folder, {name: (folder / name).read_bytes() for name in FILES}
+
+
+def write_header(folder, header):
+    (folder / files.HEADER).write_text(json.dumps({**header, "checksum": digest(header)}))
+
+
+def replaced(content, keys, value):
+    """JSON with another value at a place, which may be new."""
+    if not keys:
+        return value
+    new = dict(content) if isinstance(content, dict) else list(content)
+    new[keys[0]] = replaced(new[keys[0]] if len(keys) > 1 else None, keys[1:], value)
+    return new
+
+
+def change(folder, what, name, *how):
+    path = folder / name
+    match what:
+        case "value":
+            keys, value, is_signed = how
+            header = json.loads(path.read_text())
+            header.pop("checksum")
+            header = replaced(header, keys, value)
+            write_header(folder, header) if is_signed else path.write_text(json.dumps({**header, "checksum": ""}))
+        case "header":
+            data = ROWS.tobytes() if name != files.CHECKSUMS else bytes(16)
+            text = how[0].encode("latin1")
+            path.write_bytes(b"\x93NUMPY\x02\x00" + len(text).to_bytes(4, "little") + text + data)
+        case "bytes":
+            content = path.read_bytes()
+            at = how[0] % len(content)
+            path.write_bytes(content[:at] + how[1] + content[at + len(how[1]) :])
+        case "cut":
+            path.write_bytes(path.read_bytes()[: how[0] % path.stat().st_size])
+        case "without" | "fifo":
+            path.unlink()
+            if what == "fifo":
+                os.mkfifo(path)
+
+
+@contextlib.contextmanager
+def alarm(seconds):
+    """Interrupt what waits, such as for the other end of a FIFO."""
+
+    def stop(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+@looked_at(EXAMPLES // 4)
+@given(CHANGE)
+def test_any_bank(bank, how):
+    folder, contents = bank
+    for name, content in contents.items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(content)
+    change(folder, *how)
+    started, problem = time.process_time(), None
+    with watched() as seen:
+        try:
+            with alarm(60):
+                opened = Bank(folder / how[1] if how[1].startswith("a.") else folder)
+                rows = opened.read([0, 3])
+                assert sum(opened.verify()) == opened.count * max(opened.views, 1)
+        except (ValueError, OSError, IndexError) as error:
+            problem = str(error)
+        else:
+            assert [row.dtype for row in rows] == [torch.float32]
+    assert seen == []
+    assert time.process_time() - started < SECONDS
+    assert problem is None or re.fullmatch(r".+", problem)  # one line; `TimeoutError` has none
+
+
+def test_an_unchanged_bank_is_read(bank):
+    folder, contents = bank
+    for name, content in contents.items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(content)
+    for path in [folder, *(folder / name for name in FILES if name.startswith("a."))]:
+        assert torch.equal(Bank(path).read([0, 3])[0], torch.from_numpy(ROWS[[0, 3]]))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rkd_plugin.experiments.running.episodes import few_shot
 from rkd_plugin.experiments.support.processes import all_gather_in_turn
-from rkd_plugin.kernels.pairwise import rescale, widest
+from rkd_plugin.kernels.pairwise import rescale
 from rkd_plugin.teacher_bank.labels import check_labels
 
 BLOCK = 2**24  # distances at once, 128 MiB in float64
@@ -138,7 +138,7 @@ def retrieval(outputs: Tensor, labels: Tensor, recall_at: Sequence[int] = (1,)) 
         raise ValueError(
             f"retrieval: expected a class with two rows or more, got {len(labels)} rows of as many classes"
         )
-    rows = rescale(outputs[order], widest(outputs))
+    rows = rescale(outputs[order])
     rows -= rows.mean(0)
     norms = rows.square().sum(1)
     tie = TIE * torch.finfo(rows.dtype).eps
