@@ -1,4 +1,4 @@
-"""Arguments that several verbs have."""
+"""Arguments of several verbs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ OVERRIDES = "key.path=value, which changes the recipe before anything is built"
 
 
 def add_recipe(parser: argparse.ArgumentParser, about: str = RECIPE, optional: bool = False) -> None:
-    """A recipe, and its overrides."""
+    """Add a recipe and its overrides to the arguments of a verb."""
     parser.add_argument("recipe", nargs="?" if optional else None, help=about)
     parser.add_argument("overrides", nargs="*", help=OVERRIDES)
 
 
 def unrecognized(words: Sequence[str], takes_overrides: bool) -> str:
-    """The error about words that no argument of a verb takes, and how an override is written if one was meant.
+    """The error for words that are no argument of a verb, with the form of an override if one was intended.
 
     Example:
         >>> unrecognized(["--num_epochs=2"], True)

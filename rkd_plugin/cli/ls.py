@@ -1,4 +1,4 @@
-"""``rkd ls``."""
+"""The verb ``rkd ls``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ SHARES_WORK = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    """Add nothing."""
 
 
 def execute(_: argparse.Namespace) -> None:
-    """Print name, kind and summary of each."""
+    """Print name, kind and summary of each file."""
     from rkd_plugin.experiments.recipe.catalog import names
 
     entries = names()

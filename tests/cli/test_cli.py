@@ -174,7 +174,7 @@ def test_a_finished_run_is_reported_as_such(tmp_path, capsys, monkeypatch):
     assert (lines[0], lines[-1]) == ("measured on 9 images of 2 of 4 classes", f"in {tmp_path}")
     (tmp_path / "result.json").write_text(json.dumps(RESULT))
     assert main(["run", "quickstart/student", "--out", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"finished already, in {tmp_path}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"already finished, in {tmp_path}"
 
 
 # What a terminal gets
@@ -242,9 +242,12 @@ def test_ascii_terminals_get_what_they_can_show():
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (MemoryError(), "expected enough memory, got none; use a smaller batch"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "expected enough memory, got none"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "expected the processes that load"),
+        (MemoryError(), "expected enough memory, got too little; use a smaller batch"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "expected enough memory, got too little",
+        ),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "expected the workers that load data"),
     ],
 )
 def test_too_little_memory_is_one_sentence_and_keeps_the_epochs(tmp_path, monkeypatch, capsys, error, message):
@@ -261,7 +264,7 @@ def test_too_little_memory_is_one_sentence_and_keeps_the_epochs(tmp_path, monkey
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"rkd run: {message}")
     monkeypatch.undo()
     assert main(command) == 0
-    assert f"{tmp_path}: going on from epoch 2 of 2" in capsys.readouterr().err
+    assert f"{tmp_path}: continuing with epoch 2 of 2" in capsys.readouterr().err
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):

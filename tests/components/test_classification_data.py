@@ -86,7 +86,7 @@ def test_a_cut_cifar_file_is_refused(cifar, name, published, monkeypatch):
     train = name != "test"
     assert len(CIFAR100(cifar, train, published=published)) == (3 if train else 2)
     path.write_bytes(path.read_bytes()[:-20])
-    message = rf"{path} is cut or changed, its MD5 is not [0-9a-f]{{32}}{GET_CIFAR}.*; or set published to False$"
+    message = rf"{path} is truncated or changed, its MD5 is not [0-9a-f]{{32}}{GET_CIFAR}.*; or set published to False$"
     if not published:
         message = f"expected a pickle of arrays in {path}, could not read it: "
     with pytest.raises(ValueError, match=message) as error:
@@ -108,7 +108,7 @@ def test_a_pickle_that_would_execute_code_is_refused_unexecuted(cifar, tmp_path,
     publish(monkeypatch, path.parent)
     content = {**pickle.loads(path.read_bytes()), "filenames": [Malicious(target)]}  # beside what is in order
     path.write_bytes(pickle.dumps(content))
-    for published, problem in ((False, ", could not read it: it names "), (True, " is cut or changed")):
+    for published, problem in ((False, ", could not read it: it names "), (True, " is truncated or changed")):
         with pytest.raises(ValueError, match=f"{path}{problem}"):
             CIFAR100(cifar, published=published)
         assert not target.exists()

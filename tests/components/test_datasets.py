@@ -253,11 +253,11 @@ HOSTILE = {
     "a hard link": ([("data/target", FILE), ("data/link", tarfile.LNKTYPE)], "is a link or device"),
     "a device": ([("data/null", tarfile.CHRTYPE)], "is a link or device"),
     "a pipe": ([("data/pipe", tarfile.FIFOTYPE)], "is a link or device"),
-    "climbing": ([("data/../../evil", FILE)], "is no path below its folder"),
-    "climbing and coming back": ([("../data/evil", FILE)], "is no path below its folder"),
-    "absolute": ([("/tmp/evil", FILE)], "is no path below its folder"),
-    "a backslash": ([("data\\..\\evil", FILE)], "is no path below its folder"),
-    "a drive": ([("C:evil", FILE)], "is no path below its folder"),
+    "climbing": ([("data/../../evil", FILE)], "is not a path below its folder"),
+    "climbing and coming back": ([("../data/evil", FILE)], "is not a path below its folder"),
+    "absolute": ([("/tmp/evil", FILE)], "is not a path below its folder"),
+    "a backslash": ([("data\\..\\evil", FILE)], "is not a path below its folder"),
+    "a drive": ([("C:evil", FILE)], "is not a path below its folder"),
     "a duplicate": ([("data/a", FILE), ("data/./a", FILE)], "is in the place of 'data/a'"),
     "another case": ([("data/a", FILE), ("DATA/A", FILE)], "is in the place of"),
     "another accent": ([("data/\u00e9", FILE), ("data/e\u0301", FILE)], "is in the place of"),
@@ -388,8 +388,9 @@ def test_all_classes_of_a_data_set(tmp_path):
 def test_what_was_measured_on(tmp_path):
     data = ClassFolders(write_folders(tmp_path), "test", transform=RESIZED)
     for part in (data, Cached(data, None), WholeBatches(Subset(data, range(9)))):
-        assert measured_on(part, torch.tensor(data.targets)) == "9 images of 3 of 5 classes"
-    assert measured_on(TensorDataset(torch.zeros(2)), torch.tensor([4, 4])) == "2 images of 1 classes"
+        assert measured_on(part, data.targets) == "9 images of 3 of 5 classes"
+    assert measured_on(TensorDataset(torch.zeros(2)), [4, 4]) == "2 images of 1 classes"
+    assert measured_on(TensorDataset(torch.zeros(2)), None) == "2 images"
 
 
 def test_images_of_another_number_of_channels_are_named_before_training(monkeypatch):
@@ -402,7 +403,7 @@ def test_images_of_another_number_of_channels_are_named_before_training(monkeypa
 
 
 def test_errors_of_folders(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected a folder per class in .*nowhere, which is not there"):
+    with pytest.raises(FileNotFoundError, match=r"expected a folder per class in .*nowhere, found no such folder"):
         ClassFolders(tmp_path / "nowhere")
     root = write_folders(tmp_path / "root")
     for count in (0, 5, -1):
@@ -495,7 +496,7 @@ def test_what_cannot_be_told_from_another_is_not_cached(tmp_path):
         ValueError, match=r"a transform whose repr is the same in each run, got <function .*folder to None"
     ):
         cached(write_folders(tmp_path / "images"), tmp_path / "cache", resized=lambda image: image)
-    with pytest.raises(ValueError, match=r"files in `paths` or `samples`, got Digits, in which none .*; set folder to"):
+    with pytest.raises(ValueError, match=r"files in `paths` or `samples`, got Digits without; set folder to"):
         Cached(Digits(), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     assert Cached(Digits(), None)[3][0].shape == (1, 8, 8)
@@ -552,7 +553,9 @@ def test_a_cache_that_is_cut_under_its_reader_is_an_error(tmp_path):
     data = cached(root, tmp_path / "cache", resized=v2.Compose([v2.Resize((64, 64)), v2.PILToTensor()]))
     data[14]
     os.truncate(data.path, 5000)
-    with pytest.raises(OSError, match=f"^Cached: expected {re.escape(str(data.path))} as it was opened, got it cut; "):
+    with pytest.raises(
+        OSError, match=f"^Cached: expected {re.escape(str(data.path))} to keep its size, got it truncated; "
+    ):
         data[14]
 
 

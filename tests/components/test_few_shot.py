@@ -9,6 +9,7 @@ from torchdistill.losses.registry import get_high_level_loss, get_mid_level_loss
 
 from rkd_plugin import rkd_da_loss
 from rkd_plugin.components.few_shot import OnEpisodePart, PrototypicalAccuracy, PrototypicalLoss
+from rkd_plugin.experiments.running import episodes
 from rkd_plugin.experiments.running.episodes import episode_accuracies, few_shot, interval
 
 
@@ -138,18 +139,16 @@ LABELS = torch.arange(12).repeat_interleave(9)[torch.randperm(108, generator=tor
 
 
 def test_accuracies_are_those_of_episodes_drawn_one_by_one(monkeypatch):
-    from rkd_plugin.components import few_shot as module
-
     drawn = []
-    original = module._episodes
-    monkeypatch.setattr(module, "_episodes", lambda *a: drawn.append(original(*a)) or drawn[-1])
+    original = episodes._episodes
+    monkeypatch.setattr(episodes, "_episodes", lambda *a: drawn.append(original(*a)) or drawn[-1])
     outputs = torch.randn(108, 4) + LABELS[:, None] / 4
     accuracies = episode_accuracies(outputs, LABELS, 3, [(5, 2), (3, 1)], test_queries=4, test_episodes=20)
     assert list(accuracies) == ["5way_2shot", "3way_1shot"]
-    for (way, shot), values, episodes in zip([(5, 2), (3, 1)], accuracies.values(), drawn, strict=True):
-        assert episodes.shape == (20, way, shot + 4)
+    for (way, shot), values, rows_of in zip([(5, 2), (3, 1)], accuracies.values(), drawn, strict=True):
+        assert rows_of.shape == (20, way, shot + 4)
         assert values.dtype == torch.float64
-        for value, rows in zip(values, episodes, strict=True):
+        for value, rows in zip(values, rows_of, strict=True):
             labels = LABELS[rows]
             assert (labels == labels[:, :1]).all()
             assert len(labels[:, 0].unique()) == way
@@ -159,27 +158,23 @@ def test_accuracies_are_those_of_episodes_drawn_one_by_one(monkeypatch):
 
 
 def test_every_class_and_row_is_as_likely_in_a_test_episode():
-    from rkd_plugin.experiments.running.episodes import _episodes
-
     labels = torch.arange(7).repeat_interleave(torch.tensor([4, 6, 5, 4, 9, 2, 4]))  # the sixth has too few rows
-    episodes = _episodes(labels, 0, 3, 1, 2, 20_000)
-    classes = torch.bincount(labels[episodes[:, :, 0]].flatten(), minlength=7).double()
+    rows = episodes._episodes(labels, 0, 3, 1, 2, 20_000)
+    classes = torch.bincount(labels[rows[:, :, 0]].flatten(), minlength=7).double()
     assert classes[5] == 0
     assert (classes[classes > 0] / 20_000 - 0.5).abs().max() < 5 * (0.25 / 20_000) ** 0.5
-    supports = torch.bincount(episodes[:, :, 0].flatten(), minlength=len(labels)).double()
+    supports = torch.bincount(rows[:, :, 0].flatten(), minlength=len(labels)).double()
     for label in (0, 1, 2, 3, 4, 6):
         share = supports[labels == label] / classes[label]
         assert (share - 1 / len(share)).abs().max() < 5 * (1 / len(share) / classes[label]) ** 0.5
 
 
 def test_two_models_are_tested_on_the_same_episodes_whatever_their_width(monkeypatch):
-    from rkd_plugin.components import few_shot as module
-
     outputs = torch.randn(108, 3) + LABELS[:, None] / 4
     wide = torch.cat([outputs, torch.zeros(108, 500)], 1)
     options = {"seed": 5, "test_tasks": [(4, 1)], "test_queries": 3, "test_episodes": 50}
     accuracies = episode_accuracies(outputs, LABELS, **options)["4way_1shot"]
-    monkeypatch.setattr(module, "BLOCK", 4 * 4 * 503 * 7)  # seven episodes at once
+    monkeypatch.setattr(episodes, "NUMBERS_AT_ONCE", 4 * 4 * 503 * 7)  # seven episodes at once
     torch.manual_seed(77)  # which is not asked
     assert torch.equal(episode_accuracies(wide, LABELS, **options)["4way_1shot"], accuracies)
     assert not torch.equal(episode_accuracies(outputs, LABELS, **{**options, "seed": 6})["4way_1shot"], accuracies)

@@ -98,7 +98,9 @@ def test_what_omniglot_lacks_is_said(drawn):
     path = drawn / "omniglot-splits" / "vinyals" / "test.txt"
     with pytest.raises(ValueError, match="split must be one of train, val, trainval, test, got 'evaluation'"):
         Omniglot(drawn, "evaluation")
-    with pytest.raises(ValueError, match=f"{path} is cut or changed, its MD5 is not 43534e6d.*set published to False$"):
+    with pytest.raises(
+        ValueError, match=f"{path} is truncated or changed, its MD5 is not 43534e6d.*set published to False$"
+    ):
         Omniglot(drawn, "test")
     shutil.rmtree(drawn / "omniglot-py" / "images_evaluation" / "Alphabet_1" / "character02")
     missing = r"test.txt names Alphabet_1/character02, expected a folder .*images_background.* with its images"
@@ -117,8 +119,8 @@ def test_what_omniglot_lacks_is_said(drawn):
         ("Alphabet_1/character01/rot045\n", "line 1 of .* is malformed, 'Alphabet_1/character01/rot045'"),
         ("Alphabet_1/character01/rot000\ncharacter01\n", "line 2 of .* is malformed"),
         ("../secret/rot000\n", "line 1 of .* is malformed"),
-        ("Alphabet_1/character01/rot000\n" * 2, "expected lines that differ in .*, got 2 of which 1 do"),
-        ("", "expected lines that differ in .*, got 0 of which 0 do"),
+        ("Alphabet_1/character01/rot000\n" * 2, "expected distinct lines in .*, got 1 distinct of 2"),
+        ("", "expected distinct lines in .*, got 0 distinct of 0"),
     ],
 )
 def test_a_malformed_list_is_refused(drawn, text, message):

@@ -120,7 +120,7 @@ def test_errors(kwargs, message):
 @pytest.mark.parametrize("kind", [batches, episodes])
 def test_a_data_set_without_labels(kind):
     name = type(kind()).__name__
-    with pytest.raises(ValueError, match=f"^{name}: expected a data set with labels, got TensorDataset, in which none"):
+    with pytest.raises(ValueError, match=f"^{name}: expected a data set with labels, got TensorDataset without; give"):
         kind(data=TensorDataset(torch.zeros(9, 1)))
     fractional = TensorDataset(torch.zeros(80, 1), torch.arange(80) / 2)
     with pytest.raises(ValueError, match=f"^{name}: expected labels that are whole numbers, got 0.0, a float"):

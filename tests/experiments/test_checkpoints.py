@@ -158,7 +158,7 @@ def test_what_cannot_be_read_is_told_how_to_convert_it(tmp_path):
         "whole.pt": (lambda path: torch.save(model, path), r"got an object of torch\S+Sequential; where you trust"),
         "two.pt": (
             lambda path: torch.save({"student": model.state_dict(), "teacher": model.state_dict()}, path),
-            r"got student, teacher; keep the one that you mean: torch\.save\(torch\.load\(FILE\)\['student'\], NEW\)",
+            r"got student, teacher; save one of them: torch\.save\(torch\.load\(FILE\)\['student'\], NEW\)",
         ),
         "protocol.pt": (lambda path: torch.save(model.state_dict(), path, pickle_protocol=4), "another kind; where"),
         "script.pt": (
@@ -180,7 +180,7 @@ def test_cut_files_are_told_from_others(tmp_path):
     torch.save(network().state_dict(), tmp_path / "a.pt")
     for path in (tmp_path / "a.safetensors", tmp_path / "a.pt"):
         path.write_bytes(path.read_bytes()[:-100])
-        one_sentence(DamagedError, "cut or changed; give a whole copy", read_weights, path)
+        one_sentence(DamagedError, "truncated or changed; give an intact copy", read_weights, path)
 
 
 # What claims more than it holds
@@ -215,7 +215,7 @@ def test_records_that_share_their_bytes(tmp_path, monkeypatch):
         archive._didModify = True
     assert path.stat().st_size < 2 * 4 * 10**5
     monkeypatch.setattr(torch, "load", None)
-    one_sentence(ValueError, "cut or changed|compressed", read_weights, path)
+    one_sentence(ValueError, "truncated or changed|compressed", read_weights, path)
 
 
 def test_views_that_repeat_a_number(tmp_path):
@@ -265,14 +265,14 @@ def test_a_model_of_another_width_names_the_override():
     one_sentence(ValueError, match, load_weights, network(2), network(6).state_dict(), Path("a.pt"), "b", settings)
     # No width is the reason of another number of layers.
     deeper = {**network(6).state_dict(), "9.weight": torch.zeros(2)}
-    said = one_sentence(ValueError, "it has also", load_weights, network(2), deeper, Path("a.pt"), "b", settings)
+    said = one_sentence(ValueError, "it has in addition", load_weights, network(2), deeper, Path("a.pt"), "b", settings)
     assert "width" not in said
 
 
 def test_names_do_not_reach_the_terminal_as_they_are(tmp_path):
     torch.save({"\x1b[2J\n\u202efc": torch.zeros(2), "a" * 10_000: torch.zeros(2)}, tmp_path / "a.pt")
     weights = read_weights(tmp_path / "a.pt")
-    said = one_sentence(ValueError, "it has also", load_weights, network(), weights, tmp_path / "a.pt", "b")
+    said = one_sentence(ValueError, "it has in addition", load_weights, network(), weights, tmp_path / "a.pt", "b")
     assert r"\x1b[2J\n\u202efc" in said
     assert len(said) < 1000
     torch.save({"\x1b[2J": 3}, tmp_path / "a.pt")
@@ -316,7 +316,7 @@ def test_a_missing_teacher_is_told_where_it_is_and_how_to_train_it(tmp_path, mon
     trained = Path("runs/quickstart/teacher-seed0/last.pt")
     runner.run(read("quickstart/teacher", [*TINY[:3]]), trained.parent)
     assert main(["run", "quickstart/rkd_da", "recipe.num_epochs=2"]) == 1
-    override = re.search(r", or give (\S+), which is there$", capsys.readouterr().err)[1]
+    override = re.search(r", or give (\S+), which exists$", capsys.readouterr().err)[1]
     assert override == f"recipe.teacher_checkpoint={trained}"
     assert main(["run", "quickstart/rkd_da", *TINY[1:3], "recipe.num_epochs=1", override]) == 0
 

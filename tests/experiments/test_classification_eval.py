@@ -174,7 +174,7 @@ def test_a_checkpoint_of_another_network(runs, capsys, tmp_path):
     assert not out.exists()
     # The other way round, and with other widths.
     more = error_of(capsys, "eval", runs / "student", "--checkpoint", runs / "teacher" / "last.pt")
-    assert "ImageClassifier: it has also backbone.layer1.1.conv1.weight" in more
+    assert "ImageClassifier: it has in addition backbone.layer1.1.conv1.weight" in more
     wider = error_of(capsys, "eval", runs / "student", "recipe.network=resnet8x4", "--checkpoint", checkpoint)
     assert "backbone.conv1.weight is (16, 3, 3, 3) instead of (32, 3, 3, 3), backbone.bn1.weight is (16,)" in wider
 
@@ -183,7 +183,7 @@ def test_a_checkpoint_of_other_classes(runs, capsys, tmp_path):
     checkpoint = runs / "teacher" / "last.pt"
     ten = "models.teacher_model.kwargs.num_classes=10"
     said = (
-        "describes, ImageClassifier: its last layer, linear, has 100 outputs, where 10 were expected; give "
+        "describes, ImageClassifier: its last layer, linear, has 100 outputs instead of 10; give "
         "models.{}.kwargs.num_classes=100, or give a checkpoint of 10"
     )
     trained = error_of(
@@ -208,7 +208,7 @@ def test_a_file_that_is_no_checkpoint_of_ours(runs, capsys, tmp_path):
     write_checkpoint(paths["empty"], {})
     messages = {
         "text": "could not read it, as it is of another kind; where you trust the file, load it with its own",
-        "cut": "could not read it, as it is cut or changed; give a whole copy of it",
+        "cut": "could not read it, as it is truncated or changed; give an intact copy",
         "executed": r"expected the weights of a model in .*, got model \(an object of pathlib(._local)?.PosixPath\)",
         "tensor": "expected the weights of a model in .*, got Tensor; where",
         "empty": "expected the weights of a model in .*, got nothing; where",
@@ -280,8 +280,8 @@ def test_labels_that_are_no_classes_in_evaluation(runs, capsys, tmp_path):
 def test_all_classes_of_data_that_are_not_split_by_class(runs, capsys):
     error = error_of(capsys, "eval", runs / "student", "--classes", "all")
     assert error == (
-        "datasets.cifar100/test: expected a data set that is split by class, got CIFAR100, which has no other classes "
-        "than those that are measured already; leave out --classes all"
+        "datasets.cifar100/test: expected a data set that is split by class, got CIFAR100, of which all classes are "
+        "measured already; leave out --classes all"
     )
 
 

@@ -268,7 +268,7 @@ def empty(path):
 def test_a_damaged_checkpoint_is_said_and_the_best_one_taken(stopped, undisturbed, damage):
     damage(stopped / "last.pt")
     epoch = len(read_checkpoint(stopped / "best.pt")["history"])
-    reason = rf"at .*last\.pt, could not read it, as it is cut or changed;.* from .*best\.pt, epoch {epoch}$"
+    reason = rf"at .*last\.pt, could not read it, as it is truncated or changed;.* from .*best\.pt, epoch {epoch}$"
     with pytest.warns(UserWarning, match=reason):
         assert without_times(run(stopped)["history"]) == without_times(undisturbed[1]["history"])
     assert files(stopped) == files(undisturbed[0])
@@ -313,7 +313,7 @@ class Malicious:
 @pytest.mark.parametrize(
     ("save", "reason"),
     [
-        (torch.save, r"names .*pathlib\S+, which would be executed"),
+        (torch.save, r"names .*pathlib\S+, which reading would execute"),
         (lambda content, path: path.write_bytes(pickle.dumps(content)), "is of another kind"),
     ],
 )
@@ -449,7 +449,7 @@ def test_an_image_with_a_pixel_that_is_no_number_is_named(tmp_path, monkeypatch,
 
     monkeypatch.setattr(digits, "load_digits", load)
     said = refused(FloatingPointError, r"^epoch 1: ", tmp_path / "o", [*TINY, "recipe.samples_per_epoch=6400"])
-    assert f", as image {number} of datasets.digits/{split} has pixels that are; mend that image" in said
+    assert f", as image {number} of datasets.digits/{split} has pixels that are; repair that image" in said
     assert ("through its term triplet" in said) == (split == "train")
     assert files(tmp_path / "o") == {"recipe.yaml"}
 
@@ -473,7 +473,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_term(stopped):
     write_checkpoint(stopped / "last.pt", checkpoint)
     kept = (stopped / "last.pt").read_bytes()
     match = (
-        r"^epoch 4: the loss became nan in step \d through its term triplet, though the images behind it are finite; "
+        r"^epoch 4: the loss became nan in step \d through its term triplet, although the images are finite; "
         r"lower the learning rate, .*; the checkpoint of epoch 3 stays$"
     )
     refused(FloatingPointError, match, stopped)

@@ -288,7 +288,7 @@ def test_data_that_one_process_cannot_load_keeps_no_other_waiting(alone, tmp_pat
     assert [waiting.returncode, broken.returncode] == [1, 1]
     assert re.fullmatch(r"rkd run, rank 1 of 2: cannot read point \d+\n", broken.stderr)
     assert "Traceback" not in waiting.stderr
-    assert re.search(r"rkd run, rank 0 of 2: expected the other processes to go on, .*\n$", waiting.stderr)
+    assert re.search(r"rkd run, rank 0 of 2: expected the other processes to continue, .*\n$", waiting.stderr)
 
 
 @pytest.mark.slow
@@ -300,7 +300,9 @@ def test_asked_to_stop_one_stops_all_after_the_same_step(alone, tmp_path):
     kept = read_checkpoint(folder / "last.pt")
     assert (len(kept["history"]), len(kept["part"]["random"])) == (2, 2), stopped.stderr
     assert 0 < kept["part"]["steps"] < 4
-    with pytest.raises(ValueError, match="stopped within epoch 3, 2, got 1; start as many until that epoch has ended"):
+    with pytest.raises(
+        ValueError, match="stopped within epoch 3, 2, got 1; start that number until the epoch has ended"
+    ):
         many_processes.train(path, folder)
     went_on = python(*TORCHRUN, *command)
     assert went_on.returncode == 0, went_on.stderr

@@ -61,7 +61,7 @@ def test_equal_to_a_search_by_hand(data):
 def test_blocks_change_nothing(block, monkeypatch):
     outputs, labels = torch.randn(53, 4), torch.randint(0, 9, (53,))
     expected = retrieval(outputs, labels, [1, 5])
-    monkeypatch.setattr(metrics, "BLOCK", block)
+    monkeypatch.setattr(metrics, "DISTANCES_AT_ONCE", block)
     assert retrieval(outputs, labels, [1, 5]) == pytest.approx(expected, abs=1e-12)
 
 
@@ -139,7 +139,7 @@ def test_recall_is_the_authors():
 MEMORY = """
 import resource, torch
 from rkd_plugin.experiments.running import metrics
-metrics.BLOCK = 2**19
+metrics.DISTANCES_AT_ONCE = 2**19
 outputs, labels = torch.randn(6000, 32), torch.arange(6000) // 5
 metrics.retrieval(outputs[:100], labels[:100])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

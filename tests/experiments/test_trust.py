@@ -40,8 +40,11 @@ def side(name, process, path):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["run", "quickstart/rkd_da", "recipe.teacher_checkpoint={}"], "names posix.mkdir, which would be executed"),
-        (["eval", "quickstart/student", "--checkpoint", "{}"], "names posix.mkdir, which would be executed"),
+        (
+            ["run", "quickstart/rkd_da", "recipe.teacher_checkpoint={}"],
+            "names posix.mkdir, which reading would execute",
+        ),
+        (["eval", "quickstart/student", "--checkpoint", "{}"], "names posix.mkdir, which reading would execute"),
         (
             ["run", "quickstart/rkd_da", side("student", "forward_batch_only", "{}")],
             "give it to the model under `models:",

@@ -267,9 +267,7 @@ def test_dtypes(kind, teacher, whole, tmp_path):
 
 def test_a_vector_that_a_dtype_cannot_hold_is_said(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "encoded", lambda tensor, dtype: files.encoded(tensor * 1e6, dtype))
-    with pytest.raises(
-        ValueError, match=r"expected finite vectors, got NaN or Inf .* take --dtype bfloat16 or float32"
-    ):
+    with pytest.raises(ValueError, match=r"expected finite vectors, got NaN or Inf .* use --dtype bfloat16 or float32"):
         embed(digits(teacher), tmp_path / "bank", dtype="float16")
     with pytest.raises(ValueError, match="is unfinished; the same `rkd embed` goes on"):
         Bank(tmp_path / "bank")
@@ -339,7 +337,9 @@ def test_killed_in_the_middle_it_goes_on(teacher, whole, tmp_path, monkeypatch):
 
 def test_another_bank_is_never_written_over(teacher, bank):
     before = contents(bank)
-    with pytest.raises(FileExistsError, match=re.escape(f"{bank} holds another teacher bank, of other dtype; give")):
+    with pytest.raises(
+        FileExistsError, match=re.escape(f"{bank} contains another teacher bank, which differs in dtype; give")
+    ):
         embed(digits(teacher), bank, dtype="float16")
     assert contents(bank) == before
 
@@ -1095,7 +1095,7 @@ def test_the_command(teacher, tmp_path, capsys):
     assert cli.main(command) == 0
     assert f"learn from it with recipe.teacher_bank={folder}" in capsys.readouterr().out
     assert cli.main(["embed", "--verify", str(folder)]) == 0
-    assert "901 rows are as they were written" in capsys.readouterr().out
+    assert "901 rows are unchanged" in capsys.readouterr().out
     flipped(folder / "0.npy", -1)
     assert cli.main(["embed", "--verify", str(folder)]) == 1
     assert "rows 896 to 900 of 0.npy are not what was written" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Checkpoints and results of a run, which it writes and reads again; see `weights` for the weights of any program."""
+"""Checkpoints and results of a run: what it writes, and reads again. `weights` reads the files of any program."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ from rkd_plugin.experiments.support.files import read_json
 from rkd_plugin.printing import printable
 from rkd_plugin.storage import replacing
 
-# By example, as `_unlike` compares.
+# Examples of the values in these files, for `_unlike`.
 EPOCH = {"epoch": 0, "loss": 0.0, "lr": 0.0, "seconds": 0.0}
-START: dict[str, Any] = {"steps": 0, "total": 0.0, "seconds": 0.0, "random": None}  # of an epoch
+START: dict[str, Any] = {
+    "steps": 0,
+    "total": 0.0,
+    "seconds": 0.0,
+    "random": None,
+}  # the part of an epoch before its first step
 STATE: dict[str, Any] = {
     "model": {},
     "trained": {},
@@ -44,22 +49,22 @@ RESULT: dict[str, Any] = {
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write ``path`` in one piece; torchdistill's scripts read the model in it, under the key they expect."""
+    """Write a checkpoint, as a whole or not at all; the scripts of torchdistill find the model under its key."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
 
 
 def read_checkpoint(path: Path, *parts: str) -> dict[str, Any]:
-    """Tensors and plain values of a checkpoint; nothing in it is executed.
+    """Read tensors and plain values of a checkpoint; nothing in the file is executed.
 
     Args:
         path: of the file.
-        parts: what it must hold, such as ``"model"``.
+        parts: keys that it must have, such as ``"model"``.
 
     Raises:
-        FileNotFoundError: if there is none.
-        DamagedError: if the file is cut or changed.
-        ValueError: if it cannot be read without executing what it holds, or lacks a part.
+        FileNotFoundError: if there is no file.
+        DamagedError: if the file is truncated or changed.
+        ValueError: if it cannot be read without running code, or lacks a part.
         MemoryError: if it does not fit into memory.
     """
     content: dict[str, Any] = read_file(path)
@@ -72,12 +77,12 @@ def read_checkpoint(path: Path, *parts: str) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The checkpoint of a run, with every part of the kind that `rkd run` writes.
+    """Read the checkpoint of a run, and check the types of all its parts.
 
     Raises:
-        FileNotFoundError: if there is none.
-        DamagedError: if the file is cut or changed.
-        ValueError: if it is no checkpoint of a run, or was edited.
+        FileNotFoundError: if there is no file.
+        DamagedError: if the file is truncated or changed.
+        ValueError: if it is not the checkpoint of a run, or was edited.
         MemoryError: if it does not fit into memory.
     """
     state = read_checkpoint(path, *STATE)
@@ -91,11 +96,11 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What ``result.json`` of a run holds.
+    """Read ``result.json`` of a run.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is no result of a run, or was edited.
+        ValueError: if it is not the result of a run, or was edited.
     """
     again = "delete that file, and the same `rkd run` writes it again from last.pt"
     try:
@@ -112,12 +117,12 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def read_measured(path: Path, described: Any, example: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What was measured before, None if that is missing, was described otherwise, or was edited: it is measured again.
+    """Read measurements that were saved before; None if they are missing, of something else, or edited.
 
     Args:
         path: of the JSON file.
-        described: what it must hold under ``"described"``.
-        example: of its other parts.
+        described: what was measured, which the file must have under ``"described"``.
+        example: an example of its other parts.
     """
     try:
         found = read_json(path)
@@ -127,24 +132,24 @@ def read_measured(path: Path, described: Any, example: Mapping[str, Any]) -> dic
 
 
 def restore(box: Any, state: Mapping[str, Any], path: Path) -> None:
-    """Give optimizer, schedule and accumulated gradients of a box the state of a checkpoint.
+    """Restore optimizer, scheduler and accumulated gradients of a box from a checkpoint.
 
     Args:
-        box: of torchdistill, in the stage of the checkpoint, its models with the checkpoint's weights.
-        state: as `read_state` gives it.
+        box: torchdistill's, in the stage of the checkpoint, with the weights of the checkpoint.
+        state: from `read_state`.
         path: of the checkpoint, for the message.
 
     Raises:
-        ValueError: if the state is of another optimizer or schedule, or was edited.
+        ValueError: if the state is of another optimizer or scheduler, or was edited.
     """
     trained = box.student_model if hasattr(box, "student_model") else box.model
     parameters = dict(trained.named_parameters())
     for name, gradient in state["gradients"].items():
         if name not in parameters or shape_of(gradient) != shape_of(parameters[name]):
-            raise _edited(path, f"gradients.{short(name)} is of no parameter")
+            raise _edited(path, f"gradients.{short(name)} belongs to no parameter")
         parameters[name].grad = gradient.to(parameters[name])
     optimizer, scheduler = state["optimizer"], state["lr_scheduler"]
-    # Other versions of PyTorch have other switches, and more or fewer values whose names begin with _.
+    # Versions of PyTorch differ in flags, and in values whose names begin with _.
     groups = [
         {name: value for name, value in group.items() if not (value is None or isinstance(value, bool))}
         for group in box.optimizer.state_dict()["param_groups"]
@@ -168,11 +173,11 @@ def restore(box: Any, state: Mapping[str, Any], path: Path) -> None:
 
 
 def _unlike(got: Any, example: Any, where: str = "", whole: bool = True) -> str | None:
-    """How a value differs in kind from an example of it, at the first place where it does.
+    """The first place at which a value differs from an example in its type; None if there is none.
 
-    0 is an example of the whole numbers from 0 on (of all numbers, if ``whole`` is False), 0.0 of all numbers, None of
-    anything; a list of one value of any number of such values, an empty one of any list; a dictionary of those that
-    have its names.
+    The example 0 stands for whole numbers from 0 (for any number if ``whole`` is False), 0.0 for any number, None for
+    anything. A list with one value stands for a list of any length of such values, an empty list for any list, and a
+    dictionary for dictionaries that have its keys.
 
     Example:
         >>> _unlike({"history": [{"loss": 0.5}, {"loss": "NaN"}]}, {"history": [{"loss": 0.0}]})
@@ -182,9 +187,9 @@ def _unlike(got: Any, example: Any, where: str = "", whole: bool = True) -> str 
     kinds: list[tuple[Any, Any, str]] = [
         (Tensor, Tensor, "a tensor"),
         (bool, bool, "True or False"),
-        (int, int, "a whole number from 0 on") if whole else (int, (int, float), "a number"),
+        (int, int, "a whole number from 0") if whole else (int, (int, float), "a number"),
         (float, (int, float), "a number"),
-        (str, str, "a text"),
+        (str, str, "a string"),
         (Mapping, dict, "a dictionary"),
         ((list, tuple), (list, tuple), "a list"),
     ]
@@ -210,14 +215,14 @@ def _unlike(got: Any, example: Any, where: str = "", whole: bool = True) -> str 
 
 
 def _epoch_like(history: Any) -> dict[str, Any]:
-    """The example of an epoch: what the first one measured, all of them did."""
+    """An example of an epoch: all epochs have the metrics of the first one."""
     first = history[0] if isinstance(history, list) and history and isinstance(history[0], dict) else {}
     return dict.fromkeys(first, 0.0) | EPOCH
 
 
 def _edited(path: Path, wrong: str) -> ValueError:
     return ValueError(
-        f"{path}: {wrong}; the file was changed since `rkd run` wrote it: restore it, or copy best.pt to its place"
+        f"{path}: {wrong}; the file was changed after `rkd run` wrote it: restore it, or copy best.pt to its place"
     )
 
 

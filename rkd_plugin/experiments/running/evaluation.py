@@ -1,4 +1,4 @@
-"""Test data measured with the model of a recipe, without training."""
+"""Measuring the model of a recipe on test data."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rkd_plugin.teacher_bank.labels import class_names, unwrapped
 
 
 def measured_on(dataset: Any, labels: Sequence[int] | None) -> str:
-    """How much of a data set was measured, such as "200 images of 2 of 4 classes"; see ``class_count`` of data sets.
+    """The measured part of a data set, such as "200 images of 2 of 4 classes".
 
     Args:
-        dataset: of the test data.
-        labels: of the images that were measured; None if they are unknown.
+        dataset: the test data; its attribute ``class_count`` is the number of all classes.
+        labels: labels of the measured images; None if they are unknown.
     """
     if labels is None:
         return f"{len(dataset)} images"
@@ -31,10 +31,10 @@ def measured_on(dataset: Any, labels: Sequence[int] | None) -> str:
 
 
 class Evaluation(NamedTuple):
-    """Test data as a model sees it: metrics, outputs ``(M, D)``, labels ``(M,)``, and where they came from.
+    """Metrics of a model on test data, with its outputs ``(M, D)`` and their labels ``(M,)``.
 
-    ``measured_on`` is the number of images and classes, and of how many classes of the data set, as text.
-    ``features`` ``(M, E)`` are what RKD compares: of an image classifier see `compared`, else the outputs.
+    ``measured_on`` is the result of the function of that name. ``features`` ``(M, E)`` are what RKD compares: the
+    outputs, or, for an image classifier, what `compared` finds.
     """
 
     metrics: dict[str, float]
@@ -52,15 +52,15 @@ def evaluate(
     """Embed and measure test data with a recipe's student.
 
     Args:
-        recipe: whose model it is, and whose precision.
-        checkpoint: of `run`; None for the model as the recipe builds it, such as with pretrained weights alone.
-        data: a recipe whose test data and metrics are taken instead of the first one's own.
-        all_classes: measure all classes of the data set, not those of its test split alone.
+        recipe: describes the model and its precision.
+        checkpoint: weights of the model; None for the model without training, such as with pretrained weights.
+        data: a recipe with other test data and metrics; None for those of ``recipe``.
+        all_classes: whether to measure all classes of the data set, and not only those of its test split.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: if the checkpoint is none, or of another model; if ``data`` is of another task; if the data set is
-            not split by class, and so has no other classes than its own.
+        ValueError: if the checkpoint cannot be read or is of another model, if ``data`` has another task, or if
+            ``all_classes`` is True and the data set is not split by class.
     """
     for described in (recipe, *([data] if data else [])):
         described.validate()
@@ -69,7 +69,7 @@ def evaluate(
             f"expected test data of the model's task, {recipe.settings['task']}, got {data.settings['task']} in "
             f"{data.path}; name a recipe of that task with --data"
         )
-    # Read before any data is.
+    # First, as loading data can take long.
     weights = None if checkpoint is None else read_named_weights(checkpoint, "--checkpoint ")
     experiment = Experiment(recipe)
     if checkpoint is not None and weights is not None:

@@ -41,15 +41,15 @@ def _wrapped(dataset: Any) -> BaseDatasetWrapper:
     return BaseDatasetWrapper(dataset)
 
 
-# A loader's process that is not forked meets this first, and the host's own module needs torchvision before it.
+# A worker that is not forked unpickles this first; torchdistill's own module fails without torchvision before it.
 copyreg.pickle(BaseDatasetWrapper, lambda wrapper: (_wrapped, (wrapper.org_dataset,)))
 
 
 class Experiment:
-    """A recipe, built by torchdistill's own loader, which executes what the recipe names: data sets and models.
+    """The data sets and models of a recipe, built by torchdistill's loader, which executes what the recipe names.
 
     Args:
-        recipe: a recipe, or one of test data alone, which has neither ``models`` nor ``train``.
+        recipe: a recipe, or a recipe of test data, which has neither ``models`` nor ``train``.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -80,21 +80,24 @@ class Experiment:
         """
         models = self.config.get("models", {})
         if not models:
-            raise ValueError("this recipe describes test data only: train another one, and name this one with --data")
+            raise ValueError(
+                "expected a recipe with a model, got one of test data; train another recipe, and name this one with "
+                "--data"
+            )
         return self._build(models["student_model" if "student_model" in models else "model"])
 
     def seed(self, epoch: int) -> None:
-        """See `seed_epoch`; in an epoch every process crops and drops otherwise, the first as one that is alone."""
+        """See `seed_epoch`; in an epoch each rank has its own seed, and rank 0 that of a single process."""
         seed_epoch(self.settings["seed"] + (distributed.rank() << 16 if epoch else 0), epoch)
 
     def load(self, model: nn.Module, config: dict[str, Any], weights: dict[str, Any], path: Path) -> None:
-        """Load weights into a model, which they must fit; see `load_weights`.
+        """Load weights into a model of the recipe; see `load_weights`.
 
         Args:
-            model: what they are loaded into.
-            config: what describes it under ``models``.
-            weights: as `read_weights` gives them.
-            path: of their file, for the message.
+            model: the model that gets the weights.
+            config: its configuration under ``models``.
+            weights: from `read_weights`.
+            path: of the file of the weights, for the message.
         """
         built = {f"{self._place(config)}.kwargs.{key}": value for key, value in (config.get("kwargs") or {}).items()}
         load_weights(model, weights, path, str(self.path), built)
@@ -107,7 +110,7 @@ class Experiment:
         if model is None:
             model = get_model(config["key"], config.get("repo_or_dir"), **config["kwargs"])
         if config.get("src_ckpt"):
-            # torchdistill goes on with random weights where this file is missing, and executes what it holds.
+            # torchdistill would continue with random weights if this file is missing, and execute what it contains.
             path = Path(config["src_ckpt"])
             settings = (f"recipe.{name}" for name, value in self.settings.items() if value == config["src_ckpt"])
             option = next(settings, f"{self._place(config)}.src_ckpt")
@@ -116,13 +119,13 @@ class Experiment:
         if config.get("sync_bn") and distributed.world_size() > 1:
             if self.device.type == "cpu":
                 raise ValueError(
-                    f"{self.path}: expected sync_bn on GPUs, which alone PyTorch has it for, got CPUs; set sync_bn to "
-                    "False, and each process normalises its own part of a batch"
+                    f"{self.path}: expected sync_bn on GPUs, the only devices for which PyTorch has it, got CPUs; set "
+                    "sync_bn to False, and each process normalises its part of a batch"
                 )
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         built: nn.Module = model.to(self.device, memory_format=self.layout)
         if self.settings.get("compile"):
-            # Compiled code has to see the hooks of a later stage; few sizes of batches occur, each worth its own code.
+            # Compiled code must run the hooks of a later stage. Few batch sizes occur, and each is compiled.
             torch._dynamo.config.skip_nnmodule_hook_guards = False
             built.compile(dynamic=False)
         return built
@@ -137,16 +140,16 @@ class Experiment:
         return images.to(self.device, memory_format=self.layout, non_blocking=True)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """What forward passes run in: autocast to bfloat16 if ``recipe.precision`` says so."""
+        """The context of forward passes: autocast to bfloat16 if ``recipe.precision`` is ``bf16``."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.get("precision") == "bf16")
 
     def threads(self, loader: Any, *models: nn.Module) -> AbstractContextManager[None]:
-        """See `threads.fitted`; the work is that of the largest of ``models`` on a batch of the loader's mean size."""
+        """See `threads.fitted`; the work is that of the largest of ``models`` on a batch of mean size."""
 
         def work() -> int | None:
             if self.device.type != "cpu":
                 return None
-            before = random_state(self.device)  # transforms draw from it
+            before = random_state(self.device)  # transforms draw random numbers
             image = loader.dataset[0][0]
             set_random_state(before, self.device)
             if not isinstance(image, Tensor):
@@ -158,21 +161,21 @@ class Experiment:
         return threads.fitted(work)
 
     def box(self) -> Any:
-        """Torchdistill's training or distillation box: models, criterion, optimizer and data loaders of ``train``."""
+        """The training or distillation box of torchdistill: models, criterion, optimizer and loaders of ``train``."""
         if self.settings.get("teacher_bank"):
             learn_from_bank(self.config, self.data)
-        teacher = self.teacher()  # first, as in torchdistill's scripts: both draw their weights from one seed
+        teacher = self.teacher()  # before the student, as in torchdistill's scripts: both draw weights from one seed
         student = self.student
         common = (self.config["datasets"], self.config["train"], self.device, None, False, 1)
         check_data(self)
         box = get_distillation_box(teacher, student, *common) if teacher else get_training_box(student, *common)
-        check_images(self, teacher)  # after the box, which draws weights as well
+        check_images(self, teacher)  # after the box, which draws random weights
         if self.settings["task"] == "few_shot":
             check_episodes(self, box.val_data_loader.dataset)
         return box
 
     def embed(self, model: nn.Module, loader: Any, layer: Layer | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """See `metrics.embed`, in the recipe's precision and memory layout; the whole of it in every process.
+        """See `metrics.embed`; in the precision and memory layout of the recipe. Every rank has the whole result.
 
         Raises:
             FloatingPointError: if an output is NaN or Inf.
@@ -189,11 +192,11 @@ class Experiment:
         return outputs.float(), labels, features.float()
 
     def not_finite(self, dataset: Any, indices: Iterable[int]) -> str:
-        """The end of a sentence about numbers that are NaN or Inf: the first image that has some, or what else to do.
+        """The end of a sentence about NaN or Inf: the first image that contains them, or other advice.
 
         Args:
-            dataset: of the images, maybe wrapped by torchdistill.
-            indices: of the images that may be to blame.
+            dataset: of the images; torchdistill can have wrapped it.
+            indices: of the images that can be the cause.
         """
         dataset = getattr(dataset, "org_dataset", dataset)
         for index in indices:
@@ -201,12 +204,12 @@ class Experiment:
                 named = (f"datasets.{name}" for name, known in self.config["datasets"].items() if known is dataset)
                 return (
                     f", as {item_name(dataset, index)} of {next(named, type(dataset).__name__)} has pixels that are; "
-                    "mend that image, or what transforms it"
+                    "repair that image or its transform"
                 )
-        return ", though the images behind it are finite; lower the learning rate, or look at the loss and its weight"
+        return ", although the images are finite; lower the learning rate, or check the loss and its weight"
 
     def measure(self, outputs: Tensor, labels: Tensor, evaluator: Callable[..., Any] | None = None) -> dict[str, Any]:
-        """The task's metrics, or those of another evaluator, with what the recipe says of them; the first process's."""
+        """The metrics of the task, or of another evaluator, with the options of the recipe; those of rank 0."""
         evaluator = evaluator or EVALUATORS[self.settings["task"]]
         known = inspect.signature(evaluator).parameters
         options = {name: self.settings[name] for name in known if name in self.settings}
@@ -214,15 +217,15 @@ class Experiment:
         return measured
 
     def test_loader(self, all_classes: bool = False) -> Any:
-        """The loader that ``test`` describes, or the same of all classes of its data set."""
+        """The loader of ``test``, or the same with all classes of its data set."""
         config = self.config["test"]["test_data_loader"]
         name = config["dataset_id"]
         dataset = self.config["datasets"][name]
         if all_classes:
             if not hasattr(dataset, "all_classes"):
                 raise ValueError(
-                    f"datasets.{name}: expected a data set that is split by class, got {type(dataset).__name__}, which "
-                    "has no other classes than those that are measured already; leave out --classes all"
+                    f"datasets.{name}: expected a data set that is split by class, got {type(dataset).__name__}, of "
+                    "which all classes are measured already; leave out --classes all"
                 )
             with processes.rank_zero_first():
                 dataset = dataset.all_classes()

@@ -1,4 +1,4 @@
-"""What the ranks of a process group check before they train together, and how they share the batches."""
+"""Checks that the ranks of a process group are equal, and the sharing of batches among them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rkd_plugin.experiments.support import processes
 
 
 def check_equal_start(recipe: Recipe) -> None:
-    """Raise on every rank if some rank was started with another recipe, code or device; see `processes.check_equal`."""
+    """Raise ValueError on every rank if some rank has another recipe, code or device; see `processes.check_equal`."""
     if distributed.world_size() > 1:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         digest = hashlib.sha256(recipe.resolved().encode("utf-8", "surrogatepass")).hexdigest()[:12]
@@ -28,7 +28,7 @@ def check_equal_start(recipe: Recipe) -> None:
 
 
 def check_equal_weights(model: nn.Module, name: str) -> None:
-    """Raise on every rank if some rank's model has other weights than that of rank 0; see `processes.check_equal`."""
+    """Raise ValueError on every rank if some rank has a model with other weights; see `processes.check_equal`."""
     if distributed.world_size() > 1:
         digest = hashlib.sha256()
         for key, tensor in model.state_dict().items():
@@ -38,7 +38,7 @@ def check_equal_weights(model: nn.Module, name: str) -> None:
 
 
 def share_batches(config: dict[str, Any]) -> None:
-    """Have torchdistill build loaders of this process's batches: the recipe's own, shared."""
+    """Change a recipe so that torchdistill builds the loaders of this rank, with its share of the batches."""
     for path, stage in stages(config).items():
         for side in ("teacher", "student", "model"):
             if stage.get(side, {}).get("wrapper"):
@@ -53,7 +53,7 @@ def share_batches(config: dict[str, Any]) -> None:
 
 
 def _shared(loader: dict[str, Any], whole: bool) -> dict[str, Any]:
-    """The same loader's configuration, of the batches of this process; see `SharedBatches`."""
+    """The configuration of a loader with the batches of this rank; see `SharedBatches`."""
     options = dict(loader["kwargs"])
     sampler = loader.get("batch_sampler")
     if sampler is None:
@@ -65,5 +65,5 @@ def _shared(loader: dict[str, Any], whole: bool) -> dict[str, Any]:
     return {
         **loader,
         "kwargs": options,
-        "batch_sampler": {"key": "SharedBatches", "kwargs": {"of": sampler, "whole": whole}},
+        "batch_sampler": {"key": "SharedBatches", "kwargs": {"batch_sampler": sampler, "whole": whole}},
     }

@@ -1,4 +1,4 @@
-"""The steps of one epoch on torchdistill's boxes, the same for all tasks."""
+"""The training steps of one epoch on a box of torchdistill, the same for all tasks."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from rkd_plugin.experiments.support.signals import set_random_state
 
 
 def steps_of(experiment: Experiment, box: Any, part: Mapping[str, Any] = START) -> Iterator[float]:
-    """Train one epoch, or the rest of it, and yield the loss of each step after its update, the mean over all ranks.
+    """Train one epoch, or the rest of it, and yield the loss of each step, the mean over all ranks, after its update.
 
     Args:
-        experiment: of the box.
-        box: after ``pre_epoch_process``, seeded for the epoch.
-        part: of the epoch, that is done: its ``steps``, and where the ``random`` numbers were after them.
+        experiment: the experiment of the box.
+        box: after ``pre_epoch_process``, with the seed of the epoch.
+        part: the part of the epoch that is done: the number of ``steps``, and the ``random`` states after them.
 
     Raises:
-        FloatingPointError: if a loss is not finite, before the update; it names the term, and an image if one is why.
+        FloatingPointError: if a loss is not finite, before the update; the message names the term, and an image that is
+            not finite.
         ValueError: if the epoch has no step.
     """
     loader = box.train_data_loader
@@ -39,17 +40,17 @@ def steps_of(experiment: Experiment, box: Any, part: Mapping[str, Any] = START) 
         )
     loaded = batches(loader)
     if part["steps"]:
-        # Load the batches that are done again: only so samplers, transforms and the loader's processes draw as before.
+        # Load the finished batches again, so that samplers, transforms and workers draw the same random numbers.
         next(islice(loaded, part["steps"] - 1, None))
         set_random_state(part["random"][distributed.rank()], experiment.device)
-    with _terms(box.criterion) as terms:
+    with _term_values(box.criterion) as terms:
         for step, (batch, targets, supplement) in enumerate(loaded, part["steps"] + 1):
             terms.update(dict.fromkeys(terms))
             box.pre_forward_process()
             try:
                 with experiment.precision():
                     loss = box.forward_process(experiment.place(batch), targets.to(experiment.device), supplement)
-            except FloatingPointError:  # of a miner, which embeddings that are not finite leave without tuples
+            except FloatingPointError:  # from a miner that finds no tuples, as embeddings are not finite
                 loss = torch.tensor(math.nan, device=experiment.device)
             value = processes.all_reduce_mean(loss)
             if not math.isfinite(value):
@@ -67,8 +68,8 @@ def steps_of(experiment: Experiment, box: Any, part: Mapping[str, Any] = START) 
 
 
 @contextmanager
-def _terms(criterion: Any) -> Iterator[dict[str, Tensor | None]]:
-    """The last value of each term of torchdistill's sum, by name."""
+def _term_values(criterion: Any) -> Iterator[dict[str, Tensor | None]]:
+    """The last value of each term of torchdistill's criterion, by name; None before a term is computed."""
     values: dict[str, Tensor | None] = {}
 
     def keep(name: str, *called: Any) -> None:
@@ -86,5 +87,5 @@ def _terms(criterion: Any) -> Iterator[dict[str, Tensor | None]]:
 
 
 def models_of(experiment: Experiment, box: Any) -> list[nn.Module]:
-    """The student, and the box's teacher if there is one."""
+    """The student, and the teacher if the box has one."""
     return [model for model in (experiment.student, getattr(box, "teacher_model", None)) if model is not None]

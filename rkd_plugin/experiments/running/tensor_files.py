@@ -1,6 +1,6 @@
-"""Files of any program, of which tensors and plain values are read and nothing is executed.
+"""Files of tensors and plain values that any program wrote; reading them runs no code.
 
-Pickles are read with ``weights_only``, in which whatever is neither a tensor nor a plain value becomes an `Unread`.
+Pickles are read with ``weights_only``. What is neither a tensor nor a plain value becomes an `Unread`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from rkd_plugin.printing import printable
 
-SHOWN = 3  # names in a message
+SHOWN = 3  # number of names in a message
 LONGEST = 80  # characters of a name in a message
-ARCHIVE = b"PK\3\4"  # what PyTorch's files begin with
-CUT, COPY = "it is cut or changed", "give a whole copy of it"
-CONVERT = "where you trust the file, load it with its own program and keep torch.save(model.state_dict(), NEW)"
+ARCHIVE = b"PK\3\4"  # the first bytes of PyTorch's files
+DAMAGED, COPY = "it is truncated or changed", "give an intact copy"
+CONVERT = "if you trust the file, load it with its own program and save torch.save(model.state_dict(), NEW)"
 
 
 class DamagedError(ValueError):
-    """A checkpoint that was one, and is cut or changed."""
+    """A checkpoint that is truncated or changed."""
 
 
 class Unread:
-    """Replaces an object that is neither a tensor nor a plain value, and does nothing."""
+    """A placeholder for an object that is neither a tensor nor a plain value; it does nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> Unread:  # noqa: D102
         return super().__new__(cls)
@@ -43,7 +43,17 @@ class Unread:
 
 
 def read_file(path: Path) -> Any:
-    """What is in the file, in PyTorch's format or in that of safetensors."""
+    """The content of a file in the format of PyTorch or of safetensors.
+
+    Args:
+        path: of the file; ``~`` is the home folder of the user.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        DamagedError: if the file is truncated or changed.
+        ValueError: if it is a folder, or cannot be read without running code.
+        MemoryError: if it does not fit into memory.
+    """
     path = path.expanduser()
     if path.is_dir():
         raise ValueError(
@@ -58,7 +68,7 @@ def read_file(path: Path) -> Any:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """What the system raises, in one sentence; it says nothing about the file."""
+    """Raise errors of the system in one sentence; they do not mean that the file is damaged."""
     try:
         yield
     except OSError as error:
@@ -74,55 +84,55 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise _unreadable(path, CUT, COPY, DamagedError) from error
+        raise _unreadable(path, DAMAGED, COPY, DamagedError) from error
 
 
 def _read_pickle(path: Path) -> Any:
     with path.open("rb") as file:
         begin = file.read(4)
-    others = {"argparse.Namespace"}  # torchdistill's; those of files before PyTorch 1.6 cannot be listed
+    others = {"argparse.Namespace"}  # of torchdistill; the names in files of PyTorch before 1.6 cannot be listed
     if begin in (ARCHIVE, b""):
         _check_archive(path)
-        with suppress(Exception):  # what it cannot parse, torch.load refuses below
+        with suppress(Exception):  # torch.load raises below for a file that this cannot parse
             others.update(get_unsafe_globals_in_checkpoint(path))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles of other kinds, which the error reports as well
+            warnings.simplefilter("ignore")  # about pickles of other kinds, for which the error is enough
             with safe_globals([(type(name, (Unread,), {}), name) for name in others]):
                 return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # half a dozen kinds, in words that fill a page and advise to execute the file
+    except Exception as error:  # of many types, with long messages that advise to execute the file
         if "can't allocate memory" in str(error):
             raise
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         names = [named[1]] if named else sorted(others - {"argparse.Namespace"})
-        found = f"it names {listed(names)}, which would be executed" if names else "it is of another kind"
+        found = f"it names {listed(names)}, which reading would execute" if names else "it is of another kind"
         raise _unreadable(path, found, CONVERT) from error
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse an archive that is damaged, a program, or larger than its file."""
+    """Raise for an archive that is damaged, is a TorchScript program, or has compressed records."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
             is_program = any(record.filename.endswith("/constants.pkl") for record in records)
             is_packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
-            # PyTorch writes a checksum beside each tensor, and looks at none when it reads.
+            # PyTorch writes a checksum of each tensor, but does not check it when it reads.
             changed = None if is_program or is_packed else archive.testzip()
     except (OSError, MemoryError) as error:
         if getattr(error, "errno", None) != errno.EINVAL:
             raise
         changed = ""
-    except Exception:  # what zipfile raises for a file that is no archive all through
+    except Exception:  # zipfile raises many types for a damaged archive
         changed = ""
     if changed is not None:
-        raise _unreadable(path, CUT, COPY, DamagedError)
+        raise _unreadable(path, DAMAGED, COPY, DamagedError)
     if is_program:
         raise _unreadable(
-            path, "it is a program of TorchScript", "keep torch.save(torch.jit.load(FILE).state_dict(), NEW)"
+            path, "it is a program of TorchScript", "save torch.save(torch.jit.load(FILE).state_dict(), NEW)"
         )
-    # Records may also share their bytes.
+    # Records can also share their bytes.
     if is_packed or sum(record.file_size for record in records) > path.stat().st_size:
         raise _unreadable(path, "its records are compressed", "unpack it and save it again with torch.save")
 
@@ -132,12 +142,12 @@ def _unreadable(path: Path, found: str, remedy: str, kind: type[ValueError] = Va
 
 
 def is_dict(content: Any) -> bool:
-    """Whether it is a dictionary and works as one: a pickle may replace the methods of an `OrderedDict`."""
+    """Whether it is a dictionary with the methods of one: a pickle can replace those of an `OrderedDict`."""
     return isinstance(content, dict) and getattr(content, "__dict__", {}).keys() <= {"_metadata"}
 
 
 def describe(content: Any) -> str:
-    """What a file holds, in short."""
+    """A short description of the content of a file."""
     if isinstance(content, Unread):
         return f"an object of {printable(type(content).__name__, LONGEST)}"
     if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""Weights of a model: read from a file of any program, and loaded into a module that they must fit."""
+"""The weights of a model: read from a file of any program, and loaded into a module."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ from rkd_plugin.experiments.recipe import configs_root
 from rkd_plugin.experiments.running.tensor_files import CONVERT, LONGEST, describe, is_dict, listed, read_file, short
 from rkd_plugin.printing import printable
 
-# Where programs keep the weights of a model: torchdistill and torchvision, Lightning and timm, PyTorch's tutorials,
-# DeepSpeed, and further training scripts.
+# Keys under which programs save the weights of a model: torchdistill and torchvision, Lightning and timm, the tutorials
+# of PyTorch, DeepSpeed, and other training scripts.
 WEIGHTS = "model", "state_dict", "model_state_dict", "module", "net", "network", "weights"
-# Parts of names that DataParallel, torch.compile, FSDP and activation checkpointing add.
+# Parts that DataParallel, torch.compile, FSDP and activation checkpointing add to names.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights of a model, whichever program saved them; nothing in the file is executed.
+    """Read the weights of a model that any program saved; nothing in the file is executed.
 
-    The file is one of `rkd run`, one of torchdistill's ``save_ckpt``, or a ``state_dict``, alone or under one of the
-    keys `WEIGHTS`, in PyTorch's format or in that of safetensors. What DataParallel, DistributedDataParallel, FSDP and
+    The file is a checkpoint of `rkd run` or of torchdistill's ``save_ckpt``, or a ``state_dict``, alone or under one of
+    the keys `WEIGHTS`, in the format of PyTorch or of safetensors. What DataParallel, DistributedDataParallel, FSDP and
     ``torch.compile`` add to the names is removed.
 
     Args:
-        path: of the file; ``~`` is the user's folder.
+        path: of the file; ``~`` is the home folder of the user.
+
+    Returns:
+        A ``state_dict``.
 
     Raises:
-        FileNotFoundError: if there is none.
-        DamagedError: if the file is cut or changed.
-        ValueError: if it cannot be read without executing what it holds, or holds no weights.
+        FileNotFoundError: if there is no file.
+        DamagedError: if the file is truncated or changed.
+        ValueError: if it cannot be read without running code, or holds no weights.
         MemoryError: if it does not fit into memory.
 
     Example:
@@ -50,7 +53,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     state = _state_in(content)
     if state is None:
         inner = [key for key in content if _state_in(content[key])] if isinstance(content, dict) else []
-        remedy = f"keep the one that you mean: torch.save(torch.load(FILE)[{inner[0]!r}], NEW)" if inner else CONVERT
+        remedy = f"save one of them: torch.save(torch.load(FILE)[{inner[0]!r}], NEW)" if inner else CONVERT
         raise ValueError(f"expected the weights of a model in {path}, got {describe(content)}; {printable(remedy)}")
     size = path.expanduser().stat().st_size
     for name, value in state.items():
@@ -58,21 +61,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             raise ValueError(
                 f"expected dense weights in {path}, got {short(name)} with {value.layout} on {value.device}; {CONVERT}"
             )
-        # A view may repeat one number a billion times.
+        # A view can repeat one number a billion times.
         if isinstance(value, Tensor) and value.numel() * value.element_size() > size:
             raise ValueError(
                 f"expected weights that are stored in {path}, of {size} bytes, got {short(name)} of shape "
                 f"{tuple(value.shape)}; save its contiguous() copy"
             )
-    return _renamed(state, {} if _collide(state) else {name: _bare(name) for name in state})
+    return _renamed(state, {} if _collide(state) else {name: _plain_name(name) for name in state})
 
 
 def read_named_weights(path: Path, option: str) -> dict[str, Any]:
-    """See `read_weights`; where there is no such file, what to type instead.
+    """`read_weights` of a file that a recipe or an option names; if it is missing, the error names the command to run.
 
     Args:
         path: of the file.
-        option: of the command line that names the file.
+        option: the part of a command line that names the file, for the message.
     """
     try:
         return read_weights(path)
@@ -82,9 +85,9 @@ def read_named_weights(path: Path, option: str) -> dict[str, Any]:
         recipe = recipes[0].relative_to(root).with_suffix("").as_posix() if recipes else "RECIPE"
         is_default = recipes and folder == Path("runs", folder.parent.name, folder.name)
         command = f"rkd run {recipe}" if is_default else f"rkd run {recipe} --out {folder}"
-        # `rkd reproduce` names folders by row and seed.
+        # `rkd reproduce` names folders after row and seed.
         others = sorted(folder.parent.glob(f"{folder.name}-seed*/{path.name}"))
-        instead = f", or give {option}{others[0]}, which is there" if others else ""
+        instead = f", or give {option}{others[0]}, which exists" if others else ""
         raise FileNotFoundError(
             f"expected a checkpoint at {path}, found none; train that model first with `{command}`{instead}"
         ) from error
@@ -93,35 +96,36 @@ def read_named_weights(path: Path, option: str) -> dict[str, Any]:
 def load_weights(
     module: nn.Module, weights: Any, path: Path, source: str, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Load weights into a module, which they must fit in names, shapes and kind of number.
+    """Load weights into a module with the same names, shapes and kinds of numbers.
 
     Args:
-        module: what they are loaded into.
-        weights: its ``state_dict``, as `read_weights` gives it or as a checkpoint holds it.
-        path: of that checkpoint, for the message.
-        source: what describes the module, for the message, such as the path of a recipe.
-        settings: by override, such as ``models.model.kwargs.embedding_dim``, the value that the module was built with,
-            for the message.
+        module: the module that gets the weights.
+        weights: a ``state_dict``, from `read_weights` or from a checkpoint.
+        path: of the file of the weights, for the message.
+        source: what describes the module, such as the path of a recipe, for the message.
+        settings: override such as ``models.model.kwargs.embedding_dim`` -> the value with which the module was built,
+        for
+            the message.
 
     Raises:
-        ValueError: if the weights are of another module: how many outputs both have, if only the last layer differs,
-            else the first tensors that differ in name or shape; or if they are integers or complex numbers where the
-            module has floating-point numbers.
+        ValueError: if the weights are of another module (the message has the numbers of outputs if only the last layer
+            differs, otherwise the first tensors that differ), or are integers or complex numbers where the module has
+            floating-point numbers.
     """
     expected = module.state_dict()
     given = weights if is_dict(weights) else {}
-    by_bare = {} if _collide(expected) else {_bare(name): name for name in expected}
-    given = _renamed(given, {name: name if name in expected else by_bare.get(name, name) for name in given})
+    by_plain_name = {} if _collide(expected) else {_plain_name(name): name for name in expected}
+    given = _renamed(given, {name: name if name in expected else by_plain_name.get(name, name) for name in given})
     for name, value in given.items():
         own = expected.get(name)
         if isinstance(own, Tensor) and isinstance(value, Tensor) and _numbers(own) != _numbers(value):
             raise ValueError(
                 f"{path}: expected {_numbers(own)} for {short(name)} of {type(module).__name__}, got {value.dtype}; "
-                "give the weights in a type of the model's kind, such as before they were quantized"
+                "give weights of the model's kind, such as those before quantization"
             )
     try:
         module.load_state_dict(given)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # a line for each tensor
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # with a line for each tensor
         got, wanted = ({name: shape_of(value) for name, value in state.items()} for state in (given, expected))
         raise ValueError(
             f"{path} holds another model than {source} describes, {type(module).__name__}: "
@@ -130,42 +134,42 @@ def load_weights(
 
 
 def _state_in(content: Any) -> dict[str, Any] | None:
-    """The ``state_dict`` that a checkpoint is or holds, None if it holds none."""
+    """The ``state_dict`` that a checkpoint is or contains, None if there is none."""
     if not is_dict(content) or not all(isinstance(name, str) for name in content):
         return None
     inner = next((state for key in WEIGHTS if (state := _state_in(content.get(key))) is not None), None)
     return content if inner is None and any(isinstance(value, Tensor) for value in content.values()) else inner
 
 
-def _bare(name: str) -> str:
-    """The name of a tensor in the model itself.
+def _plain_name(name: str) -> str:
+    """The name of a tensor in the model without wrappers.
 
     Example:
-        >>> _bare("module._orig_mod.layer1._fsdp_wrapped_module.0.weight")
+        >>> _plain_name("module._orig_mod.layer1._fsdp_wrapped_module.0.weight")
         'layer1.0.weight'
     """
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _collide(names: Iterable[str]) -> bool:
-    """Whether two tensors would have the same bare name."""
-    bare = [_bare(name) for name in names]
-    return len(set(bare)) < len(bare)
+    """Whether two tensors have the same plain name."""
+    plain = [_plain_name(name) for name in names]
+    return len(set(plain)) < len(plain)
 
 
 def _renamed(state: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A ``state_dict`` of other names, with the versions of its modules, which `load_state_dict` looks at."""
+    """A ``state_dict`` with other names; it keeps the versions of its modules, which `load_state_dict` reads."""
     if all(names.get(name, name) == name for name in state):
         return state
     renamed = OrderedDict((names.get(name, name), value) for name, value in state.items())
     versions = getattr(state, "_metadata", None)
     if isinstance(versions, dict):
-        renamed._metadata = {_bare(str(name)): version for name, version in dict.items(versions)}  # type: ignore[attr-defined]
+        renamed._metadata = {_plain_name(str(name)): version for name, version in dict.items(versions)}  # type: ignore[attr-defined]
     return renamed
 
 
 def _difference(got: dict[str, Any], wanted: dict[str, Any], settings: Mapping[str, Any]) -> str:
-    """Of two models, by the shapes of their tensors, and what to do."""
+    """The difference between two models, given the shapes of their tensors, and what to do."""
     missing, unknown = [name for name in wanted if name not in got], [name for name in got if name not in wanted]
     reshaped = [name for name in wanted if name in got and got[name] != wanted[name]]
     overrides = [] if missing or unknown else _overrides([(got[name], wanted[name]) for name in reshaped], settings)
@@ -178,17 +182,17 @@ def _difference(got: dict[str, Any], wanted: dict[str, Any], settings: Mapping[s
     if reshaped and not missing and not unknown and all(is_width):
         count, due = got[reshaped[0]][0], wanted[reshaped[0]][0]
         return (
-            f"its last layer, {last}, has {count} outputs, where {due} were expected; "
-            f"{remedy or f'set num_classes (or the width of the embedding) to {count}'}, or give a checkpoint of {due}"
+            f"its last layer, {last}, has {count} outputs instead of {due}; "
+            f"{remedy or f'set num_classes (or the width of the embedding) to {count}'}, or use a checkpoint of {due}"
         )
     shapes = [f"{short(name)} is {got[name]} instead of {wanted[name]}" for name in reshaped]
-    found = {"it lacks ": missing, "it has also ": unknown, "": shapes}
+    found = {"it lacks ": missing, "it has in addition ": unknown, "": shapes}
     differences = "; ".join(f"{what}{listed(which)}" for what, which in found.items() if which)
     return f"{differences}; {remedy or 'give the checkpoint of that model'}, or change the recipe's model"
 
 
 def _overrides(shapes: Sequence[tuple[Any, Any]], settings: Mapping[str, Any]) -> list[str]:
-    """The settings that would scale the wanted shapes to those that were got."""
+    """Overrides of the settings with which the model would have the shapes of the checkpoint."""
     if any(isinstance(got, str) or len(got) != len(wanted) for got, wanted in shapes):
         return []
     pairs = {pair for shape in shapes for pair in zip(*shape, strict=True) if pair[0] != pair[1]}
@@ -207,7 +211,7 @@ def shape_of(value: Any) -> Any:
 
 
 def _numbers(value: Tensor) -> str:
-    """The kind of a tensor's numbers, between which loading would convert without a word."""
+    """The kind of a tensor's numbers; loading converts silently between kinds."""
     if value.is_quantized:
         return "quantized numbers"
     return (
