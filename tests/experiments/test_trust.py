@@ -42,9 +42,9 @@ def side(name, process, path):
     [
         (
             ["run", "quickstart/rkd_da", "recipe.teacher_checkpoint={}"],
-            "names posix.mkdir, which reading would execute",
+            "posix.mkdir, which reading would execute",
         ),
-        (["eval", "quickstart/student", "--checkpoint", "{}"], "names posix.mkdir, which reading would execute"),
+        (["eval", "quickstart/student", "--checkpoint", "{}"], "posix.mkdir, which reading would execute"),
         (
             ["run", "quickstart/rkd_da", side("student", "forward_batch_only", "{}")],
             "give it to the model under `models:",

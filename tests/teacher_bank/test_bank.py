@@ -338,7 +338,7 @@ def test_killed_in_the_middle_it_goes_on(teacher, whole, tmp_path, monkeypatch):
 def test_another_bank_is_never_written_over(teacher, bank):
     before = contents(bank)
     with pytest.raises(
-        FileExistsError, match=re.escape(f"{bank} contains another teacher bank, which differs in dtype; give")
+        FileExistsError, match=re.escape(f"{bank} contains another teacher bank, which differs in dtype;")
     ):
         embed(digits(teacher), bank, dtype="float16")
     assert contents(bank) == before
