@@ -553,9 +553,7 @@ def test_a_cache_that_is_cut_under_its_reader_is_an_error(tmp_path):
     data = cached(root, tmp_path / "cache", resized=v2.Compose([v2.Resize((64, 64)), v2.PILToTensor()]))
     data[14]
     os.truncate(data.path, 5000)
-    with pytest.raises(
-        OSError, match=f"^Cached: expected {re.escape(str(data.path))} to keep its size, got it "
-    ):
+    with pytest.raises(OSError, match=f"^Cached: expected {re.escape(str(data.path))} to keep its size, got it "):
         data[14]
 
 

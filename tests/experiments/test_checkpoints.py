@@ -333,7 +333,7 @@ def test_the_teacher_of_another_width_names_its_override(ended, tmp_path):
 def test_which_key_differs():
     old = "recipe: {seed: &seed 0, epochs: 2}\ntrain: {a: *seed, b: [1, {c: x}]}"
     assert difference(old, old.replace("seed 0", "seed 1")) == "recipe.seed is 0 there and 1 here"
-    assert difference(old, old.replace("epochs: 2, ", "")) == "it is written differently"
+    assert difference(old, old.replace("epochs: 2, ", "")) == "only the notation differs"
     assert difference(old, old.replace(", epochs: 2", "")) == "recipe.epochs is 2 there and missing here"
     assert difference(old, old.replace("c: x", "c: y")) == "train.b.1.c is x there and y here"
     assert difference(old, old.replace("{c: x}", "3")).startswith("train.b.1 is a mapping there and 3 here")

@@ -300,9 +300,7 @@ def test_asked_to_stop_one_stops_all_after_the_same_step(alone, tmp_path):
     kept = read_checkpoint(folder / "last.pt")
     assert (len(kept["history"]), len(kept["part"]["random"])) == (2, 2), stopped.stderr
     assert 0 < kept["part"]["steps"] < 4
-    with pytest.raises(
-        ValueError, match="stopped within epoch 3, 2, got 1; start that number until the epoch"
-    ):
+    with pytest.raises(ValueError, match="stopped within epoch 3, 2, got 1; start that number until the epoch"):
         many_processes.train(path, folder)
     went_on = python(*TORCHRUN, *command)
     assert went_on.returncode == 0, went_on.stderr

@@ -119,7 +119,7 @@ def test_confusion_shows_the_most_frequent_mistakes():
         ("jay", "auk"): "25", ("jay", "jay"): "75",
     }  # fmt: skip
     assert figure.axes[0].get_title() == (
-        "8 of 32 are mistaken, most often:\n3 x auk taken for jay\n2 x auk taken for 5"
+        "8 of 32 are wrong, most often:\n3 x auk predicted as jay\n2 x auk predicted as 5"
     )
 
 
@@ -130,7 +130,7 @@ def test_confusion_of_few_mistakes():
     scores, labels = predictions([(0, 0), (5, 5), (5, 5)])
     figure = pictures.confusion(scores, labels, {})
     assert cells(figure) == ({("0", "0"): "100", ("5", "5"): "100"}, ["0", "5"], ["0", "5", "any other"])
-    assert figure.axes[0].get_title() == "0 of 3 are mistaken"
+    assert figure.axes[0].get_title() == "0 of 3 are wrong"
     shown, rows, _ = cells(pictures.confusion(torch.zeros(2, 2), torch.tensor([0, 0]), {}))
     assert rows == ["0", "1"]
     assert shown == {("0", "1"): "100"}

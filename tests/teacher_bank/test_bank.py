@@ -672,9 +672,9 @@ def test_check_tells_what_is_wrong_and_opens_the_header_alone(bank, tmp_path, ca
         "expected a teacher bank at nowhere, found none"
         in problem("recipe.teacher_bank=nowhere")["recipe.teacher_bank"]
     )
-    assert "a text was expected" in problem("recipe.teacher_bank=3")["recipe.teacher_bank"]
+    assert "expected a string, got" in problem("recipe.teacher_bank=3")["recipe.teacher_bank"]
     alone = problem(f"recipe.teacher_bank={bank}", name="quickstart/student")["recipe.teacher_bank"]
-    assert alone.startswith("there is no teacher that it could replace")
+    assert alone.startswith("expected a teacher that it replaces, found none")
     hooked = problem(
         f"recipe.teacher_bank={bank}", "train.criterion.kwargs.sub_terms.rkd.criterion.kwargs.teacher_module_path=x"
     )
@@ -695,7 +695,7 @@ def test_what_a_bank_cannot_stand_for_is_a_problem(tmp_path):
         recipe = maps_recipe(tmp_path, change, overrides=["recipe.teacher_bank=nowhere"])
         with pytest.raises(RecipeError) as raised:
             recipe.validate()
-        assert "with a teacher bank there can be no" in dict(raised.value.problems)[f"train.train_data_loader.{place}"]
+        assert "expected none with a teacher bank, " in dict(raised.value.problems)[f"train.train_data_loader.{place}"]
 
 
 def test_what_cannot_be_embedded_is_said_before_anything_is_written(teacher, whole, tmp_path):
