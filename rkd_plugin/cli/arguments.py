@@ -25,9 +25,10 @@ def unrecognized(words: Sequence[str], takes_overrides: bool) -> str:
         'unrecognized arguments: --lr'
     """
     message = f"unrecognized arguments: {' '.join(words)}"
-    key, equals, value = words[0].lstrip("-").partition("=")
-    if not takes_overrides or not words[0].startswith("-") or not key:
+    first, *rest = words
+    key, equals, value = first.lstrip("-").partition("=")
+    if not takes_overrides or not first.startswith("-") or not key:
         return message
-    value = value if equals else next((word for word in words[1:] if word[0] != "-"), "VALUE")
+    value = value if equals else next((word for word in rest if word[0] != "-"), "VALUE")
     path = key if "." in key else f"recipe.{key.replace('-', '_')}"
     return f"{message}; write an override without dashes: {path}={value}"

@@ -219,7 +219,7 @@ def _check_even(images: int) -> None:
     if images % distributed.world_size():
         raise ValueError(
             f"expected batches that {distributed.world_size()} processes share evenly, got one of {images} images; "
-            "change recipe.batch_size, which is that of all processes, or set drop_last"
+            "change recipe.batch_size, the number of images of all processes, or set drop_last"
         )
 
 

@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it refuses, and that it works from an installed wheel."""
+"""The command line: what it prints, what raises, and that it works from an installed wheel."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ HELP = [["--help"], ["--version"], ["ls"], *([verb, "--help"] for verb in VERBS)
 
 
 def test_help_and_lists_load_no_torch():
-    """Which takes seconds."""
+    """Loading torch takes seconds."""
     code = f"""
 import json, sys
 from rkd_plugin.cli import main
@@ -66,7 +66,7 @@ def test_check_of_a_bad_recipe(capsys):
     assert "train.num_epochs" in error
 
 
-def test_run_and_eval_say_the_same(tmp_path, capsys):
+def test_run_and_eval_print_the_same(tmp_path, capsys):
     assert main(["run", "quickstart/student", *SMALL, "--out", str(tmp_path / "run")]) == 0
     final = capsys.readouterr().out.splitlines()[0].split()
     checkpoint = str(tmp_path / "run" / "last.pt")
@@ -131,8 +131,8 @@ def test_wrong_usage(capsys):
     assert "invalid choice: 'train'" in capsys.readouterr().err
 
 
-def test_overrides_may_stand_behind_an_option(tmp_path, capsys):
-    """As in the commands at the head of the recipes."""
+def test_overrides_can_follow_an_option(tmp_path, capsys):
+    """As in the commands in the headers of the recipes."""
     assert main(["run", "quickstart/teacher", "--out", str(tmp_path), "recipe.sed=1"]) == 1
     assert "recipe.sed: recipe has no key 'sed'; did you mean seed?" in capsys.readouterr().err
     for words in (["run", "quickstart/teacher", "--out", "x", "--sed=1"], ["ls", "recipe.seed=1"]):
@@ -141,7 +141,7 @@ def test_overrides_may_stand_behind_an_option(tmp_path, capsys):
         assert f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err
 
 
-def test_an_option_in_place_of_an_override_is_usage_of_the_verb_and_what_to_write(capsys):
+def test_an_option_instead_of_an_override_prints_usage_and_the_override(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["run", "quickstart/student", "--num_epochs", "2"])
     assert stopped.value.code == 2
@@ -177,10 +177,10 @@ def test_a_finished_run_is_reported_as_such(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-1] == f"already finished, in {tmp_path}"
 
 
-# What a terminal gets
+# Output on a terminal
 
 
-def test_text_of_others_moves_no_cursor(tmp_path, monkeypatch, capsys):
+def test_external_text_moves_no_cursor(tmp_path, monkeypatch, capsys):
     show("a\x1b[2J\nb\x07")
     report("c\x1b]0;title\x07")
     assert capsys.readouterr() == ("a\\x1b[2J\nb\\x07\n", "c\\x1b]0;title\\x07\n")
@@ -193,7 +193,7 @@ def test_text_of_others_moves_no_cursor(tmp_path, monkeypatch, capsys):
 
 
 def python(code, shell="", **environment):
-    """The result of a line in a fresh interpreter, with redirections of a shell."""
+    """The result of a line of Python in a fresh interpreter, with redirections of a shell."""
     command = ["sh", "-c", f'exec "$0" -c "$1" {shell}', sys.executable, code]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
@@ -212,7 +212,7 @@ with lasting_streams(), open({str(tmp_path / "checkpoint")!r}, "w") as file:
         assert (tmp_path / "checkpoint").read_text() == ""
 
 
-def test_a_reader_that_is_gone_stops_nothing():
+def test_a_reader_that_has_ended_stops_nothing():
     read, write = os.pipe()
     os.close(read)
     before = sys.stdout, sys.stderr
@@ -274,7 +274,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
 
 
 def test_the_wheel_works_away_from_the_checkout(tmp_path):
-    """A fresh environment whose only package of its own is the wheel; the hosts are lent to it by a path file."""
+    """A fresh environment with the wheel; a path file adds the packages of this environment."""
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")

@@ -1,4 +1,4 @@
-"""Pickles from others: those of NumPy are read, whatever wrote them, and no other one can do anything."""
+"""External pickles: those of any version of NumPy are read, and all others have no effect."""
 
 import pickle
 from struct import pack
@@ -95,7 +95,7 @@ BYTE, OBJECT = call(DTYPE, "u1", False, True), call(DTYPE, "O8", False, True)
 EMPTY = call(named(CORE, "_reconstruct"), NDARRAY, (0,), b"b")
 FRAMED = named("numpy.core.numeric", "_frombuffer")
 LARGE = 2**40
-LONG = Raw(encoded("x" * 4000)[:-1] + b"\x01")  # a text that h\x01 gets again
+LONG = Raw(encoded("x" * 4000)[:-1] + b"\x01")  # a string that h\x01 gets again
 
 ATTACKS = {
     "a function": (call(named("os", "system"), "touch executed"), "it names os.system"),
@@ -155,18 +155,18 @@ def test_a_pickle_that_is_more_than_arrays_does_nothing(name, tmp_path, monkeypa
         read_arrays("Data", path)
     assert "\n" not in str(raised.value)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.pickle"]
-    path.write_bytes(pickle.dumps(CONTENT, 2))  # and leaves nothing behind in the process
+    path.write_bytes(pickle.dumps(CONTENT, 2))  # and the process is unchanged
     assert np.array_equal(read_arrays("Data", path)["data"], CONTENT["data"])
 
 
 def test_memory_is_that_of_the_file(tmp_path):
-    """The largest index of the memo would take 64 GiB in a list, as Python's own reader has it."""
+    """The largest index of the memo would need 64 GiB in a list, as in Python's C unpickler."""
     path = tmp_path / "a.pickle"
     path.write_bytes(b"\x80\x03}r\xff\xff\xff\xff(" + encoded("labels") + encoded([3]) + b"u.")
     assert read_arrays("Data", path) == {"labels": [3]}
 
 
-def test_an_array_whose_state_is_missing_is_no_array(tmp_path):
+def test_an_array_whose_state_is_missing_is_not_an_array(tmp_path):
     path = tmp_path / "a.pickle"
     path.write_bytes(b"\x80\x03}(" + encoded("data") + EMPTY + b"u.")
     assert read_arrays("Data", path) == {"data": None}

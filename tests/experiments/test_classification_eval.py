@@ -1,4 +1,4 @@
-"""`rkd eval` of image classification, and what training and evaluation say of wrong checkpoints and labels."""
+"""`rkd eval` of image classification, and the messages about wrong checkpoints and labels."""
 
 import pickle
 
@@ -25,7 +25,7 @@ NAMES = [f"kind_{label}" for label in range(100)]
 
 
 def write_cifar(root, train=range(64), test=range(64)):
-    """CIFAR-100's files, an image for each label, whose colours tell it more or less."""
+    """Files of CIFAR-100 with one image per label, whose colours depend on the label."""
     folder = root / "cifar-100-python"
     folder.mkdir(parents=True)
     noise = np.random.default_rng(0)
@@ -61,11 +61,11 @@ def runs(tmp_path_factory):
 
 
 def error_of(capsys, *arguments):
-    """What a command line that fails says: one sentence, in one line."""
+    """The message of a command that fails: one sentence in one line."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 1
     error = capsys.readouterr().err
-    # Progress bars write there as well, and end with a return.
+    # Progress bars also write to stderr, and end with a carriage return.
     line = error.rpartition("\r")[2].strip()
     assert line.startswith(f"rkd {arguments[0]}: ")
     assert "\n" not in line
@@ -142,7 +142,7 @@ def config(*criteria, task="classification"):
 def test_which_features_are_shown():
     entropy = {"key": "CrossEntropyLoss", "kwargs": {}}
     assert compared(config(RKD, task="metric_learning"), RESNET, "student") is None
-    # The scores, where neither a loss nor a name tells another layer.
+    # The logits, if neither a loss nor a module called backbone gives another layer.
     assert compared(config(entropy), RESNET, "student") is None
     layer = compared(config(entropy), BACKBONE, "student")
     assert (layer.module, layer.io) == (BACKBONE["backbone"], "output")

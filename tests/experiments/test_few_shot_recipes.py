@@ -149,7 +149,7 @@ def test_early_stopping_goes_by_the_first_metric(recipe, tmp_path, monkeypatch, 
     result = run(small, tmp_path)
     assert len(result["history"]) == epochs
     (tmp_path / "result.json").unlink()
-    assert len(run(small, tmp_path)["history"]) == epochs  # it had ended
+    assert len(run(small, tmp_path)["history"]) == epochs  # it has ended
 
 
 @pytest.mark.parametrize("changed", ["recipe.test_queries=5", "recipe.test_tasks=[[30, 1]]"])
@@ -253,7 +253,7 @@ def test_the_schedule_comes_from_early_stopping_on_validation_classes(small_suit
     assert sum(line.startswith("| Teacher |") for line in lines) == 1
     assert "| Teacher | 3-way 1-shot (%) | 98.80 | 98.55 |" in table
     assert sum(line.startswith("| RKD-D |") for line in lines) == 2
-    assert suites.reproduce(small_suite(), tmp_path / "out")[1] == table  # all is there
+    assert suites.reproduce(small_suite(), tmp_path / "out")[1] == table  # all files exist
 
 
 def test_differences_are_paired_by_episode(small_suite, tmp_path):

@@ -83,7 +83,7 @@ HOSTILE = [
     *("rkd_canary_program.__main__", "rkd_canary_program.__main__.x", "{name: .__main__, package: rkd_canary_program}"),
     *("antigravity", "antigravity.fly", "[[antigravity]]", "-m rkd_canary_program"),
 ]  # fmt: skip
-# What makes an answer slow that looks at everything with everything else.
+# Values for which an algorithm of quadratic time is slow.
 LARGE = [
     *("[" + ", ".join(map(str, range(4_000))) + "]", "9" * 40_000, "x" * 100_000),
     *("0x" + "f" * 40_000, "1" + ":30" * 20_000, "a" + ".a" * 50_000, "'" + "''" * 50_000, "[" * 50_000),
@@ -101,7 +101,7 @@ LARGE = [
       for n in (11, 40)),
 ]  # fmt: skip
 
-# Whatever touches the world: processes, the network, files.
+# Everything with an effect: processes, the network, files.
 ACTS = re.compile(
     r"os\.(system|exec|posix_spawn|spawn|fork|forkpty|kill|remove|rename|mkdir|rmdir|chmod|chown|link|symlink|truncate)"
     r"|subprocess\..*|pty\..*|socket\.(connect|bind|sendto|sendmsg|getaddrinfo|gethostby.*)|urllib\..*|http\..*|ftplib\..*"
@@ -121,7 +121,7 @@ def _writes(mode: object, flags: object) -> bool:
     )
 
 
-sys.addaudithook(_witness)  # for good: it watches only while `acts` is a list
+sys.addaudithook(_witness)  # cannot be removed; it records only while `acts` is a list
 
 
 @contextlib.contextmanager
@@ -136,7 +136,7 @@ def watched():
 
 @pytest.fixture(scope="module", autouse=True)
 def calls(tmp_path_factory):
-    """What was called of a module that recipes name; what the hosts read and write at first is behind it."""
+    """The calls into a module that recipes name; the hosts are loaded before."""
     folder = tmp_path_factory.mktemp("canary")
     (folder / "rkd_canary.py").write_text(CANARY)
     (folder / "rkd_canary_calls.py").write_text("made = []")
@@ -167,7 +167,7 @@ def looked_at(count: int):
 
 
 def answer(text: str, is_suite: bool = False) -> None:
-    """The answer to a recipe: no problem, or a `RecipeError` of lines that a terminal can be trusted with."""
+    """Check a recipe: it has no problem, or a `RecipeError` whose lines are printable."""
     said = None
     started = time.process_time()
     with watched() as seen:
@@ -273,7 +273,7 @@ def test_any_command_line(calls, command):
     with pytest.MonkeyPatch.context() as patch, watched() as seen:
         for other in ("eval", "reproduce", "embed", "bench"):
             patch.setattr(cli.VERBS[other], "execute", lambda options: None)
-        patch.setattr(cli.run, "execute", cli.check.execute)  # what a run begins with
+        patch.setattr(cli.run, "execute", cli.check.execute)  # the first part of a run
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 code = cli.main([verb, name, *rest])
@@ -301,7 +301,7 @@ def test_a_tag_anywhere_in_a_suite(line):
 @pytest.mark.parametrize(
     "value", ["[" + "1, " * 60_000 + "]", "{" + ", ".join(f"k{i}: 1" for i in range(20_000)) + "}"]
 )
-def test_more_than_a_recipe_can_need_is_refused(value):
+def test_more_than_a_recipe_can_need_raises(value):
     started = time.process_time()
     with pytest.raises(RecipeError, match="expected at most "):
         parse("\n".join([*LINES[SEEDS[0]], f"more: {value}"]), Path("large.yaml"))
@@ -311,7 +311,7 @@ def test_more_than_a_recipe_can_need_is_refused(value):
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["dependencies:", "datasets:", "  student_model:", "      lr:", "          weight:"])
 def test_every_large_value(start):
-    """Where each of them is an expected or a surprising value of its section."""
+    """Each of them as a value of a section, expected or not."""
     lines = LINES[SEEDS[0]]
     at = next(index for index, line in enumerate(lines) if line.startswith(start))
     indent = len(start) - len(start.lstrip())
@@ -355,7 +355,7 @@ def test_the_witness_can_fail(act, tmp_path):
     assert seen
 
 
-# Banks: whatever their files hold, reading them ends in seconds, with rows or with one sentence.
+# Banks: reading any files ends in seconds, with rows or with one sentence.
 
 ROWS = np.arange(12, dtype=np.float32).reshape(4, 3)
 BANK = {
@@ -412,7 +412,7 @@ def write_header(folder, header):
 
 
 def replaced(content, keys, value):
-    """JSON with another value at a place, which may be new."""
+    """JSON with another value at a place, which can be new."""
     if not keys:
         return value
     new = dict(content) if isinstance(content, dict) else list(content)
@@ -447,7 +447,7 @@ def change(folder, what, name, *how):
 
 @contextlib.contextmanager
 def alarm(seconds):
-    """Interrupt what waits, such as for the other end of a FIFO."""
+    """Interrupt a call that waits, such as for the other end of a FIFO."""
 
     def stop(*_):
         raise TimeoutError

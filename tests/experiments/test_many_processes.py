@@ -1,4 +1,4 @@
-"""Runs on two processes, started as people start them: the numbers of one process, whole files, and a quick end."""
+"""Runs on two processes: the numbers of one process, whole files, and a quick end."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from rkd_plugin.experiments.support import processes
 from rkd_plugin.experiments.support.launcher import launched
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]  # on a port of its own
-CLOSE = 1e-11  # float64, summed in another order
+CLOSE = 1e-11  # float64, with another order of summation
 
 HEAD = """
 recipe: {task: TASK, seed: 3, num_epochs: &num_epochs 6, test_tasks: [[3, 1]], test_queries: 2, test_episodes: 50}
@@ -73,7 +73,7 @@ LABELLED = (
 
 
 def recipe(path, task, *stages):
-    """A recipe of one stage or more, each a mapping of what its capitals stand for."""
+    """A recipe of one or more stages, each a mapping of placeholders in capitals to values."""
     written = []
     for number, stage in enumerate(stages, 1):
         text = STAGE
@@ -132,13 +132,13 @@ def python(*arguments, folder=None, **environment):
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=folder,
-        capture_output=True, text=True, timeout=240,  # so that a test ends; what is promised is measured
+        capture_output=True, text=True, timeout=240,  # so that a test ends
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 
 
 def tasks_of_slurm(*commands, folders=(None, None), **environment):
-    """Two processes that know each other from SLURM's variables alone, as `python`'s results.
+    """Two processes that are connected by the variables of SLURM only; the results are those of `python`.
 
     Both have one command, or each its own.
     """
@@ -155,7 +155,7 @@ def tasks_of_slurm(*commands, folders=(None, None), **environment):
 
 
 def same(histories, but=("seconds",)):
-    """Whether two runs went the same way, epoch by epoch."""
+    """Whether two runs are equal, epoch by epoch."""
     first, second = ([{k: v for k, v in epoch.items() if k not in but} for epoch in each] for each in histories)
     assert len(first) == len(second) > 0
     for one, other in zip(first, second, strict=True):
@@ -196,7 +196,7 @@ def together(alone, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["classification", "two_stages", "few_shot"])
 def test_two_processes_have_the_numbers_of_one(alone, together, name):
-    """Epoch by epoch: the loss of the global batch, and what the student makes of the test data."""
+    """Epoch by epoch: the loss of the global batch, and the metrics of the student."""
     runs = [result(folder / name) for folder in (alone[0], together[0])]
     assert [run["processes"] for run in runs] == [1, 2]
     same([run["history"] for run in runs])
@@ -224,16 +224,16 @@ def test_a_sharded_student_has_the_gradients_of_a_whole_one(together):
 
 
 def test_gradients_are_means_also_of_what_one_process_uses(together):
-    """Of rank + 1 and twice that; nothing stands for a parameter that nobody uses."""
+    """The gradients are rank + 1 and twice that; a parameter that no rank uses has none."""
     for found in together[1]:
         assert found["mean"] == [3.0, 1.5, 0.5, 1.0, None]
 
 
-# What breaks
+# Faults
 
 
 def waited(folder):
-    """Seconds since the last epoch that was kept; the next one would take less than one."""
+    """Seconds since the last saved epoch; an epoch takes less than one."""
     return time.time() - (folder / "last.pt").stat().st_mtime
 
 
@@ -280,7 +280,7 @@ def test_a_process_that_dies_ends_all_and_any_number_goes_on(alone, tmp_path, mo
 
 
 def test_data_that_one_process_cannot_load_keeps_no_other_waiting(alone, tmp_path):
-    """Also where no launcher ends it."""
+    """Also without a launcher that ends it."""
     command = ["-m", "rkd_plugin", "run", alone[1]["classification"], "--out", tmp_path]
     waiting, broken = tasks_of_slurm(command, BREAK="1,120,raise")
     assert waited(tmp_path) < 60
@@ -348,7 +348,7 @@ def test_ranks_with_other_recipes_all_end_with_an_error(alone, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["run", "eval"])
 def test_ranks_with_other_weights_all_end_with_an_error(alone, tmp_path, verb):
-    """The same path on two machines, and another file behind it."""
+    """One path on two machines with different files."""
     text = Path(alone[1]["classification"]).read_text()
     source = "{key: Perceptron, src_ckpt: teacher.pt, kwargs: {width: 12, dim: 10}}"
     (tmp_path / "taught.yaml").write_text(text.replace("{key: Perceptron, kwargs: {width: 12, dim: 10}}", source))

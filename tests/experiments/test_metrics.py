@@ -1,4 +1,4 @@
-"""Retrieval and accuracy: equal to a search by hand, whatever the ties, sizes and scales; retrieval lean in memory."""
+"""Retrieval and accuracy are equal to a plain search for all ties, sizes and scales, with little memory."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from rkd_plugin.experiments.running.metrics import Layer, classification, retrie
 
 
 def by_hand(outputs, labels, recall_at):
-    """Query by query: all others sorted by distance, at equal distance those of other classes first."""
+    """Query by query: all other rows sorted by distance; at equal distances, other classes come first."""
     outputs, labels = outputs.double(), labels.tolist()
     hits, precisions = [], []
     for i, label in enumerate(labels):
@@ -73,7 +73,7 @@ def test_a_collapsed_model_gets_nothing():
 
 @pytest.mark.parametrize("copies", ["of its class", "of another class"])
 def test_equal_rows_of_many_dimensions(copies, device):
-    """Rounding sets the distances of a row and its copy apart, or might; they are ties all the same."""
+    """Rounding can separate the distances of a row and its copy, which are equal."""
     outputs, labels = torch.randn(100, 512), torch.arange(100) // 4
     if copies == "of its class":
         assert_equal(outputs.repeat(2, 1), labels.repeat(2), device=device)
@@ -84,14 +84,14 @@ def test_equal_rows_of_many_dimensions(copies, device):
 
 
 def test_far_from_the_origin_and_in_any_dtype(dtype, device):
-    # As far as the dtype still tells the rows apart.
+    # As far as the rows are distinct in the dtype.
     offset = {torch.float64: 1e6, torch.float32: 1000}.get(dtype, 10)
     assert_equal((torch.randn(60, 6) + offset).to(dtype), torch.arange(60) // 5, device=device)
 
 
 @pytest.mark.parametrize("scale", [2.0**-600, 2.0**600])
 def test_scale_changes_nothing(scale):
-    """Not even one whose squares no float64 holds."""
+    """Not even a scale whose square overflows float64."""
     outputs, labels = torch.randn(60, 6, dtype=torch.float64), torch.arange(60) // 5
     assert retrieval(scale * outputs, labels) == retrieval(outputs, labels)
 
@@ -224,7 +224,7 @@ def test_images_of_another_number_of_channels_are_named():
         ):
             embed(model, batches, torch.device("cpu"))
     assert all(module.training for module in model.modules())
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):  # another error is another one
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):  # other errors are not changed
         embed(model, [(torch.zeros(2, 3, 5, 4), torch.arange(2))], torch.device("cpu"))
 
 

@@ -50,7 +50,7 @@ def problems_of(*changes: tuple[str, str]) -> list[tuple[str, str]]:
 # Packaged recipes
 
 
-# The data of the others are not there.
+# The data of the other recipes are missing.
 @pytest.mark.parametrize("name", [entry.name for entry in names() if entry.name.startswith("quickstart/")])
 def test_resolved_text_is_what_torchdistill_would_load(name, tmp_path):
     from torchdistill.common.yaml_util import load_yaml_file
@@ -77,7 +77,7 @@ def test_names_of_recipes():
 
 def test_an_installed_package_brings_its_recipes(tmp_path, monkeypatch):
     (tmp_path / "rkd_plugin" / "configs").mkdir(parents=True)
-    (tmp_path / "configs").mkdir()  # of somebody else
+    (tmp_path / "configs").mkdir()  # of another package
     monkeypatch.setattr(catalog, "PACKAGE", tmp_path / "rkd_plugin")
     assert configs_root() == tmp_path / "rkd_plugin" / "configs"
     assert names() == []
@@ -244,7 +244,7 @@ def test_settings_are_required_where_they_are_used():
 
 @pytest.fixture
 def trap(tmp_path, monkeypatch):
-    """A module whose function leaves a file behind when it is called."""
+    """A module whose function writes a file when it is called."""
     mark = tmp_path / "called"
     (tmp_path / "recipe_trap.py").write_text(f"def spring(size=1):\n    open({str(mark)!r}, 'w').close()\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -278,7 +278,7 @@ def test_all_mistakes_are_reported_at_once_and_nothing_is_executed(trap):
     assert "ConvEmbedding has no module 'blocks.1'" in caught.value.problems[-1][1]
     assert str(caught.value).count("\n") == 5
     assert not trap.exists()
-    assert "recipe_trap" in sys.modules  # it was looked at
+    assert "recipe_trap" in sys.modules  # it was imported
 
 
 def test_checking_leaves_random_numbers_and_files_alone(tmp_path, monkeypatch):
@@ -648,7 +648,7 @@ GIVEN = ["recipe.task=classification", "recipe.seed=0", "train.teacher.requires_
 
 @pytest.fixture
 def host_recipe(tmp_path, monkeypatch):
-    """A file for torchdistill in the current folder, beside a module that it names."""
+    """A file for torchdistill in the current folder, with a module that it names."""
     from torchdistill.models.registry import MODEL_DICT
 
     (tmp_path / "host.yaml").write_text(HOST)
@@ -890,7 +890,7 @@ def test_arguments_are_followed_through_keywords():
     proxy = arguments(ProxyAnchorLoss).named
     assert proxy["num_classes"].required
     assert not proxy["distance"].required
-    # KDLoss hands its keywords to a loss that it owns; RKDLoss drops them.
+    # KDLoss passes its keywords to a loss; RKDLoss ignores them.
     assert "label_smoothing" in arguments(KDLoss).named
     assert arguments(RKDLoss).named.keys().isdisjoint({"kwargs", "impl"})
     assert arguments(dict).is_open

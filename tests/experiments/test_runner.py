@@ -1,4 +1,4 @@
-"""Runs: what they write, how they end, and that a stopped one ends as if nothing had happened."""
+"""Runs: what they write, how they end, and that a stopped run ends as one that was not stopped."""
 
 import json
 import math
@@ -71,7 +71,7 @@ def test_the_seed_decides_everything(undisturbed, tmp_path):
     assert without_times(other["history"]) != without_times(result["history"])
 
 
-def test_a_folder_of_another_recipe_is_refused_untouched(undisturbed):
+def test_a_folder_of_another_recipe_raises_and_is_unchanged(undisturbed):
     folder, _ = undisturbed
     before = {path: path.read_bytes() for path in folder.iterdir()}
     match = r"holds a run of another recipe: recipe\.seed is 0 there and 1 here; give .* folder with --out, or delete"
@@ -95,7 +95,7 @@ def test_a_recipe_that_was_changed_since_is_named_before_anything_is_imported(
     with pytest.raises(FileExistsError, match=r"holds a run of another recipe: dependencies"):
         run(tmp_path / "run")
     assert not (tmp_path / "imported").exists()
-    # The way to go on that the message names.
+    # The command in the message works.
     command = error.strip().rpartition(": rkd ")[2].split()
     assert cli.main(command) == 0
     assert (tmp_path / "imported").exists()
@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert (tmp_path / "last.pt").read_bytes() == kept
 
 
-def test_a_missing_teacher_is_said_and_nothing_is_trained(tmp_path):
+def test_a_missing_teacher_is_reported_and_nothing_is_trained(tmp_path):
     overrides = ["recipe.teacher_checkpoint=/nowhere/last.pt", "recipe.num_epochs=1"]
     with pytest.raises(FileNotFoundError, match=r"expected a checkpoint at /nowhere/last\.pt, found none; train that"):
         run(tmp_path, "quickstart/rkd_da", overrides)
@@ -199,7 +199,7 @@ class Malicious:
         return (Path.touch, (Path("executed"),))
 
 
-def test_a_checkpoint_that_would_execute_code_is_refused_unexecuted(tmp_path, monkeypatch):
+def test_a_checkpoint_that_would_execute_code_raises_and_is_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("last.pt").write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(ValueError, match=r"expected a checkpoint of tensors and plain values at last\.pt"):
@@ -235,7 +235,7 @@ def test_best_is_kept_apart_from_last(undisturbed, tmp_path):
         evaluation.evaluate(recipe_of_run(tmp_path / "copy"), tmp_path / "copy" / "best.pt")
 
 
-def test_a_checkpoint_of_another_model_is_refused(undisturbed):
+def test_a_checkpoint_of_another_model_raises(undisturbed):
     folder, _ = undisturbed
     with pytest.raises(ValueError, match=r"last\.pt holds another model than .*teacher\.yaml describes"):
         evaluation.evaluate(read("quickstart/teacher"), folder / "last.pt")

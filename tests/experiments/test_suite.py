@@ -1,4 +1,4 @@
-"""Suites: the runs they make, the tables and pictures they write."""
+"""Suites: their runs, tables and pictures."""
 
 import json
 import re
@@ -169,7 +169,7 @@ def test_fast_is_the_stated_fraction_of_the_schedule(tmp_path):
 
 
 def test_models_are_tested_on_other_data(reproduced, tmp_path, monkeypatch):
-    """As Figure 3: each row on each set of test data, one row as it was built, without training."""
+    """As in Figure 3: each row on each set of test data, with one row without training."""
     _, folder, _ = reproduced
     untrained = {"name": "untrained", "label": "Untrained", "recipe": "quickstart/teacher", "trained": False}
     sevens = (configs_root() / "quickstart" / "teacher.yaml").read_text()
