@@ -134,7 +134,7 @@ def test_override_of_list_items_and_keys_with_slashes_and_dots():
     ("override", "path", "message"),
     [
         ("train.num_epoch=2", "train.num_epoch", "train has no key 'num_epoch'; did you mean num_epochs"),
-        ("trian.num_epochs=2", "trian.num_epochs", "the recipe has no key 'trian'; did you mean train"),
+        ("traim.num_epochs=2", "traim.num_epochs", "the recipe has no key 'traim'; did you mean train"),
         ("train.num_epochs.x=2", "train.num_epochs.x", "train.num_epochs has no key 'x'"),
         ("train.num_epochs", "train.num_epochs", "expected an override key.path=value"),
         ("=2", "=2", "expected an override key.path=value"),
@@ -316,7 +316,7 @@ MISTAKES = {
     "tag of Python": ("!import_call", "!!python/name:os.abort", "datasets.digits/train", "unknown tag"),
     "module of a call": ("datasets.Digits", "dataset.Digits", "datasets.digits/train.key", "cannot be imported"),
     "member of a call": ("datasets.Digits", "datasets.Digit", "datasets.digits/train.key", "did you mean Digits"),
-    "argument of a call": ("classes: [0", "clases: [0", "datasets.digits/train.init.kwargs.clases", "mean classes?"),
+    "argument of a call": ("classes: [0", "classess: [0", "datasets.digits/train.init.kwargs.classess", "mean classes?"),
     "type of a call": ("[0, 1, 2, 3, 4]", "some", "datasets.digits/train.init.kwargs.classes", "expected a list, got"),
     "items of a call": ("[0, 1, 2, 3, 4]", "[0, a]", "datasets.digits/train.init.kwargs.classes", "an integer"),
     "kwargs outside init": ("    init:\n", "    ini:\n", "datasets.digits/train.ini", "did you mean init"),

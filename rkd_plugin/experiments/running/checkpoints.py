@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rkd_plugin.experiments.running.tensor_files import describe, is_dict, listed, read_file, short
 from rkd_plugin.experiments.running.weights import shape_of
@@ -18,12 +18,8 @@ from rkd_plugin.storage import replacing
 
 # Examples of the values in these files, for `_unlike`.
 EPOCH = {"epoch": 0, "loss": 0.0, "lr": 0.0, "seconds": 0.0}
-START: dict[str, Any] = {
-    "steps": 0,
-    "total": 0.0,
-    "seconds": 0.0,
-    "random": None,
-}  # the part of an epoch before its first step
+# Of an epoch before its first step.
+START: dict[str, Any] = {"steps": 0, "total": 0.0, "seconds": 0.0, "random": None}
 STATE: dict[str, Any] = {
     "model": {},
     "trained": {},
@@ -46,6 +42,27 @@ RESULT: dict[str, Any] = {
     "environment": {},
     "history": [],
 }
+
+
+def trained_module(box: Any) -> nn.Module:
+    """The module that the box trains: the student, or its wrapper of this stage."""
+    model: nn.Module = box.student_model if hasattr(box, "student_model") else box.model
+    return model
+
+
+def checkpoint_of(student: nn.Module, box: Any, history: list[dict[str, Any]], part: dict[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint after the epochs of ``history`` and a part of the next epoch."""
+    trained = trained_module(box)
+    return {
+        "model": student.state_dict(),
+        "trained": trained.state_dict(),
+        "optimizer": box.optimizer.state_dict(),
+        "lr_scheduler": box.lr_scheduler and box.lr_scheduler.state_dict(),
+        "steps": box.stage_grad_count,
+        "gradients": {name: p.grad for name, p in trained.named_parameters() if p.grad is not None},  # accumulated
+        "history": history,
+        "part": part,
+    }
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -142,8 +159,7 @@ def restore(box: Any, state: Mapping[str, Any], path: Path) -> None:
     Raises:
         ValueError: if the state is of another optimizer or scheduler, or was edited.
     """
-    trained = box.student_model if hasattr(box, "student_model") else box.model
-    parameters = dict(trained.named_parameters())
+    parameters = dict(trained_module(box).named_parameters())
     for name, gradient in state["gradients"].items():
         if name not in parameters or shape_of(gradient) != shape_of(parameters[name]):
             raise _edited(path, f"gradients.{short(name)} belongs to no parameter")

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from tqdm import tqdm
 
 from rkd_plugin import distributed
@@ -25,9 +24,11 @@ from rkd_plugin.environment import environment
 from rkd_plugin.experiments.recipe import Recipe
 from rkd_plugin.experiments.running.checkpoints import (
     START,
+    checkpoint_of,
     read_result,
     read_state,
     restore,
+    trained_module,
     write_checkpoint,
 )
 from rkd_plugin.experiments.running.evaluation import measured_on
@@ -160,7 +161,7 @@ class _Training:
     def begin(self, epoch: int) -> None:
         self.box.pre_epoch_process(epoch=epoch)
         self.experiment.seed(epoch + 1)
-        processes.broadcast_weights(_trained_module(self.box))  # each rank drew the layers of a new stage itself
+        processes.broadcast_weights(trained_module(self.box))  # each rank drew the layers of a new stage itself
 
     def train_epoch(self, bar: Any) -> bool:
         """Train the rest of an epoch; return False if a signal stopped it."""
@@ -174,7 +175,7 @@ class _Training:
     def measure(self, epoch: int) -> dict[str, Any]:
         """The metrics of the student on all test data after an epoch."""
         processes.broadcast_weights(
-            _trained_module(self.box)
+            trained_module(self.box)
         )  # each rank has BatchNorm statistics of its part of the data
         outputs, labels, _ = self.experiment.embed(self.experiment.student, self.box.val_data_loader)
         if distributed.rank() == 0 and not self.has_collapsed and collapsed(outputs):
@@ -199,7 +200,7 @@ class _Training:
     def save_part(self, seconds: float) -> None:
         random = processes.all_gather(random_state(self.experiment.device))
         part = {**self.part, "seconds": seconds, "random": random}
-        state = _checkpoint(self.experiment.student, self.box, self.history, part)
+        state = checkpoint_of(self.experiment.student, self.box, self.history, part)
         distributed.broadcast(lambda: write_checkpoint(self.folder / "last.pt", state))
 
     def save_epoch(self, measured: dict[str, Any]) -> None:
@@ -211,7 +212,7 @@ class _Training:
         self.part = START
 
     def _write_checkpoints(self) -> None:
-        checkpoint = _checkpoint(self.experiment.student, self.box, self.history, START)
+        checkpoint = checkpoint_of(self.experiment.student, self.box, self.history, START)
         metric = _metric_names(self.history)[0]
         # `best` first: in the other order, a kill between the two would lose the best epoch.
         if all(epoch[metric] < self.history[-1][metric] for epoch in self.history[:-1]):
@@ -233,27 +234,6 @@ def _stops_early(history: list[dict[str, Any]], patience: int | None) -> bool:
     return max(values[:-patience]) >= max(values[-patience:])
 
 
-def _checkpoint(student: nn.Module, box: Any, history: list[dict[str, Any]], part: dict[str, Any]) -> dict[str, Any]:
-    """The content of a checkpoint after the epochs of ``history`` and a part of the next epoch."""
-    trained = _trained_module(box)
-    return {
-        "model": student.state_dict(),
-        "trained": trained.state_dict(),
-        "optimizer": box.optimizer.state_dict(),
-        "lr_scheduler": box.lr_scheduler and box.lr_scheduler.state_dict(),
-        "steps": box.stage_grad_count,
-        "gradients": {name: p.grad for name, p in trained.named_parameters() if p.grad is not None},  # accumulated
-        "history": history,
-        "part": part,
-    }
-
-
-def _trained_module(box: Any) -> nn.Module:
-    """The module that the box trains: the student, or its wrapper of this stage."""
-    model: nn.Module = box.student_model if hasattr(box, "student_model") else box.model
-    return model
-
-
 def _resume(path: Path, experiment: Experiment, box: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Load the last checkpoint into a new box; return the finished epochs and the finished part of the next one."""
     checkpoint = distributed.broadcast(lambda: _read_last(path))
@@ -265,7 +245,7 @@ def _resume(path: Path, experiment: Experiment, box: Any) -> tuple[list[dict[str
         box.current_epoch += 1
         if box.current_epoch == box.stage_end_epoch and box.current_epoch < box.num_epochs:
             box.advance_to_next_stage()
-    for module, part in ((experiment.student, "model"), (_trained_module(box), "trained")):
+    for module, part in ((experiment.student, "model"), (trained_module(box), "trained")):
         load_weights(module, checkpoint[part], path, str(path.with_name("recipe.yaml")))
     restore(box, checkpoint, path)
     box.stage_grad_count = checkpoint["steps"]
