@@ -255,7 +255,7 @@ OVERRIDE = st.builds("{}{}{}".format, KEY, EQUALS, HOSTILE_OR_KNOWN)
 OTHERS = st.sampled_from(["quickstart/student", "--out", "--seeds", "--help", "--", "-x", "-", "@x", "%s", "1"])
 WORD = st.one_of(OVERRIDE, OVERRIDE, OTHERS, st.text(max_size=6))
 COMMAND = st.tuples(
-    st.sampled_from(["check"] * 6 + ["run", "eval", "reproduce", "embed", "bench", "ls", "checkk", ""]),
+    st.sampled_from(["check"] * 6 + ["run", "eval", "reproduce", "embed", "bench", "ls", "chex", ""]),
     st.sampled_from(
         ["quickstart/rkd_da"] * 6 + ["quickstart", ".", "/dev/null", "/", "a\0b", "x" * 5000, "\udcff", ""]
     ),

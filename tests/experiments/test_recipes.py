@@ -316,7 +316,7 @@ MISTAKES = {
     "tag of Python": ("!import_call", "!!python/name:os.abort", "datasets.digits/train", "unknown tag"),
     "module of a call": ("datasets.Digits", "dataset.Digits", "datasets.digits/train.key", "cannot be imported"),
     "member of a call": ("datasets.Digits", "datasets.Digit", "datasets.digits/train.key", "did you mean Digits"),
-    "argument of a call": ("classes: [0", "classess: [0", "datasets.digits/train.init.kwargs.classess", "mean classes?"),
+    "argument of a call": ("classes: [0", "klasses: [0", "datasets.digits/train.init.kwargs.klasses", "mean classes?"),
     "type of a call": ("[0, 1, 2, 3, 4]", "some", "datasets.digits/train.init.kwargs.classes", "expected a list, got"),
     "items of a call": ("[0, 1, 2, 3, 4]", "[0, a]", "datasets.digits/train.init.kwargs.classes", "an integer"),
     "kwargs outside init": ("    init:\n", "    ini:\n", "datasets.digits/train.ini", "did you mean init"),
