@@ -442,6 +442,13 @@ def test_cached_images_are_the_decoded_ones(tmp_path, monkeypatch):
     assert torch.equal(fast[0][0], plain[0][0])
 
 
+def test_the_label_of_the_progress_bar_is_escaped(tmp_path, capsys):
+    Cached(ClassFolders(write_folders(tmp_path / "data"), transform=RESIZED), tmp_path / "a\x1b[31m")
+    found = capsys.readouterr().err
+    assert "a\\x1b[31m" in found
+    assert "\x1b[31m" not in found
+
+
 def test_the_transform_sees_the_cached_image_at_each_access(tmp_path):
     root = write_folders(tmp_path / "images")
     data = cached(root, tmp_path / "cache", v2.Compose([v2.RandomCrop(4), v2.ToDtype(torch.float32, scale=True)]))

@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 from rkd_plugin import cli
 from rkd_plugin.experiments.recipe import RecipeError, check, examine, find, read, read_suite, suites
 from rkd_plugin.experiments.recipe.reading import parse
+from rkd_plugin.experiments.running.embed import verify
 from rkd_plugin.teacher_bank import Bank, files
 from rkd_plugin.teacher_bank.fingerprint import digest
 
@@ -493,3 +494,15 @@ def test_an_unchanged_bank_is_read(bank):
         (folder / name).write_bytes(content)
     for path in [folder, *(folder / name for name in FILES if name.startswith("a."))]:
         assert torch.equal(Bank(path).read([0, 3])[0], torch.from_numpy(ROWS[[0, 3]]))
+
+
+def test_labels_of_progress_bars_are_escaped(bank, tmp_path, capsys):
+    _, contents = bank
+    copy = tmp_path / "a\x1b[31m"
+    copy.mkdir()
+    for name, content in contents.items():
+        (copy / name).write_bytes(content)
+    assert sum(verify(copy)) == 4
+    found = capsys.readouterr().err
+    assert "a\\x1b[31m" in found
+    assert "\x1b[31m" not in found
