@@ -233,7 +233,7 @@ def test_texts_that_tags_join_are_joined():
 
 def test_settings_are_required_where_they_are_used():
     assert (read("quickstart/rkd_da").task, read("quickstart/rkd_da", ["recipe.seed=3"]).seed) == ("metric_learning", 3)
-    with pytest.raises(RecipeError, match=r"recipe\.seed: required"):
+    with pytest.raises(RecipeError, match=r"recipe\.seed: expected int"):
         _ = read("quickstart/rkd_da", ["recipe.seed=x"]).seed
     with pytest.raises(RecipeError, match=r"recipe\.task: required"):
         _ = parse("a: 1", Path("x.yaml")).task
@@ -422,7 +422,7 @@ MISTAKES = {
         "'RKDDALoss'",
         "'MSELoss'",
         f"{CRITERION}.criterion_wrapper",
-        "`key: SimpleLossWrapper` gives MSELoss two tensors",
+        "`key: SimpleLossWrapper` passes two tensors to MSELoss",
     ),
     "model that cannot be built": (
         "key: 'ConvEmbedding'\n    kwargs:\n      width: 32\n      embedding_dim: 64\n      l2_normalize: True",
@@ -704,11 +704,11 @@ READINESS = {
     ),
     "one image in front of BatchNorm1d": (
         (), f"{LOADER}.kwargs={{batch_size: 5}}",
-        "problems", f"{LOADER}.kwargs", "the last batch of 16 images is one image, of which BatchNorm1d",
+        "problems", f"{LOADER}.kwargs", "the last batch of 16 images is one image, for which BatchNorm1d",
     ),
     "always one image": (
         (), f"{LOADER}.kwargs={{batch_size: 1}}",
-        "problems", f"{LOADER}.kwargs", "every batch is one image, of which BatchNorm1d",
+        "problems", f"{LOADER}.kwargs", "every batch is one image, for which BatchNorm1d",
     ),
     "one image": (
         ("batch_size: 8, num_workers: 0, drop_last: False", "batch_size: 5"),
@@ -726,7 +726,7 @@ READINESS = {
     ),
     "weights that are not there": (
         (), f"{TEACHER}={{key: resnet18, kwargs: {{weights: IMAGENET1K_V1}}}}",
-        "notes", f"{TEACHER}.kwargs.weights", "not in PyTorch's cache, and will be downloaded to",
+        "notes", f"{TEACHER}.kwargs.weights", "not in PyTorch's cache; they will be downloaded to",
     ),
     "no checkpoint": (
         ("datasets:\n", "recipe: {teacher: no.pt, task: classification, seed: 0}\ndatasets:\n"),
@@ -746,7 +746,7 @@ READINESS = {
     "images that are not counted": (
         ("FakeData\n    init: {kwargs: {size: 16, ", "ImageFolder\n    init: {kwargs: {root: data, "),
         "dependencies=[custom]",
-        "unchecked", LOADER, "how many batches an epoch has",
+        "unchecked", LOADER, "the number of batches in an epoch",
     ),
     "shuffled test data": (
         (SEQUENTIAL, SEQUENTIAL.replace("Sequential", "Random")), "dependencies=[custom]",
@@ -762,7 +762,7 @@ READINESS = {
     ),
     "teacher in training mode": (
         (), "dependencies=[custom]",
-        "notes", "train.teacher.forward_proc", "so that its BatchNorm1d change what it teaches",
+        "notes", "train.teacher.forward_proc", "so that its BatchNorm1d change its outputs",
     ),
     "cache of an older torchdistill": (
         (), f"{LOADER}.cache_output=ckpt",
@@ -774,7 +774,7 @@ READINESS = {
     ),
     "checkpoint that torchdistill would execute": (
         ("requires_grad: True", "src_ckpt: a.pt"), "dependencies=[custom]",
-        "needs", "train.student.src_ckpt", "give it to the model under `models:`",
+        "needs", "train.student.src_ckpt", "name it under `models:`",
     ),
 }  # fmt: skip
 
