@@ -25,7 +25,7 @@ FLOORS = [
     ["adapters.pml", "adapters.torchdistill"],
     ["teacher_bank", "core"],
     ["kernels"],
-    ["cores", "environment", "storage", "markdown"],
+    ["cores", "environment", "storage", "markdown", "printing"],
 ]
 CORE = ["functional", "losses", "distributed"]
 

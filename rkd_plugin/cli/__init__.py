@@ -1,6 +1,6 @@
-"""The command ``rkd``: recipes, tables of recipes, and benchmarks, from a shell; one file per verb.
+"""The command ``rkd`` with one file per verb.
 
-The parser loads neither torch nor NumPy nor yaml: what a verb needs is imported when that verb runs.
+The parser loads neither torch nor NumPy nor yaml: a verb imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rkd_plugin.cli.arguments import unrecognized
 from rkd_plugin.cli.failures import one_sentence
 from rkd_plugin.cli.streams import lasting_streams
 from rkd_plugin.experiments.support.launcher import launched
-from rkd_plugin.experiments.support.printing import report
+from rkd_plugin.printing import report
 
 VERBS: dict[str, ModuleType] = {
     "ls": ls,
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     parser, verbs = _parser()
     options, rest = parser.parse_known_args(arguments)
-    # argparse takes the words behind an option for no part of a list that it has already read.
+    # argparse does not add words that follow an option to a list of arguments before the option.
     if rest and hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest):
         options.overrides += rest
     elif rest:
@@ -60,7 +60,7 @@ def _main(arguments: Sequence[str] | None) -> int:
             verb.execute(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        report(f"{name}: stopped; the same command goes on from there")
+        report(f"{name}: stopped; the same command continues from there")
         return 130
     except Exception as error:
         sentence = one_sentence(error)
@@ -75,13 +75,13 @@ def _check_shared(verb: str, world_size: int) -> None:
     if not VERBS[verb].SHARES_WORK:
         shared = " and ".join(f"`rkd {name}`" for name, module in VERBS.items() if module.SHARES_WORK)
         raise ValueError(
-            f"expected one process, got {world_size}, which share the work of {shared} only; start this without "
+            f"expected one process, got {world_size}, which can share the work of {shared} only; start this without "
             "torchrun or srun"
         )
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser, and those of the verbs by name."""
+    """The parser, and the parsers of the verbs by name."""
     parser = argparse.ArgumentParser(prog="rkd", description=rkd_plugin.__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"rkd-plugin {rkd_plugin.__version__}")
     verbs: Any = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

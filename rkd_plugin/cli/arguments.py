@@ -1,4 +1,4 @@
-"""Arguments that several verbs have."""
+"""Arguments of several verbs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ OVERRIDES = "key.path=value, which changes the recipe before anything is built"
 
 
 def add_recipe(parser: argparse.ArgumentParser, about: str = RECIPE, optional: bool = False) -> None:
-    """A recipe, and its overrides."""
+    """Add a recipe and its overrides to the arguments of a verb."""
     parser.add_argument("recipe", nargs="?" if optional else None, help=about)
     parser.add_argument("overrides", nargs="*", help=OVERRIDES)
 
 
 def unrecognized(words: Sequence[str], takes_overrides: bool) -> str:
-    """The error about words that no argument of a verb takes, and how an override is written if one was meant.
+    """The error for words that are no argument of a verb, with the form of an override if one was intended.
 
     Example:
         >>> unrecognized(["--num_epochs=2"], True)
@@ -25,9 +25,10 @@ def unrecognized(words: Sequence[str], takes_overrides: bool) -> str:
         'unrecognized arguments: --lr'
     """
     message = f"unrecognized arguments: {' '.join(words)}"
-    key, equals, value = words[0].lstrip("-").partition("=")
-    if not takes_overrides or not words[0].startswith("-") or not key:
+    first, *rest = words
+    key, equals, value = first.lstrip("-").partition("=")
+    if not takes_overrides or not first.startswith("-") or not key:
         return message
-    value = value if equals else next((word for word in words[1:] if word[0] != "-"), "VALUE")
+    value = value if equals else next((word for word in rest if word[0] != "-"), "VALUE")
     path = key if "." in key else f"recipe.{key.replace('-', '_')}"
     return f"{message}; write an override without dashes: {path}={value}"

@@ -1,11 +1,11 @@
-"""``rkd check``."""
+"""The verb ``rkd check``."""
 
 from __future__ import annotations
 
 import argparse
 
 from rkd_plugin.cli.arguments import add_recipe
-from rkd_plugin.experiments.support.printing import show
+from rkd_plugin.printing import show
 
 ABOUT = "report every problem of a recipe, without running it"
 EXAMPLES = ("check quickstart/rkd_da", "check my_recipe.yaml train.num_epochs=2")
@@ -13,12 +13,12 @@ SHARES_WORK = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A recipe and its overrides."""
+    """Add a recipe and its overrides."""
     add_recipe(parser)
 
 
 def execute(options: argparse.Namespace) -> None:
-    """Print what was found, and raise the problems."""
+    """Print notes and what was not checked, and raise the problems."""
     from rkd_plugin.experiments.recipe import RecipeError, examine, read
     from rkd_plugin.experiments.recipe.errors import described
 

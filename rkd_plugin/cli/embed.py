@@ -1,4 +1,4 @@
-"""``rkd embed``."""
+"""The verb ``rkd embed``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import shlex
 from pathlib import Path
 
 from rkd_plugin.cli.arguments import add_recipe
-from rkd_plugin.experiments.support.printing import show
 from rkd_plugin.experiments.support.threads import limit_spinning
+from rkd_plugin.printing import show
 
-ABOUT = "write the teacher outputs that a recipe's losses read into a bank, or go on with it"
+ABOUT = "write a teacher bank, the teacher outputs that the losses of a recipe read, or continue it"
 EXAMPLES = (
     "embed quickstart/rkd_da --out runs/quickstart/bank",
     "embed classification/cifar100/rkd --views 8 --dtype bfloat16 --out banks/cifar100",
@@ -20,17 +20,19 @@ SHARES_WORK = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A recipe and its overrides, the folder of the bank and its format, or a bank to verify."""
+    """Add a recipe and its overrides, the folder and the format of the bank, or a bank to verify."""
     add_recipe(parser, optional=True)
-    parser.add_argument("--out", type=Path, help="folder of the bank, for recipe.teacher_bank")
-    parser.add_argument("--data", metavar="ID", help="a data set of the recipe (default: the one that it trains on)")
-    parser.add_argument("--dtype", default="float32", help="of the files: float32 (default), float16 or bfloat16")
-    parser.add_argument("--views", type=int, default=0, metavar="K", help="of each image, where transforms are random")
-    parser.add_argument("--verify", type=Path, metavar="BANK", help="check every row of this bank against its checksum")
+    parser.add_argument("--out", type=Path, help="folder of the bank, as in recipe.teacher_bank")
+    parser.add_argument("--data", metavar="ID", help="a data set of the recipe (default: the training data)")
+    parser.add_argument("--dtype", default="float32", help="dtype of the files: float32 (default), float16 or bfloat16")
+    parser.add_argument(
+        "--views", type=int, default=0, metavar="K", help="number of views of each image, if transforms are random"
+    )
+    parser.add_argument("--verify", type=Path, metavar="BANK", help="check all rows of this bank against its checksums")
 
 
 def execute(options: argparse.Namespace) -> None:
-    """Write or verify a bank, and print what it holds."""
+    """Write or verify a bank, and print its arrays."""
     limit_spinning()
     from rkd_plugin.distributed import rank
     from rkd_plugin.experiments.recipe import quoted, read
@@ -38,7 +40,7 @@ def execute(options: argparse.Namespace) -> None:
     from rkd_plugin.experiments.support.processes import process_group
 
     if options.verify:
-        show(f"{options.verify}: {sum(verify(options.verify))} rows are as they were written")
+        show(f"{options.verify}: {sum(verify(options.verify))} rows are unchanged")
         return
     if not options.recipe or not options.out:
         raise ValueError("expected a recipe and --out BANK, or --verify BANK; see `rkd embed --help`")
@@ -50,4 +52,4 @@ def execute(options: argparse.Namespace) -> None:
     for array in bank.arrays or ():
         show(f"the {array.io} of {array.path!r}: {bank.count} images, {bank.views or 1} views, {array.width} wide")
     advice = shlex.quote(quoted("recipe.teacher_bank", options.out))
-    show(f"in {options.out}; learn from it with {advice}")
+    show(f"in {options.out}; train with it: {advice}")

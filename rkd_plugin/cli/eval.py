@@ -1,4 +1,4 @@
-"""``rkd eval``."""
+"""The verb ``rkd eval``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from rkd_plugin.cli.arguments import RECIPE, add_recipe
-from rkd_plugin.experiments.support.printing import show
 from rkd_plugin.experiments.support.threads import limit_spinning
+from rkd_plugin.printing import show
 
-ABOUT = "measure a model on test data, and draw pictures of its embeddings"
+ABOUT = "measure a model on test data, and plot its embeddings"
 EXAMPLES = (
     "eval runs/teacher --checkpoint best --pictures",
     "eval quickstart/student --checkpoint runs/student/last.pt",
@@ -20,31 +20,33 @@ SHARES_WORK = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A run or a recipe, a checkpoint, test data, and pictures."""
+    """Add a run or a recipe, a checkpoint, test data, and pictures."""
     add_recipe(parser, f"folder of `rkd run`, or {RECIPE}")
     parser.add_argument(
         "--checkpoint",
-        help="a file; of a run also `last` or `best` (default: last; of a recipe: its model as it is built)",
+        help="a file, or `last` or `best` of a run (default: last; of a recipe: the model without training)",
     )
-    parser.add_argument("--data", help="a recipe whose test data is used instead")
+    parser.add_argument("--data", help="a recipe with other test data")
     parser.add_argument(
         "--classes",
         choices=("test", "all"),
         default="test",
-        help="classes that are measured: of the test split (default), or all of the data set",
+        help="classes to measure: those of the test split (default), or all of the data set",
     )
     parser.add_argument(
-        "--pictures", action="store_true", help="retrieval or confusion, map, distances, relations as PNG"
+        "--pictures", action="store_true", help="write retrieval or confusion, map, distances and relations as PNG"
     )
-    parser.add_argument("--out", type=Path, help="folder of the pictures (default: in the run, or runs/eval/RECIPE)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the pictures (default: inside the run, or runs/eval/RECIPE)"
+    )
 
 
 def execute(options: argparse.Namespace) -> None:
-    """Print the metrics, and the paths of the pictures."""
+    """Print the metrics and the paths of the pictures."""
     limit_spinning()
     from rkd_plugin.distributed import rank
     from rkd_plugin.experiments.recipe import read
-    from rkd_plugin.experiments.running.experiment import evaluate
+    from rkd_plugin.experiments.running.evaluation import evaluate
     from rkd_plugin.experiments.running.run_folder import recipe_of_run
     from rkd_plugin.experiments.support.processes import process_group
 

@@ -1,10 +1,10 @@
-"""``rkd ls``."""
+"""The verb ``rkd ls``."""
 
 from __future__ import annotations
 
 import argparse
 
-from rkd_plugin.experiments.support.printing import show
+from rkd_plugin.printing import show
 
 ABOUT = "list the packaged recipes and suites"
 EXAMPLES = ("ls",)
@@ -12,11 +12,11 @@ SHARES_WORK = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    """Add nothing."""
 
 
 def execute(_: argparse.Namespace) -> None:
-    """Print name, kind and summary of each."""
+    """Print name, kind and summary of each file."""
     from rkd_plugin.experiments.recipe.catalog import names
 
     entries = names()

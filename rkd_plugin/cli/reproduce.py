@@ -1,4 +1,4 @@
-"""``rkd reproduce``."""
+"""The verb ``rkd reproduce``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from rkd_plugin.cli.arguments import OVERRIDES
-from rkd_plugin.experiments.support.printing import show
 from rkd_plugin.experiments.support.threads import limit_spinning
+from rkd_plugin.printing import show
 
-ABOUT = "run a whole table, read the runs that are finished, and write tables and pictures"
+ABOUT = "run the rows of a table that are not finished, and write the table and pictures"
 EXAMPLES = (
     "reproduce quickstart",
     "reproduce quickstart --seeds 7 8 9 --out /tmp/table",
@@ -20,17 +20,17 @@ SHARES_WORK = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A suite, overrides of all its rows, and which part of it is run."""
+    """Add a suite, overrides of all its rows, and the rows and seeds to run."""
     parser.add_argument("suite", help="the name of a suite, or a YAML file")
-    parser.add_argument("overrides", nargs="*", help=f"{OVERRIDES}, in every row")
+    parser.add_argument("overrides", nargs="*", help=f"{OVERRIDES}, for every row")
     parser.add_argument("--out", type=Path, help="folder of runs and tables (default: runs/ and the suite's folder)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the suite's own")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these, and the rows that they need")
-    parser.add_argument("--fast", action="store_true", help="the shorter schedule that the suite states")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: those of the suite)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="run these rows and those that they need")
+    parser.add_argument("--fast", action="store_true", help="use the shorter schedule of the suite")
 
 
 def execute(options: argparse.Namespace) -> None:
-    """Print the table, and where the files are."""
+    """Print the table and the names of the files."""
     limit_spinning()
     from rkd_plugin.experiments.support.memory import keep_memory
     from rkd_plugin.experiments.tables.suite import reproduce

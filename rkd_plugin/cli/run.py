@@ -1,4 +1,4 @@
-"""``rkd run``."""
+"""The verb ``rkd run``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from rkd_plugin.cli.arguments import add_recipe
-from rkd_plugin.experiments.support.printing import show
 from rkd_plugin.experiments.support.threads import limit_spinning
+from rkd_plugin.printing import show
 
-ABOUT = "train a model as a recipe describes it, or go on with a run; loading a recipe executes what it names"
+ABOUT = "train a model with a recipe, or continue a run; loading a recipe executes what it names"
 EXAMPLES = (
     "run quickstart/teacher --out runs/teacher",
     "run quickstart/rkd_da recipe.teacher_checkpoint=runs/teacher/last.pt recipe.num_epochs=2",
@@ -18,13 +18,13 @@ SHARES_WORK = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A recipe, its overrides, and the folder of the run."""
+    """Add a recipe, its overrides, and the folder of the run."""
     add_recipe(parser)
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE)")
 
 
 def execute(options: argparse.Namespace) -> None:
-    """Train, and print the final and the best metrics."""
+    """Train, and print what was measured on, and the final and the best metrics."""
     limit_spinning()
     from rkd_plugin.distributed import rank
     from rkd_plugin.experiments.recipe import read
@@ -41,6 +41,7 @@ def execute(options: argparse.Namespace) -> None:
         result = runner.run(recipe, folder)
         if rank() > 0:
             return
+    show(f"measured on {result['measured_on']}")
     for when in ("final", "best"):
         show(f"{when:6} " + "  ".join(f"{name} {value:.4g}" for name, value in result[when].items()))
-    show(f"finished already, in {folder}" if had_ended else f"in {folder}")
+    show(f"already finished, in {folder}" if had_ended else f"in {folder}")

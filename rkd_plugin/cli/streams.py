@@ -1,4 +1,4 @@
-"""Standard streams that may be closed, end early, or know only ASCII."""
+"""Standard streams that can be closed, end early, or be limited to ASCII."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 
 class LastingStream:
-    """A text stream whose text goes nowhere once its reader is gone, so that a run goes on behind ``rkd run | head``.
+    """A text stream that discards its text after its reader has ended, so that ``rkd run | head`` continues to train.
 
     Args:
-        stream: the stream.
-        reports: whether other errors, such as those of a full disk, are raised; else they are dropped as well.
+        stream: the stream that is wrapped.
+        reports: whether other errors, such as that of a full disk, are raised; otherwise they are ignored as well.
     """
 
     def __init__(self, stream: Any, reports: bool) -> None:
@@ -33,7 +33,7 @@ class LastingStream:
             self._stream.flush()
 
     def drain(self) -> None:
-        """Flush, and report nothing: where that matters it was flushed before."""
+        """Flush and ignore errors; where errors matter, the stream was flushed before."""
         with contextlib.suppress(OSError):
             self.flush()
 
@@ -42,7 +42,7 @@ class LastingStream:
         try:
             yield
         except OSError as error:
-            # What is still in the buffer would fail again when Python ends.
+            # Flushing the rest of the buffer would fail again when Python ends.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -55,12 +55,12 @@ class LastingStream:
 
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Within the block, printing to stdout and stderr fails neither for a reader that is gone nor for an encoding."""
+    """In the block, printing to stdout and stderr does not fail if the reader has ended or the encoding is limited."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The lowest one that is free is this one. Left free, it would become that of a file, and be written to.
+            # This is the lowest free descriptor. If it stayed free, the next file that is opened would get it.
             os.open(os.devnull, os.O_RDWR)
     with contextlib.ExitStack() as stack:
         for name, descriptor in (("stdout", 1), ("stderr", 2)):

@@ -1,4 +1,4 @@
-"""What the paper compares RKD with, where neither host has it; import this file to have it in torchdistill.
+"""The baselines of the paper that neither host has; importing this file registers them in torchdistill.
 
 Attention transfer is torchdistill's ``ATLoss``, a hint is PyTorch's ``MSELoss``, and the triplet loss is
 pytorch-metric-learning's, with the miner of this file.
@@ -22,19 +22,19 @@ from rkd_plugin.kernels.pairwise import squared_distances, widest
 
 
 class DistanceWeightedNegatives(BaseMiner):
-    """Every pair of the same class with one negative, drawn with a probability inverse to the density of its distance.
+    """All pairs of one class, each with a negative that is drawn with the inverse density of its distance.
 
     On the unit sphere of ``D`` dimensions distances have density ``q(d) ~ d^(D-2) (1 - d^2/4)^((D-3)/2)`` (Wu et al.,
     "Sampling Matters in Deep Embedding Learning", ICCV 2017); a negative at distance d is drawn with probability
-    ``~ 1/q(max(d, floor))`` if ``d < cutoff``, and never otherwise. Like the authors' code
-    (``metric/pairsampler.py``), it takes all negatives alike where none is near enough, or where the weight of each
-    underflows beside that of the nearest row of any class, which in wide embeddings is often. PML's own
-    ``DistanceWeightedMiner`` leaves such anchors out, and draws positives at random.
+    ``~ 1/q(max(d, floor))`` if ``d < cutoff``, and never otherwise. As in the authors' code
+    (``metric/pairsampler.py``), the draw is uniform over the negatives of an anchor if none of them is below the
+    cutoff, or if all their weights underflow, which is frequent for wide embeddings. PML's own
+    ``DistanceWeightedMiner`` drops such anchors, and draws positives at random.
 
     Args:
-        floor: nearer negatives count as this far.
-        cutoff: negatives at this distance or beyond have no loss and are not drawn.
-        kwargs: of every PML miner.
+        floor: the smallest distance that is used; nearer negatives have this one.
+        cutoff: negatives at this distance or a larger one are not drawn.
+        kwargs: arguments of every PML miner.
 
     Example:
         >>> embeddings = torch.tensor([[1., 0., 0.], [.8, .6, 0.], [.6, .8, 0.], [-1., 0., 0.]])
@@ -51,7 +51,7 @@ class DistanceWeightedNegatives(BaseMiner):
     def mine(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The base class's hook: embeddings ``(N, D)``, labels ``(N,)`` -> indices of anchors, positives, negatives."""
+        """PML's hook: embeddings ``(N, D)``, labels ``(N,)`` -> indices of anchors, positives, negatives."""
         anchors, positives, _, _ = get_all_pairs_indices(labels, None if ref_labels is labels else ref_labels)
         probabilities = self.probabilities(embeddings, labels, ref_emb, ref_labels)[anchors]
         has_negative = probabilities.sum(1) > 0
@@ -59,15 +59,14 @@ class DistanceWeightedNegatives(BaseMiner):
         return anchors[has_negative], positives[has_negative], negatives
 
     def probabilities(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Tensor:
-        """``(N, M)``: of drawing row j of ``ref_emb`` as the negative of row i; 0 where there is no negative at all."""
+        """``(N, M)``: the probability that row j of ``ref_emb`` is the negative of row i; 0 without negatives."""
         distances = self.distance(embeddings.float(), ref_emb.float())
         if ref_emb is embeddings:
-            distances = distances.fill_diagonal_(
-                1.0
-            )  # as in the authors' code: a row's own distance bounds the weights
+            # As in the authors' code: the distance of a row to itself bounds the weights.
+            distances = distances.fill_diagonal_(1.0)
         clamped = distances.clamp(min=self.floor)
         dim = embeddings.shape[1]
-        # Opposite rows have density 0, and rounding may put them beyond.
+        # Opposite rows have density 0, and rounding can make it negative.
         height = (1.0 - 0.25 * clamped.square()).clamp(min=torch.finfo(clamped.dtype).eps)
         weights = (2.0 - dim) * clamped.log() - (dim - 3.0) / 2.0 * height.log()
         weights = (weights - weights.max(1, keepdim=True).values).exp()
@@ -80,14 +79,15 @@ class DistanceWeightedNegatives(BaseMiner):
 class HardDarkRank(nn.Module):
     """Likelihood of the teacher's ranking under the student's distances: the HardRank loss of DarkRank.
 
-    For each row, the teacher's ``list_length`` nearest others in their order; the student's scores
-    ``S = -alpha * distance ** beta`` make this order a sequence of draws without repetition, each with probability
-    ``softmax(S)`` among those left; the loss is the mean over rows of the negative log likelihood.
+    The teacher ranks the ``list_length`` nearest neighbours of each row. The student's scores are
+    ``S = -alpha * distance ** beta``. The likelihood of the ranking is that of drawing the neighbours in this order
+    without replacement, each with probability ``softmax(S)`` among those that are left. The loss is the mean negative
+    log likelihood over the rows.
 
     Args:
-        alpha: weight of a distance.
-        beta: its exponent.
-        list_length: how many neighbours are ranked; all others, if there are fewer.
+        alpha: factor of the distance.
+        beta: exponent of the distance.
+        list_length: number of neighbours that are ranked; all of them if there are fewer.
 
     Raises:
         ValueError: when called, if the row counts differ or are below 2.
@@ -116,7 +116,7 @@ class HardDarkRank(nn.Module):
         student, teacher = student.to(widest(student)), teacher.detach().to(widest(teacher))
         nearest = squared_distances(teacher).fill_diagonal_(-1.0).argsort(1)[:, 1 : self.list_length + 1]
         squared = squared_distances(student).gather(1, nearest)
-        # A root has no gradient at 0, between equal rows.
+        # The square root has no finite gradient at 0, which is the distance of equal rows.
         scores = -self.alpha * torch.where(squared > 0, squared, 1.0).pow(self.beta / 2) * (squared > 0)
         left = scores.flip(1).logcumsumexp(1).flip(1)
         return (left - scores).sum(1).mean().float()
@@ -124,14 +124,14 @@ class HardDarkRank(nn.Module):
 
 @mid_level_loss
 class DarkRankLoss(HookedLoss, HardDarkRank):
-    """See `HardDarkRank`; between any two hooked modules, whose arguments are those of the RKD losses."""
+    """`HardDarkRank` between two hooked modules; further arguments as in the RKD losses."""
 
 
 class HintRegressor(nn.Conv2d):
-    """A 1 x 1 convolution without bias: feature maps ``(N, C, H, W)``, or vectors ``(N, C)``, in another width.
+    """A 1 x 1 convolution without bias that maps ``(N, C, H, W)`` or ``(N, C)`` to the width of the teacher.
 
     Raises:
-        ValueError: of features of another shape, whose axis of channels would be a guess.
+        ValueError: if the features have another shape, in which the axis of channels is unknown.
     """
 
     def __init__(self, student_width: int, teacher_width: int, *, init_range: float) -> None:
@@ -150,18 +150,18 @@ class HintRegressor(nn.Conv2d):
 
 @register_auxiliary_model_wrapper
 class HintRegressors(AuxiliaryModelWrapper):
-    """A student whose hooked outputs are also mapped to the teacher's widths, by 1 x 1 convolutions that train with it.
+    """A student with 1 x 1 convolutions that map its hooked outputs to the teacher's widths, and train with it.
 
-    Modules for hooks are then ``student_model.<path>`` and ``regressors.<name>``.
+    Hooks find the modules as ``student_model.<path>`` and ``regressors.<name>``.
 
     Args:
-        student_model: given by torchdistill.
+        student_model: passed by torchdistill.
         regressors: name -> ``{path: ..., channels: [student's, teacher's]}``; the path is ``'.'`` or a hooked module.
-        init_range: weights start uniform in ``[-init_range, init_range]``, without bias.
-        kwargs: further arguments of torchdistill, about devices.
+        init_range: the initial weights are uniform in ``[-init_range, init_range]``.
+        kwargs: further arguments of torchdistill, about devices; not used.
 
     Source: Romero et al., "FitNets", ICLR 2015; regressor and initial values as in the authors' ``metric/loss.py``.
-    Their ``run_distill_fitnet.py`` leaves the regressors out of the optimizer; here they train, as in FitNets.
+    Their ``run_distill_fitnet.py`` does not train the regressors; here they train, as in FitNets.
     """
 
     def __init__(
@@ -179,6 +179,6 @@ class HintRegressors(AuxiliaryModelWrapper):
         return self.student_model(images)
 
     def secondary_forward(self, io_dict: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Map what the hooks kept; hooks on the regressors keep the result."""
+        """Map the outputs that the hooks kept; hooks on the regressors keep the results."""
         for name, path in self.paths.items():
             self.regressors[name](io_dict[path]["output"])

@@ -1,7 +1,8 @@
-"""Few-shot learning by prototypes: the loss, its accuracy, and how a model is tested; in torchdistill by their names.
+"""Few-shot learning with prototypes: the loss and the accuracy; importing this file registers them in torchdistill.
 
-Source: Snell, Swersky, Zemel, "Prototypical Networks for Few-shot Learning", NeurIPS 2017. A class is the mean of its
-support's embeddings, and a query belongs to the nearest in squared Euclidean distance.
+Source: Snell, Swersky, Zemel, "Prototypical Networks for Few-shot Learning", NeurIPS 2017. The prototype
+of a class is the mean embedding of its support; a query belongs to the class of the nearest prototype, in squared
+Euclidean distance.
 """
 
 from __future__ import annotations
@@ -21,42 +22,42 @@ Part = Literal["all", "support", "query"]
 
 
 def squared_distances(queries: Tensor, prototypes: Tensor) -> Tensor:
-    """``(..., Q, D), (..., way, D) -> (..., Q, way)``: squared Euclidean, from the differences."""
+    """``(..., Q, D), (..., way, D) -> (..., Q, way)``: squared Euclidean distances, computed from differences."""
     return torch.cdist(queries, prototypes, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 def is_right(distances: Tensor, own: Tensor) -> Tensor:
-    """Which queries are nearest to their own prototype; of two equal distances the other class counts as nearer.
+    """Which queries are nearest to their own prototype; a query with two equal smallest distances is wrong.
 
     Args:
         distances: ``(..., Q, way)``.
-        own: a query's class ``(..., Q)``.
+        own: the class of each query, ``(..., Q)``.
     """
     nearest = distances.gather(-1, own[..., None])
-    # A distance that is NaN is below no other, and must not count as right either.
+    # Comparisons with NaN are False; such a query is wrong.
     return ((nearest < distances).sum(-1) == distances.shape[-1] - 1) & nearest[..., 0].isfinite()
 
 
 def split_episode(rows: Tensor, targets: Tensor, shot: int) -> tuple[Tensor, Tensor]:
-    """An episode of `EpisodicBatchSampler` as its support ``(way, shot, ...)`` and its queries ``(way, query, ...)``.
+    """Split an episode of `EpisodicBatchSampler` into support ``(way, shot, ...)`` and queries ``(way, query, ...)``.
 
     Raises:
-        ValueError: if ``targets`` ``(N,)`` are not class after class, each of as many rows, and more than ``shot``.
+        ValueError: if ``targets`` ``(N,)`` are not sorted into classes of equal size, larger than ``shot``.
     """
     classes, counts = torch.unique_consecutive(targets, return_counts=True)
     size = int(counts[0]) if len(counts) else 0
     if len(rows) != len(targets) or len(classes.unique()) < len(classes) or size <= shot or (counts != size).any():
         raise ValueError(
-            f"expected an episode: class after class, each with as many rows, more than {shot} of support, got "
-            f"{len(rows)} rows and {len(targets)} labels in runs of {sorted(set(counts.tolist()))}; use the batch "
+            f"expected an episode: class after class, each with the same number of rows, more than {shot} of support, "
+            f"got {len(rows)} rows and {len(targets)} labels in runs of {sorted(set(counts.tolist()))}; use the batch "
             "sampler EpisodicBatchSampler with the same shot"
         )
     by_class = rows.reshape(len(classes), size, *rows.shape[1:])
     return by_class[:, :shot], by_class[:, shot:]
 
 
-class _OfEpisode(nn.Module):
-    """What is computed of an episode's distances to its prototypes."""
+class _EpisodeTerm(nn.Module):
+    """A scalar that is computed from the distances of an episode's queries to the prototypes."""
 
     def __init__(self, shot: int, student_module_path: str = ".", student_module_io: IO = "output") -> None:
         super().__init__()
@@ -73,26 +74,26 @@ class _OfEpisode(nn.Module):
             rows = rows.flatten(1).to(torch.promote_types(rows.dtype, torch.float32))
             support, queries = split_episode(rows, targets, self.shot)
             own = torch.arange(len(queries), device=rows.device).repeat_interleave(queries.shape[1])
-            return self.of(squared_distances(queries.flatten(0, 1), support.mean(1)), own)
+            return self.value(squared_distances(queries.flatten(0, 1), support.mean(1)), own)
 
-    def of(self, distances: Tensor, own: Tensor) -> Tensor:
+    def value(self, distances: Tensor, own: Tensor) -> Tensor:
         """Squared distances ``(Q, way)`` and the class of each query ``(Q,)`` -> a scalar."""
         raise NotImplementedError
 
 
 @mid_level_loss
-class PrototypicalLoss(_OfEpisode):
+class PrototypicalLoss(_EpisodeTerm):
     """Mean cross-entropy of the queries' classes under ``softmax(-squared distance to the prototypes)``.
 
-    Batches are episodes, as `EpisodicBatchSampler` makes them.
+    Batches are episodes of `EpisodicBatchSampler`.
 
     Args:
-        shot: rows of support in each class, the first of them.
+        shot: rows of support in each class, which come first.
         student_module_path: the hooked module whose output is the embedding, ``'.'`` for the model's output.
         student_module_io: ``'input'`` or ``'output'`` of that module.
 
     Raises:
-        ValueError: if ``shot`` is not positive, the module is not hooked, or a batch is no episode.
+        ValueError: if ``shot`` is not positive, the module is not hooked, or a batch is not an episode.
 
     Example:
         >>> embeddings = torch.tensor([[0., 0.], [1., 0.], [2., 0.], [2., 1.]])  # class 3: 0 and 1, class 7: 2 and 3
@@ -100,16 +101,16 @@ class PrototypicalLoss(_OfEpisode):
         tensor(0.3556)
     """
 
-    def of(self, distances: Tensor, own: Tensor) -> Tensor:
+    def value(self, distances: Tensor, own: Tensor) -> Tensor:
         """Squared distances ``(Q, way)`` and the class of each query ``(Q,)`` -> a scalar."""
         return cross_entropy(-distances, own)
 
 
 @mid_level_loss
-class PrototypicalAccuracy(_OfEpisode):
-    """Percentage of queries that are nearest to their own prototype; no gradient. Arguments as `PrototypicalLoss`.
+class PrototypicalAccuracy(_EpisodeTerm):
+    """Percentage of queries that are nearest to their own prototype; it has no gradient.
 
-    As a term of a criterion it takes a weight of 0.
+    Arguments are those of `PrototypicalLoss`. A criterion contains it with a weight of 0, so that it is not trained.
 
     Example:
         >>> embeddings = torch.tensor([[0., 0.], [1., 0.], [2., 0.], [2., 1.]])
@@ -117,23 +118,23 @@ class PrototypicalAccuracy(_OfEpisode):
         tensor(50.)
     """
 
-    def of(self, distances: Tensor, own: Tensor) -> Tensor:
+    def value(self, distances: Tensor, own: Tensor) -> Tensor:
         """Squared distances ``(Q, way)`` and the class of each query ``(Q,)`` -> a scalar."""
         return 100 * is_right(distances.detach(), own).float().mean()
 
 
 @mid_level_loss
 class OnEpisodePart(nn.Module):
-    """Any mid-level loss, on the support or the queries of an episode alone.
+    """A mid-level loss on a part of an episode: the support, the queries, or all rows.
 
     Args:
         part: ``'support'``, ``'query'``, or ``'all'`` of the episode's rows.
-        shot: rows of support in each class, the first of them.
+        shot: rows of support in each class, which come first.
         criterion: ``key`` and ``kwargs`` of the loss, such as ``{key: RKDDALoss, kwargs: {...}}``.
-        criterion_wrapper: the same of a wrapper that the loss needs, such as ``SimpleLossWrapper``.
+        criterion_wrapper: ``key`` and ``kwargs`` of a wrapper that the loss needs, such as ``SimpleLossWrapper``.
 
     Raises:
-        ValueError: if the part is unknown, or a batch is no episode.
+        ValueError: if the part is unknown, or a batch is not an episode.
 
     Example:
         >>> loss = OnEpisodePart("query", 1, {"key": "PrototypicalAccuracy", "kwargs": {"shot": 1}})
@@ -157,7 +158,7 @@ class OnEpisodePart(nn.Module):
         self.criterion = get_mid_level_loss(criterion, criterion_wrapper)
 
     def forward(self, student_io_dict: Hooked, teacher_io_dict: Hooked, targets: Tensor, *rest: Any) -> Any:
-        """The host's dictionaries and class labels ``(N,)`` -> what the loss makes of the part's rows."""
+        """The host's dictionaries and class labels ``(N,)`` -> the loss of the rows of the part."""
         if self.part == "all":
             return self.criterion(student_io_dict, teacher_io_dict, targets, *rest)
         support, queries = split_episode(torch.arange(len(targets), device=targets.device), targets, self.shot)

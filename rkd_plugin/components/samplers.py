@@ -1,7 +1,7 @@
 """Batch samplers of the recipes, and a wrapper of data sets; importing this file registers them in torchdistill.
 
-Under ``torch.distributed`` every one of them gives each process a share of its own, the same batches in all as in one
-process. torchdistill's own way, a ``DistributedSampler`` in place of the recipe's sampler, would lose what that does.
+Under ``torch.distributed`` each sampler gives every rank its share of the batches that a single process would get.
+torchdistill itself would replace the sampler of the recipe by a ``DistributedSampler``, and lose what it does.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from rkd_plugin.teacher_bank.labels import labels_of
 
 
 class SharedBatchSampler(Sampler[list[int]]):
-    """A batch sampler that gives every process a share of its own; recipes' others are put into `SharedBatches`."""
+    """A batch sampler that gives every rank its share; `SharedBatches` wraps all other batch samplers of a recipe."""
 
 
 @register_batch_sampler
 class SharedBatches(SharedBatchSampler):
-    """Any batch sampler, whose batches the first process draws and all share.
+    """The batches of any batch sampler, which rank 0 draws and all ranks share.
 
     Args:
-        sampler: given by torchdistill, over the data set.
-        of: ``key`` and ``kwargs`` of the batch sampler, such as PyTorch's ``BatchSampler``.
-        whole: take turns with whole batches, as fits evaluation; without it each process gets an equal, contiguous part
-            of every batch, so that the mean over processes is the mean over the batch.
+        sampler: passed by torchdistill, over the data set.
+        batch_sampler: ``key`` and ``kwargs`` of the batch sampler, such as PyTorch's ``BatchSampler``.
+        whole: whether the ranks take turns with whole batches, for evaluation. If not, each rank gets an equal,
+            contiguous part of every batch, so that the mean over the ranks is the mean over the batch.
 
     Raises:
-        ValueError: when iterated, if processes cannot share batches evenly; of a shorter last one so many images are
-            left out that they can.
+        ValueError: when iterated, if the ranks cannot share a batch evenly. Of a shorter last batch, the images that
+            remain are dropped.
 
     Example:
         >>> from torch.utils.data import SequentialSampler
-        >>> of = {"key": "BatchSampler", "kwargs": {"batch_size": 2, "drop_last": False}}
-        >>> list(SharedBatches(SequentialSampler("abcde"), of))  # in one process
+        >>> batch_sampler = {"key": "BatchSampler", "kwargs": {"batch_size": 2, "drop_last": False}}
+        >>> list(SharedBatches(SequentialSampler("abcde"), batch_sampler))  # in one process
         [[0, 1], [2, 3], [4]]
     """
 
-    def __init__(self, sampler: Any, of: Mapping[str, Any], whole: bool = False) -> None:
-        self.sampler = sampler  # torchdistill looks for it here
-        self.batches = get_batch_sampler(of["key"])(sampler, **of["kwargs"])
+    def __init__(self, sampler: Any, batch_sampler: Mapping[str, Any], whole: bool = False) -> None:
+        self.sampler = sampler  # where torchdistill expects it
+        self.batches = get_batch_sampler(batch_sampler["key"])(sampler, **batch_sampler["kwargs"])
         self.whole = whole
 
     def __len__(self) -> int:
-        """Batches of this process."""
+        """Number of batches of this rank."""
         return (
             len(range(distributed.rank(), len(self.batches), distributed.world_size()))
             if self.whole
@@ -67,8 +67,8 @@ class SharedBatches(SharedBatchSampler):
             yield from batches[rank::count]
             return
         for number, batch in enumerate(batches, 1):
-            is_rest = number == len(batches) and count <= len(batch) < len(batches[0])
-            if not is_rest:
+            is_last = number == len(batches) and count <= len(batch) < len(batches[0])
+            if not is_last:
                 _check_even(len(batch))
         for batch in batches:
             size = len(batch) // count
@@ -77,22 +77,22 @@ class SharedBatches(SharedBatchSampler):
 
 @register_batch_sampler
 class ClassBalancedBatchSampler(SharedBatchSampler):
-    """Batches of the same number of images of each of some classes, drawn anew for each batch.
+    """Batches with the same number of images of each class in them.
 
-    Classes come in random order, each with ``images_per_class`` images at random without repetition (all, if it has
-    fewer), until the batch is full; the last class is cut. Under ``torch.distributed`` all processes draw the same
-    batches and each yields its own contiguous part, so that together they make one batch of ``batch_size``.
+    Classes are drawn in random order, each with ``images_per_class`` random images without repetition (all images of a
+    smaller class), until the batch is full; the last class is cut. Every batch is drawn independently. Under
+    ``torch.distributed`` all ranks draw the same batches, and each rank yields its contiguous part of them.
 
     Args:
-        sampler: any sampler over the data set, whose order is not used: torchdistill passes one. How the labels of the
-            data set are found: see `rkd_plugin.teacher_bank.labels`; it may be a ``Subset`` or ``ConcatDataset``.
-        batch_size: images in a batch, of all processes together.
-        images_per_class: of each class.
-        iterations: batches in an epoch.
+        sampler: any sampler over the data set, passed by torchdistill; its order is not used. The data set may be a
+            ``Subset`` or ``ConcatDataset``; `rkd_plugin.teacher_bank.labels` finds its labels.
+        batch_size: number of images in a batch of all ranks.
+        images_per_class: number of images of each class in a batch.
+        iterations: number of batches in an epoch.
 
     Raises:
         ValueError: if no labels are found, or one is not a whole number; if a number is not positive, or the classes do
-            not fill a batch; when iterated, if the processes cannot share it evenly.
+            not fill a batch; when iterated, if the ranks cannot share a batch evenly.
 
     Source: the authors' ``metric/batchsampler.py`` (``NPairs``). The random numbers follow PyTorch's global seed.
 
@@ -108,11 +108,11 @@ class ClassBalancedBatchSampler(SharedBatchSampler):
 
     def __init__(self, sampler: Any, batch_size: int, images_per_class: int, iterations: int) -> None:
         _check_positive(self, batch_size=batch_size, images_per_class=images_per_class, iterations=iterations)
-        self.sampler = sampler  # torchdistill looks for it here
+        self.sampler = sampler  # where torchdistill expects it
         self.batch_size = batch_size
         self.images_per_class = images_per_class
         self.iterations = iterations
-        self.images = _by_class(self, sampler)
+        self.images = _indices_by_class(self, sampler)
         available = sum(min(images_per_class, len(images)) for images in self.images)
         if available < batch_size:
             raise ValueError(
@@ -130,7 +130,7 @@ class ClassBalancedBatchSampler(SharedBatchSampler):
         size = self.batch_size // distributed.world_size()
         for _ in range(self.iterations):
             batch: list[int] = []
-            # Every class brings at least one image, so that no more classes than this are needed.
+            # Every class has at least one image, so that no more classes are needed.
             for images in generator.sample(self.images, min(self.batch_size, len(self.images))):
                 batch += generator.sample(images, min(self.images_per_class, len(images)))
                 if len(batch) >= self.batch_size:
@@ -142,21 +142,21 @@ class ClassBalancedBatchSampler(SharedBatchSampler):
 class EpisodicBatchSampler(SharedBatchSampler):
     """Episodes of few-shot learning: some classes, each with a support set and queries.
 
-    A batch is one episode, class by class, the ``shot`` images of its support first, then its ``query`` images; no
-    class and no image occurs twice in it. Every episode is drawn anew. Under ``torch.distributed`` all processes draw
-    the same episodes and take turns with them, so that each has whole episodes and none is seen twice.
+    A batch is one episode, class by class: the ``shot`` images of the support, then the ``query`` images. No class and
+    no image occurs twice. Every episode is drawn independently. Under ``torch.distributed`` all ranks draw the same
+    episodes and take turns with them, so that each rank has whole episodes.
 
     Args:
-        sampler: any sampler over the data set, whose order is not used: torchdistill passes one. How the labels of the
-            data set are found: see `rkd_plugin.teacher_bank.labels`; it may be a ``Subset`` or ``ConcatDataset``.
-        way: classes in an episode.
-        shot: images of a class in the support set.
-        query: further images of the class, the queries.
-        episodes: in an epoch, of all processes together.
+        sampler: any sampler over the data set, passed by torchdistill; its order is not used. The data set may be a
+            ``Subset`` or ``ConcatDataset``; `rkd_plugin.teacher_bank.labels` finds its labels.
+        way: number of classes in an episode.
+        shot: number of images of each class in the support set.
+        query: number of further images of each class, the queries.
+        episodes: number of episodes in an epoch of all ranks.
 
     Raises:
         ValueError: if no labels are found, or one is not a whole number; if a number is not positive, there are fewer
-            than ``way`` classes, a class has too few images, or the processes cannot share the episodes evenly.
+            than ``way`` classes, a class has too few images, or the ranks cannot share the episodes evenly.
 
     Source: Vinyals et al., "Matching Networks", NeurIPS 2016; Snell et al., "Prototypical Networks", NeurIPS 2017. The
     random numbers follow PyTorch's global seed.
@@ -172,20 +172,21 @@ class EpisodicBatchSampler(SharedBatchSampler):
 
     def __init__(self, sampler: Any, way: int, shot: int, query: int, episodes: int) -> None:
         _check_positive(self, way=way, shot=shot, query=query, episodes=episodes)
-        self.sampler = sampler  # torchdistill looks for it here
+        self.sampler = sampler  # where torchdistill expects it
         self.way = way
         self.images_per_class = shot + query
         self.episodes = episodes
-        self.images = _by_class(self, sampler)
+        self.images = _indices_by_class(self, sampler)
         fewest = min(map(len, self.images), default=0)
         if len(self.images) < way or fewest < self.images_per_class:
             raise ValueError(
                 f"EpisodicBatchSampler: expected {way} classes or more with {shot} + {query} images or more each, got "
-                f"{len(self.images)} classes, the smallest with {fewest} images; ask for less, or use another split"
+                f"{len(self.images)} classes, the smallest with {fewest} images; lower way, shot or query, or use "
+                "another split"
             )
 
     def __len__(self) -> int:
-        """Episodes of one process."""
+        """Number of episodes of this rank."""
         if self.episodes % distributed.world_size():
             raise ValueError(
                 f"EpisodicBatchSampler: expected a number of episodes that {distributed.world_size()} processes share "
@@ -205,15 +206,12 @@ class EpisodicBatchSampler(SharedBatchSampler):
 
 @register_dataset_wrapper
 class WholeBatches(BaseDatasetWrapper):
-    """torchdistill's own wrapper, which reads a whole batch of a data set at once where that is possible.
-
-    The host wraps every training data set, and its own wrapper reads one image after the other.
-    """
+    """torchdistill's wrapper of a training data set, which reads a whole batch at once if the data set can."""
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Any, Any, dict[str, Any]]]:
-        """PyTorch's hook: the items of a batch, each with the host's empty dictionary."""
-        whole = getattr(self.org_dataset, "__getitems__", None)
-        items = whole(indices) if whole else [self.org_dataset[index] for index in indices]
+        """PyTorch's hook: the items of a batch, each with torchdistill's empty dictionary."""
+        read_batch = getattr(self.org_dataset, "__getitems__", None)
+        items = read_batch(indices) if read_batch else [self.org_dataset[index] for index in indices]
         return [(image, label, {}) for image, label in items]
 
 
@@ -221,7 +219,7 @@ def _check_even(images: int) -> None:
     if images % distributed.world_size():
         raise ValueError(
             f"expected batches that {distributed.world_size()} processes share evenly, got one of {images} images; "
-            "change recipe.batch_size, which counts the images of all processes together, or set drop_last"
+            "change recipe.batch_size, the number of images of all processes, or set drop_last"
         )
 
 
@@ -232,12 +230,12 @@ def _check_positive(sampler: object, **numbers: int) -> None:
 
 
 def _generator() -> random.Random:
-    """Random numbers that follow the first process's seed, the same on all processes."""
+    """A generator that rank 0 seeds from PyTorch's global one, the same on all ranks."""
     return random.Random(distributed.broadcast(lambda: int(torch.randint(2**63 - 1, ()))))
 
 
-def _by_class(owner: object, sampler: Any) -> list[list[int]]:
-    """The indices of each class's images."""
+def _indices_by_class(owner: object, sampler: Any) -> list[list[int]]:
+    """The indices of the images of each class."""
     name = type(owner).__name__
     dataset = getattr(sampler, "data_source", None)
     if dataset is None and (dataset := getattr(sampler, "dataset", None)) is None:  # DistributedSampler
@@ -248,8 +246,8 @@ def _by_class(owner: object, sampler: Any) -> list[list[int]]:
     labels = labels_of(dataset, name)
     if labels is None:
         raise ValueError(
-            f"{name}: expected a data set with labels, got {type(dataset).__name__}, in which none are found; give it "
-            "an attribute targets with the label of each item"
+            f"{name}: expected a data set with labels, got {type(dataset).__name__} without; give it an "
+            "attribute targets with the label of each item"
         )
     by_class: dict[int, list[int]] = defaultdict(list)
     for index, label in enumerate(labels):

@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it refuses, and that it works from an installed wheel."""
+"""The command line: what it prints, what raises, and that it works from an installed wheel."""
 
 import itertools
 import json
@@ -13,10 +13,12 @@ import pytest
 from rkd_plugin.cli import VERBS, main
 from rkd_plugin.cli.streams import lasting_streams
 from rkd_plugin.experiments.running import runner
-from rkd_plugin.experiments.support.printing import report, show
 from rkd_plugin.experiments.tables import suite
+from rkd_plugin.printing import report, show
 
 ROOT = Path(__file__).parents[2]
+METRICS = {"final": {"recall_at_1": 1.0}, "best": {"epoch": 1, "recall_at_1": 1.0}}
+RESULT = {**METRICS, "measured_on": "9 images of 2 of 4 classes"}
 SMALL = ["recipe.num_epochs=1", "recipe.samples_per_epoch=128", "recipe.batch_size=64"]
 
 
@@ -34,7 +36,7 @@ HELP = [["--help"], ["--version"], ["ls"], *([verb, "--help"] for verb in VERBS)
 
 
 def test_help_and_lists_load_no_torch():
-    """Which takes seconds."""
+    """Loading torch takes seconds."""
     code = f"""
 import json, sys
 from rkd_plugin.cli import main
@@ -63,7 +65,7 @@ def test_check_of_a_bad_recipe(capsys):
     assert "train.num_epochs" in error
 
 
-def test_run_and_eval_say_the_same(tmp_path, capsys):
+def test_run_and_eval_print_the_same(tmp_path, capsys):
     assert main(["run", "quickstart/student", *SMALL, "--out", str(tmp_path / "run")]) == 0
     final = capsys.readouterr().out.splitlines()[0].split()
     checkpoint = str(tmp_path / "run" / "last.pt")
@@ -128,8 +130,8 @@ def test_wrong_usage(capsys):
     assert "invalid choice: 'train'" in capsys.readouterr().err
 
 
-def test_overrides_may_stand_behind_an_option(tmp_path, capsys):
-    """As in the commands at the head of the recipes."""
+def test_overrides_can_follow_an_option(tmp_path, capsys):
+    """As in the commands in the headers of the recipes."""
     assert main(["run", "quickstart/teacher", "--out", str(tmp_path), "recipe.sed=1"]) == 1
     assert "recipe.sed: recipe has no key 'sed'; did you mean seed?" in capsys.readouterr().err
     for words in (["run", "quickstart/teacher", "--out", "x", "--sed=1"], ["ls", "recipe.seed=1"]):
@@ -138,7 +140,7 @@ def test_overrides_may_stand_behind_an_option(tmp_path, capsys):
         assert f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err
 
 
-def test_an_option_in_place_of_an_override_is_usage_of_the_verb_and_what_to_write(capsys):
+def test_an_option_instead_of_an_override_prints_usage_and_the_override(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["run", "quickstart/student", "--num_epochs", "2"])
     assert stopped.value.code == 2
@@ -155,7 +157,7 @@ def test_a_recipe_above_the_current_folder_is_run_inside_of_it(tmp_path, monkeyp
     (tmp_path / "mine.yaml").write_text(recipe)
     monkeypatch.chdir(tmp_path / "here")
     folders = []
-    ran = {"final": {"recall_at_1": 1.0}, "best": {"epoch": 1, "recall_at_1": 1.0}, "seconds": 1.0, "parameters": 1}
+    ran = {**RESULT, "seconds": 1.0, "parameters": 1}
     monkeypatch.setattr(runner, "run", lambda _, folder, *__: folders.append(folder) or {**ran, "seed": 0})
     monkeypatch.setattr(suite.report, "suite_pictures", lambda *_: [])
     assert main([verb, "../mine.yaml"]) == 0, capsys.readouterr().err
@@ -165,23 +167,23 @@ def test_a_recipe_above_the_current_folder_is_run_inside_of_it(tmp_path, monkeyp
 
 
 def test_a_finished_run_is_reported_as_such(tmp_path, capsys, monkeypatch):
-    result = {"final": {"recall_at_1": 1.0}, "best": {"epoch": 1, "recall_at_1": 1.0}}
-    monkeypatch.setattr(runner, "run", lambda *_: result)
+    monkeypatch.setattr(runner, "run", lambda *_: RESULT)
     assert main(["run", "quickstart/student", "--out", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"in {tmp_path}"
-    (tmp_path / "result.json").write_text(json.dumps(result))
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[0], lines[-1]) == ("measured on 9 images of 2 of 4 classes", f"in {tmp_path}")
+    (tmp_path / "result.json").write_text(json.dumps(RESULT))
     assert main(["run", "quickstart/student", "--out", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"finished already, in {tmp_path}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"already finished, in {tmp_path}"
 
 
-# What a terminal gets
+# Output on a terminal
 
 
-def test_text_of_others_moves_no_cursor(tmp_path, monkeypatch, capsys):
+def test_external_text_moves_no_cursor(tmp_path, monkeypatch, capsys):
     show("a\x1b[2J\nb\x07")
     report("c\x1b]0;title\x07")
     assert capsys.readouterr() == ("a\\x1b[2J\nb\\x07\n", "c\\x1b]0;title\\x07\n")
-    monkeypatch.setattr(runner, "run", lambda *_: {"final": {"x\x1b[31m": 1.0}, "best": {"x\x1b[31m": 1.0}})
+    monkeypatch.setattr(runner, "run", lambda *_: {**RESULT, "final": {"x\x1b[31m": 1.0}})
     assert main(["run", "quickstart/student", "--out", str(tmp_path / "e\x1b[31m")]) == 0
     assert main(["eval", "quickstart/student", "--checkpoint", "f\x1b[31m\n.pt"]) == 1
     for text in capsys.readouterr():
@@ -190,7 +192,7 @@ def test_text_of_others_moves_no_cursor(tmp_path, monkeypatch, capsys):
 
 
 def python(code, shell="", **environment):
-    """The result of a line in a fresh interpreter, with redirections of a shell."""
+    """The result of a line of Python in a fresh interpreter, with redirections of a shell."""
     command = ["sh", "-c", f'exec "$0" -c "$1" {shell}', sys.executable, code]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
@@ -209,7 +211,7 @@ with lasting_streams(), open({str(tmp_path / "checkpoint")!r}, "w") as file:
         assert (tmp_path / "checkpoint").read_text() == ""
 
 
-def test_a_reader_that_is_gone_stops_nothing():
+def test_a_reader_that_has_ended_stops_nothing():
     read, write = os.pipe()
     os.close(read)
     before = sys.stdout, sys.stderr
@@ -231,7 +233,7 @@ def test_a_full_disk_behind_stdout_is_one_sentence():
 
 def test_ascii_terminals_get_what_they_can_show():
     code = "from rkd_plugin.cli.streams import lasting_streams as l\n"
-    code += "from rkd_plugin.experiments.support.printing import show\n"
+    code += "from rkd_plugin.printing import show\n"
     done = python(code + "with l(): show('50 ± 2')", PYTHONIOENCODING="ascii:strict")
     assert (done.returncode, done.stdout) == (0, "50 \\xb1 2\n")
 
@@ -239,9 +241,12 @@ def test_ascii_terminals_get_what_they_can_show():
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (MemoryError(), "expected enough memory, got none; use a smaller batch"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "expected enough memory, got none"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "expected the processes that load"),
+        (MemoryError(), "expected enough memory, got too little; use a smaller batch"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "expected enough memory, got too little",
+        ),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "expected the workers that load data"),
     ],
 )
 def test_too_little_memory_is_one_sentence_and_keeps_the_epochs(tmp_path, monkeypatch, capsys, error, message):
@@ -258,7 +263,7 @@ def test_too_little_memory_is_one_sentence_and_keeps_the_epochs(tmp_path, monkey
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"rkd run: {message}")
     monkeypatch.undo()
     assert main(command) == 0
-    assert f"{tmp_path}: going on from epoch 2 of 2" in capsys.readouterr().err
+    assert f"{tmp_path}: continuing with epoch 2 of 2" in capsys.readouterr().err
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
@@ -269,7 +274,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
 
 @pytest.mark.slow
 def test_the_wheel_works_away_from_the_checkout(tmp_path):
-    """A fresh environment whose only package of its own is the wheel; the hosts are lent to it by a path file."""
+    """A fresh environment with the wheel; a path file adds the packages of this environment."""
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")

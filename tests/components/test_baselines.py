@@ -56,12 +56,12 @@ def authors_weights(embeddings, labels, floor=0.5, cutoff=1.4):
 def test_negatives_are_drawn_with_the_authors_probabilities(dim):
     embeddings, labels = sphere(24, dim)
     probabilities = DistanceWeightedNegatives().probabilities(embeddings, labels, embeddings, labels)
-    # float32 logarithms of up to a few hundred carry 1e-5 into the exponent.
+    # Logarithms of a few hundred in float32 have errors of 1e-5.
     torch.testing.assert_close(probabilities, authors_weights(embeddings, labels), rtol=2e-4, atol=1e-7)
 
 
-def test_in_wide_embeddings_the_nearest_row_drowns_the_negatives_and_all_are_taken_alike():
-    """What the authors' float32 does at 512 dimensions, and so what their teachers were trained with."""
+def test_in_wide_embeddings_all_weights_underflow_and_the_draw_is_uniform():
+    """As in the authors' float32 code at 512 dimensions, with which their teachers were trained."""
     embeddings, labels = sphere(24, 512, spread=0.3)
     probabilities = DistanceWeightedNegatives().probabilities(embeddings, labels, embeddings, labels)
     others = (labels[:, None] != labels).float()
@@ -97,7 +97,7 @@ def test_a_batch_of_one_class_has_no_triplets():
     assert len(anchors) == 0
 
 
-def test_opposite_rows_are_no_nan():
+def test_opposite_rows_are_not_nan():
     embeddings = torch.cat([torch.eye(5), -torch.eye(5)])
     probabilities = DistanceWeightedNegatives().probabilities(
         embeddings, torch.arange(10), embeddings, torch.arange(10)
@@ -158,7 +158,7 @@ def test_darkrank_of_equal_rows_is_finite(beta):
     student = torch.ones(5, 3, requires_grad=True)
     loss = HardDarkRank(beta=beta)(student, torch.randn(5, 3))
     loss.backward()
-    # All of four, three, two and one are alike.
+    # The draws are uniform over four, three, two and one rows.
     assert loss.item() == pytest.approx(math.log(24), rel=1e-6)
     assert student.grad.isfinite().all()
 
@@ -207,7 +207,7 @@ def test_rkd_is_the_authors():
     assert rkd_angle_loss(student, teacher).item() == pytest.approx(huber(student_a, teacher_a).mean().item(), rel=1e-6)
 
 
-# What trains beside the student
+# Modules that train with the student
 
 
 class Net(nn.Module):
@@ -312,7 +312,7 @@ def test_hint_regressors_train_with_the_student_and_go_with_their_stage():
     box.post_forward_process(box.forward_process(images, labels, None))
 
 
-def test_a_loss_with_proxies_trains_beside_the_model():
+def test_a_loss_with_proxies_trains_with_the_model():
     model, proxies = Net(4), ProxyAnchorLoss(num_classes=4, embedding_size=4)
     with pytest.raises(ValueError, match=r"ProxyAnchorLoss has parameters, .* the key TrainedWith as well"):
         PMLLoss(proxies)
@@ -340,7 +340,7 @@ def test_a_loss_with_proxies_trains_beside_the_model():
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 5), (4, 5, 5, 6), (4, 5)])
-def test_a_hint_guesses_no_axis_of_channels(shape):
+def test_a_hint_does_not_guess_the_axis_of_channels(shape):
     with pytest.raises(
         ValueError, match=r"HintRegressor: expected feature maps \(N, 6, H, W\) or vectors \(N, 6\), got"
     ):

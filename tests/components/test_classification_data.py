@@ -1,4 +1,4 @@
-"""CIFAR-100 and Tiny ImageNet in their true layout on disk: what is read, and what is refused in words."""
+"""CIFAR-100 and Tiny ImageNet in their layout on disk: what is read, and what raises."""
 
 import pickle
 import re
@@ -22,7 +22,7 @@ GET_TINY = "; get http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it
 
 @pytest.fixture
 def cifar(tmp_path):
-    """Three images to train, two to test, of five classes."""
+    """Three training images and two test images of five classes."""
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     for name, labels in (("train", [4, 0, 2]), ("test", [1, 3])):
@@ -34,7 +34,7 @@ def cifar(tmp_path):
 
 @pytest.fixture
 def tiny(tmp_path):
-    """Tiny ImageNet of three classes, whose list is in another order than their names."""
+    """Tiny ImageNet with three classes, whose list is not sorted by name."""
     root = tmp_path / "tiny-imagenet-200"
     for shade, wnid in enumerate(WNIDS):
         for number in range(2):
@@ -57,7 +57,7 @@ def test_cifar_is_torchvisions(cifar):
 
 
 def test_nothing_of_a_cifar_file_is_executed(cifar, monkeypatch):
-    """Not even of one that passes for the published one: whoever made it chose its MD5."""
+    """Not even of a file with the published MD5, which an attacker can produce."""
     publish(monkeypatch, cifar / "cifar-100-python")
     monkeypatch.setattr(pickle, "load", None)
     assert CIFAR100(cifar).targets == [4, 0, 2]
@@ -72,7 +72,7 @@ def test_a_missing_cifar_file_is_named_with_where_to_get_it(cifar, name):
 
 
 def publish(monkeypatch, folder):
-    """Have the files there pass for the published ones."""
+    """Accept the files as the published ones."""
     train, test, meta = (calculate_md5(folder / name) for name in ("train", "test", "meta"))
     monkeypatch.setattr(CIFAR100, "train_list", [["train", train]])
     monkeypatch.setattr(CIFAR100, "test_list", [["test", test]])
@@ -80,13 +80,13 @@ def publish(monkeypatch, folder):
 
 
 @pytest.mark.parametrize(("name", "published"), [("train", True), ("test", False), ("meta", False)])
-def test_a_cut_cifar_file_is_refused(cifar, name, published, monkeypatch):
+def test_a_truncated_cifar_file_raises(cifar, name, published, monkeypatch):
     path = cifar / "cifar-100-python" / name
     publish(monkeypatch, path.parent)
     train = name != "test"
     assert len(CIFAR100(cifar, train, published=published)) == (3 if train else 2)
     path.write_bytes(path.read_bytes()[:-20])
-    message = rf"{path} is cut or changed, its MD5 is not [0-9a-f]{{32}}{GET_CIFAR}.*; or set published to False$"
+    message = rf"{path} is truncated or changed, its MD5 is not [0-9a-f]{{32}}{GET_CIFAR}.*; or set published to False$"
     if not published:
         message = f"expected a pickle of arrays in {path}, could not read it: "
     with pytest.raises(ValueError, match=message) as error:
@@ -103,17 +103,17 @@ class Malicious:
 
 
 @pytest.mark.parametrize("name", ["train", "meta"])
-def test_a_pickle_that_would_execute_code_is_refused_unexecuted(cifar, tmp_path, name, monkeypatch):
+def test_a_pickle_that_would_execute_code_raises_and_is_not_executed(cifar, tmp_path, name, monkeypatch):
     path, target = cifar / "cifar-100-python" / name, tmp_path / "executed"
     publish(monkeypatch, path.parent)
-    content = {**pickle.loads(path.read_bytes()), "filenames": [Malicious(target)]}  # beside what is in order
+    content = {**pickle.loads(path.read_bytes()), "filenames": [Malicious(target)]}  # in addition to valid content
     path.write_bytes(pickle.dumps(content))
-    for published, problem in ((False, ", could not read it: it names "), (True, " is cut or changed")):
+    for published, problem in ((False, ", could not read it: it names "), (True, " is truncated or changed")):
         with pytest.raises(ValueError, match=f"{path}{problem}"):
             CIFAR100(cifar, published=published)
         assert not target.exists()
     pickle.loads(path.read_bytes())
-    assert target.exists()  # it would have
+    assert target.exists()  # pickle executes it
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_pickle_that_would_execute_code_is_refused_unexecuted(cifar, tmp_path,
         ("meta", ["auk"], "got list"),
     ],
 )  # fmt: skip
-def test_a_cifar_file_of_another_form_is_refused(cifar, name, content, message):
+def test_a_cifar_file_of_another_form_raises(cifar, name, content, message):
     path = cifar / "cifar-100-python" / name
     path.write_bytes(pickle.dumps(content))
     form = "a list fine_label_names" if name == "meta" else r"data \(N, 3072\) of uint8 and N fine_labels"
@@ -140,7 +140,7 @@ def test_a_cifar_file_of_another_form_is_refused(cifar, name, content, message):
         CIFAR100(cifar, train=name != "test", published=False)
 
 
-def test_cifar_is_downloaded_when_asked_and_only_if_it_is_the_published_archive(cifar, tmp_path, monkeypatch, web):
+def test_cifar_is_downloaded_on_request_and_only_if_it_is_the_published_archive(cifar, tmp_path, monkeypatch, web):
     (folder, address), root = web, tmp_path / "root"
     archive = folder / "archive.tar.gz"
     with tarfile.open(archive, "w:gz") as file:
@@ -157,7 +157,7 @@ def test_cifar_is_downloaded_when_asked_and_only_if_it_is_the_published_archive(
     assert len(CIFAR100(root, download=True, published=False)) == 3
     monkeypatch.setattr(CIFAR100, "url", f"{address}/missing")
     (root / CIFAR100.filename).unlink()
-    assert len(CIFAR100(root, download=True, published=False)) == 3  # it is there
+    assert len(CIFAR100(root, download=True, published=False)) == 3  # it exists
     shutil.rmtree(root)
     with pytest.raises(ConnectionError, match=f"CIFAR100: {address}/missing failed .*404.*{GET_CIFAR}"):
         CIFAR100(root, download=True, published=False)
@@ -186,7 +186,7 @@ def test_tiny_imagenets_labels_are_lines_of_its_list(tiny):
     assert train[0][0].getpixel((0, 0))[0] == pytest.approx(160, abs=3)  # JPEG's rounding
 
 
-def test_hidden_and_system_entries_are_no_images_of_tiny_imagenet(tiny):
+def test_hidden_and_system_entries_are_not_images_of_tiny_imagenet(tiny):
     clean = TinyImageNet(tiny).samples
     clutter(tiny / "tiny-imagenet-200" / "train", *(tiny / "tiny-imagenet-200" / "train").glob("*/images"))
     assert TinyImageNet(tiny).samples == clean
@@ -229,7 +229,7 @@ def test_what_tiny_imagenet_lacks_is_named(tiny, split, gone, message):
 
 
 @pytest.mark.parametrize(("split", "name"), [("train", "wnids.txt"), ("val", "val/val_annotations.txt")])
-def test_an_empty_list_of_tiny_imagenet_is_refused(tiny, split, name):
+def test_an_empty_list_of_tiny_imagenet_raises(tiny, split, name):
     path = tiny / "tiny-imagenet-200" / name
     path.write_text("\n")
     with pytest.raises(ValueError, match=f"TinyImageNet: expected lines in {path}, found none{GET_TINY}"):

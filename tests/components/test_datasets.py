@@ -1,4 +1,4 @@
-"""Data sets in their true layout on disk: what is read, what is refused, and nothing that is fetched unasked."""
+"""Data sets in their layout on disk: what is read, what raises, and that nothing is downloaded without a request."""
 
 import errno
 import hashlib
@@ -32,7 +32,8 @@ from rkd_plugin.components.datasets import cached as cache
 from rkd_plugin.components.datasets.downloads import unpack
 from rkd_plugin.components.samplers import WholeBatches
 from rkd_plugin.experiments.recipe import read
-from rkd_plugin.experiments.running.experiment import Experiment, measured_on
+from rkd_plugin.experiments.running.evaluation import measured_on
+from rkd_plugin.experiments.running.experiment import Experiment
 from rkd_plugin.storage import allocate
 
 
@@ -42,7 +43,7 @@ def write_image(path, shade=100, mode="RGB", size=(12, 10)):
 
 
 def write_cub(root):
-    """Four images of the classes 1, 2, 101 and 200; one is grey, as eight of the true ones are."""
+    """Four images of the classes 1, 2, 101 and 200; one is grey, as eight of the published images."""
     folder = root / "CUB_200_2011"
     names = ["001.Albatross/A.jpg", "002.Auk/B.jpg", "101.Pelican/C.jpg", "200.Yellowthroat/D.jpg"]
     for index, name in enumerate(names):
@@ -124,7 +125,7 @@ def test_a_missing_list_is_named_with_where_to_get_it(layout, file, home, tmp_pa
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_half_unpacked_archive_is_told_before_training(layout, tmp_path):
+def test_a_half_unpacked_archive_raises_before_training(layout, tmp_path):
     data_set = LAYOUTS[layout][0](tmp_path)
     data = data_set(tmp_path, "test")
     Path(data.paths[1]).unlink()
@@ -153,7 +154,7 @@ def test_a_malformed_line_is_named(layout, file, line, tmp_path):
         data_set(tmp_path, "train")
 
 
-def test_lists_that_are_too_short_are_told(tmp_path):
+def test_lists_that_are_too_short_raise(tmp_path):
     write_cars(tmp_path / "cars")
     (tmp_path / "cars" / "names.csv").write_text("one\ntwo\n")
     with pytest.raises(ValueError, match=r"a name for each class in .*names\.csv, got fewer"):
@@ -206,7 +207,7 @@ def test_a_download_is_unpacked_once_and_leaves_nothing_else(layout, kind, tmp_p
     assert len(data_set(root, "train+test", download=True)) == len(data_set(tmp_path / "original", "train+test"))
     assert [path.name for path in root.iterdir()] == [data_set.FOLDER]
     monkeypatch.setattr(listed, "fetch", None)
-    data_set(root, download=True)  # it is there
+    data_set(root, download=True)  # it exists
 
 
 def test_a_download_with_another_checksum_is_not_unpacked(tmp_path, monkeypatch, web):
@@ -252,11 +253,11 @@ HOSTILE = {
     "a hard link": ([("data/target", FILE), ("data/link", tarfile.LNKTYPE)], "is a link or device"),
     "a device": ([("data/null", tarfile.CHRTYPE)], "is a link or device"),
     "a pipe": ([("data/pipe", tarfile.FIFOTYPE)], "is a link or device"),
-    "climbing": ([("data/../../evil", FILE)], "is no path below its folder"),
-    "climbing and coming back": ([("../data/evil", FILE)], "is no path below its folder"),
-    "absolute": ([("/tmp/evil", FILE)], "is no path below its folder"),
-    "a backslash": ([("data\\..\\evil", FILE)], "is no path below its folder"),
-    "a drive": ([("C:evil", FILE)], "is no path below its folder"),
+    "climbing": ([("data/../../evil", FILE)], "is not a path below its folder"),
+    "climbing and coming back": ([("../data/evil", FILE)], "is not a path below its folder"),
+    "absolute": ([("/tmp/evil", FILE)], "is not a path below its folder"),
+    "a backslash": ([("data\\..\\evil", FILE)], "is not a path below its folder"),
+    "a drive": ([("C:evil", FILE)], "is not a path below its folder"),
     "a duplicate": ([("data/a", FILE), ("data/./a", FILE)], "is in the place of 'data/a'"),
     "another case": ([("data/a", FILE), ("DATA/A", FILE)], "is in the place of"),
     "another accent": ([("data/\u00e9", FILE), ("data/e\u0301", FILE)], "is in the place of"),
@@ -269,8 +270,8 @@ IN_ZIP = ("a symbolic link", "a pipe", "climbing", "absolute", "a backslash", "a
 
 
 @pytest.mark.parametrize(("name", "kind"), [*((name, "tar") for name in HOSTILE), *((name, "zip") for name in IN_ZIP)])
-def test_an_archive_is_refused_before_a_file_is_written(name, kind, tmp_path, monkeypatch):
-    """By our own look at its members: what Python's filter lets through differs from version to version."""
+def test_an_archive_raises_before_a_file_is_written(name, kind, tmp_path, monkeypatch):
+    """By our own check of its members, as the filters of Python differ between versions."""
     members, reason = HOSTILE[name]
     path = archive(tmp_path / "archive", kind, *members)
     if name != "no such folder":
@@ -290,7 +291,7 @@ def test_an_archive_that_stays_in_its_folder_is_unpacked(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
-def test_a_cut_archive_leaves_nothing(kind, tmp_path):
+def test_a_truncated_archive_leaves_nothing(kind, tmp_path):
     path = archive(tmp_path / "archive", kind, ("data/1.jpg", FILE))
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match=r"refused it: .*; get it again from its publisher$"):
@@ -298,7 +299,7 @@ def test_a_cut_archive_leaves_nothing(kind, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["archive"]
 
 
-# Folders of one's own
+# Folders of the user
 
 
 def write_folders(root, classes=5, images=3, size=(12, 10)):
@@ -323,7 +324,7 @@ def test_folders_are_split_by_class(tmp_path):
 
 
 def clutter(*parents):
-    """What operating systems, notebooks and network drives leave behind."""
+    """Entries that operating systems, notebooks and network drives add."""
     for parent in parents:
         for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir", "$RECYCLE.BIN"):
             write_image(parent / name / "1.png")
@@ -331,7 +332,7 @@ def clutter(*parents):
             (parent / name).write_bytes(b"no image")
 
 
-def test_hidden_and_system_entries_are_no_data(tmp_path):
+def test_hidden_and_system_entries_are_not_data(tmp_path):
     root = write_folders(tmp_path)
     clean = ClassFolders(root, "train"), ClassFolders(root, "test")
     clutter(root, root / "000.class", root / "003.class")
@@ -341,7 +342,7 @@ def test_hidden_and_system_entries_are_no_data(tmp_path):
         assert [found[index][1] for index in range(len(found))] == data.targets
 
 
-def test_files_that_are_no_images_are_counted(tmp_path):
+def test_files_that_are_not_images_are_counted(tmp_path):
     root = write_folders(tmp_path)
     for name in ("000.class/a.gif", "000.class/b.gif", "001.class/readme", "004.class/c.GIF"):
         (root / name).write_bytes(b"")
@@ -354,7 +355,7 @@ def test_files_that_are_no_images_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("depth", ["class/image", "image"])
-def test_splits_are_no_classes(depth, tmp_path):
+def test_splits_are_not_classes(depth, tmp_path):
     for split in ("test", "train", "val"):
         write_folders(tmp_path / split) if depth == "class/image" else write_image(tmp_path / split / "1.png")
     with pytest.raises(ValueError, match=rf"got test, train, val, which are splits; .* {tmp_path}/train$"):
@@ -363,7 +364,7 @@ def test_splits_are_no_classes(depth, tmp_path):
         assert len(ClassFolders(tmp_path / "train", "train+test")) == 15
 
 
-def test_folders_of_folders_are_no_classes(tmp_path):
+def test_folders_of_folders_are_not_classes(tmp_path):
     for part in ("birds", "fish"):
         write_folders(tmp_path / part)
     found = "000.class, 001.class, 002.class and 2 more"
@@ -387,8 +388,9 @@ def test_all_classes_of_a_data_set(tmp_path):
 def test_what_was_measured_on(tmp_path):
     data = ClassFolders(write_folders(tmp_path), "test", transform=RESIZED)
     for part in (data, Cached(data, None), WholeBatches(Subset(data, range(9)))):
-        assert measured_on(part, torch.tensor(data.targets)) == "9 images of 3 of 5 classes"
-    assert measured_on(TensorDataset(torch.zeros(2)), torch.tensor([4, 4])) == "2 images of 1 classes"
+        assert measured_on(part, data.targets) == "9 images of 3 of 5 classes"
+    assert measured_on(TensorDataset(torch.zeros(2)), [4, 4]) == "2 images of 1 classes"
+    assert measured_on(TensorDataset(torch.zeros(2)), None) == "2 images"
 
 
 def test_images_of_another_number_of_channels_are_named_before_training(monkeypatch):
@@ -401,7 +403,7 @@ def test_images_of_another_number_of_channels_are_named_before_training(monkeypa
 
 
 def test_errors_of_folders(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected a folder per class in .*nowhere, which is not there"):
+    with pytest.raises(FileNotFoundError, match=r"expected a folder per class in .*nowhere, found no such folder"):
         ClassFolders(tmp_path / "nowhere")
     root = write_folders(tmp_path / "root")
     for count in (0, 5, -1):
@@ -440,6 +442,13 @@ def test_cached_images_are_the_decoded_ones(tmp_path, monkeypatch):
     assert torch.equal(fast[0][0], plain[0][0])
 
 
+def test_the_label_of_the_progress_bar_is_escaped(tmp_path, capsys):
+    Cached(ClassFolders(write_folders(tmp_path / "data"), transform=RESIZED), tmp_path / "a\x1b[31m")
+    found = capsys.readouterr().err
+    assert "a\\x1b[31m" in found
+    assert "\x1b[31m" not in found
+
+
 def test_the_transform_sees_the_cached_image_at_each_access(tmp_path):
     root = write_folders(tmp_path / "images")
     data = cached(root, tmp_path / "cache", v2.Compose([v2.RandomCrop(4), v2.ToDtype(torch.float32, scale=True)]))
@@ -467,7 +476,7 @@ def test_many_images_are_decoded_by_processes(tmp_path, monkeypatch):
     (root / "004.class" / "2.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"expected an image in .*2\.png") as raised:
         cached(root, tmp_path / "cache")
-    assert "\n" not in str(raised.value)  # one sentence, not the traceback of a process
+    assert "\n" not in str(raised.value)  # one sentence, without the traceback of a worker
 
 
 def test_what_changed_is_decoded_again_in_place_of_what_it_was(tmp_path):
@@ -489,12 +498,12 @@ def test_data_sets_are_cached_side_by_side(tmp_path):
     assert [data[0][0].shape[1] for data in caches] == [8, 4, 8, 4, 8, 8]
 
 
-def test_what_cannot_be_told_from_another_is_not_cached(tmp_path):
+def test_what_cannot_be_distinguished_is_not_cached(tmp_path):
     with pytest.raises(
         ValueError, match=r"a transform whose repr is the same in each run, got <function .*folder to None"
     ):
         cached(write_folders(tmp_path / "images"), tmp_path / "cache", resized=lambda image: image)
-    with pytest.raises(ValueError, match=r"files in `paths` or `samples`, got Digits, in which none .*; set folder to"):
+    with pytest.raises(ValueError, match=r"files in `paths` or `samples`, got Digits without; set folder to"):
         Cached(Digits(), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     assert Cached(Digits(), None)[3][0].shape == (1, 8, 8)
@@ -514,13 +523,13 @@ def test_a_damaged_cache_is_decoded_again(content, tmp_path):
 
 
 def test_a_cache_has_its_place_on_the_disk_before_it_is_mapped(tmp_path, monkeypatch):
-    """A disk that is full while a map is written ends the process, without an error that could be caught."""
+    """Writing a map on a full disk ends the process, without an error that can be caught."""
     root = write_folders(tmp_path / "images")
     allocate(tmp_path / "new", 2**20)
     assert (tmp_path / "new").stat().st_blocks * 512 >= 2**20
 
     def full(path, size):
-        assert size == path.stat().st_size + 15 * 3 * 8 * 8  # all images behind the header
+        assert size == path.stat().st_size + 15 * 3 * 8 * 8  # all images after the header
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cache, "allocate", full)
@@ -545,18 +554,18 @@ def test_allocating_keeps_what_is_there(system, tmp_path, monkeypatch):
         assert path.read_bytes() == b"abc" + bytes(max(size - 3, 0))
 
 
-def test_a_cache_that_is_cut_under_its_reader_is_an_error(tmp_path):
-    """A page that the file has no more ends the process: another one looks at it here."""
+def test_a_cache_that_is_truncated_while_it_is_read_is_an_error(tmp_path):
+    """Reading a page that is missing ends the process, so that a child process reads it."""
     root = write_folders(tmp_path / "images")
     data = cached(root, tmp_path / "cache", resized=v2.Compose([v2.Resize((64, 64)), v2.PILToTensor()]))
     data[14]
     os.truncate(data.path, 5000)
-    with pytest.raises(OSError, match=f"^Cached: expected {re.escape(str(data.path))} as it was opened, got it cut; "):
+    with pytest.raises(OSError, match=f"^Cached: expected {re.escape(str(data.path))} to keep its size, got it "):
         data[14]
 
 
 def test_parts_of_one_data_set_have_caches_of_their_own(tmp_path):
-    """Their files may be the same, such as the pickle of all images."""
+    """Their files can be the same, such as a pickle of all images."""
     whole = ClassFolders(write_folders(tmp_path / "images"), "train+test", transform=RESIZED)
     for data in (Subset(whole, [3, 1]), Subset(whole, [1, 3]), ConcatDataset([whole, Subset(whole, [4])])):
         part = Cached(data, tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""Few-shot learning: what an episode's loss and accuracy are, how a model is tested, and that recipes of it run."""
+"""Few-shot learning: the loss and the accuracy of an episode, and the test of a model."""
 
 import math
 
@@ -78,8 +78,8 @@ def test_maps_are_flattened():
 @pytest.mark.parametrize(
     ("labels", "shot", "runs"),
     [
-        ([0, 0, 1, 1, 1], 1, r"\[2, 3\]"),  # not alike
-        ([0, 1, 0, 1], 1, r"\[1\]"),  # not one after the other
+        ([0, 0, 1, 1, 1], 1, r"\[2, 3\]"),  # of different sizes
+        ([0, 1, 0, 1], 1, r"\[1\]"),  # not sorted by class
         ([0, 0, 1, 1], 2, r"\[2\]"),  # no query
         ([0, 0, 1, 1, 0, 0], 1, r"\[2\]"),  # a class twice
         ([], 1, r"\[\]"),
@@ -174,8 +174,8 @@ def test_two_models_are_tested_on_the_same_episodes_whatever_their_width(monkeyp
     wide = torch.cat([outputs, torch.zeros(108, 500)], 1)
     options = {"seed": 5, "test_tasks": [(4, 1)], "test_queries": 3, "test_episodes": 50}
     accuracies = episode_accuracies(outputs, LABELS, **options)["4way_1shot"]
-    monkeypatch.setattr(episodes, "BLOCK", 4 * 4 * 503 * 7)  # seven episodes at once
-    torch.manual_seed(77)  # which is not asked
+    monkeypatch.setattr(episodes, "NUMBERS_AT_ONCE", 4 * 4 * 503 * 7)  # seven episodes at once
+    torch.manual_seed(77)  # which is not used
     assert torch.equal(episode_accuracies(wide, LABELS, **options)["4way_1shot"], accuracies)
     assert not torch.equal(episode_accuracies(outputs, LABELS, **{**options, "seed": 6})["4way_1shot"], accuracies)
 

@@ -1,4 +1,4 @@
-"""Data sets of few-shot learning in their true layout on disk, and whole batches read at once."""
+"""Data sets of few-shot learning in their layout on disk, and reading whole batches."""
 
 import hashlib
 import pickle
@@ -26,7 +26,7 @@ PARTS = ("images_background", "images_evaluation")
 
 
 def write_omniglot(root, characters=4, drawings=3):
-    """Alphabets of two characters in both folders, strokes of one bit as published, and lists that share them out."""
+    """Alphabets of two characters in both folders, one-bit drawings as published, and lists of the splits."""
     pixels = np.random.default_rng(0)
     names = []
     for number in range(characters):
@@ -48,7 +48,7 @@ def write_omniglot(root, characters=4, drawings=3):
 
 
 def publish(monkeypatch, root):
-    """Let these lists pass for the published ones."""
+    """Accept these lists as the published ones."""
     folder = root / "omniglot-splits" / "vinyals"
     md5 = {path.stem: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
     monkeypatch.setattr(Omniglot, "SPLITS", md5)
@@ -71,7 +71,7 @@ def test_omniglots_classes_are_the_lines_of_its_list(drawn):
     assert len(Omniglot(drawn, "val", published=False)) == 12
 
 
-def test_omniglots_images_are_grey_turned_and_otherwise_those_of_the_file(drawn):
+def test_omniglots_images_are_grey_rotated_and_otherwise_those_of_the_file(drawn):
     data = Omniglot(drawn, "trainval", published=False)
     for label, turns in ((0, 0), (1, 1), (2, 2), (3, 3), (5, 1)):
         index = data.targets.index(label)
@@ -84,7 +84,7 @@ def test_omniglots_images_are_grey_turned_and_otherwise_those_of_the_file(drawn)
 
 
 def test_the_recipes_transform_gives_what_snells_code_gives(drawn):
-    """Turned, scaled to the nearest pixel, inverted: strokes are 1 on 0."""
+    """Rotated, resized with nearest neighbours and inverted: strokes are 1 on 0."""
     scaled = v2.Compose([v2.Resize([28, 28], interpolation=0), v2.PILToTensor(), v2.RandomInvert(p=1.0)])
     data = Cached(Omniglot(drawn, "test", scaled, published=False), None, v2.ToDtype(torch.float32, scale=True))
     for index in (0, 4, 20):
@@ -94,11 +94,13 @@ def test_the_recipes_transform_gives_what_snells_code_gives(drawn):
         assert set(expected.unique().tolist()) == {0.0, 1.0}
 
 
-def test_what_omniglot_lacks_is_said(drawn):
+def test_what_omniglot_lacks_is_named(drawn):
     path = drawn / "omniglot-splits" / "vinyals" / "test.txt"
     with pytest.raises(ValueError, match="split must be one of train, val, trainval, test, got 'evaluation'"):
         Omniglot(drawn, "evaluation")
-    with pytest.raises(ValueError, match=f"{path} is cut or changed, its MD5 is not 43534e6d.*set published to False$"):
+    with pytest.raises(
+        ValueError, match=f"{path} is truncated or changed, its MD5 is not 43534.*set published to False$"
+    ):
         Omniglot(drawn, "test")
     shutil.rmtree(drawn / "omniglot-py" / "images_evaluation" / "Alphabet_1" / "character02")
     missing = r"test.txt names Alphabet_1/character02, expected a folder .*images_background.* with its images"
@@ -117,24 +119,24 @@ def test_what_omniglot_lacks_is_said(drawn):
         ("Alphabet_1/character01/rot045\n", "line 1 of .* is malformed, 'Alphabet_1/character01/rot045'"),
         ("Alphabet_1/character01/rot000\ncharacter01\n", "line 2 of .* is malformed"),
         ("../secret/rot000\n", "line 1 of .* is malformed"),
-        ("Alphabet_1/character01/rot000\n" * 2, "expected lines that differ in .*, got 2 of which 1 do"),
-        ("", "expected lines that differ in .*, got 0 of which 0 do"),
+        ("Alphabet_1/character01/rot000\n" * 2, "expected distinct lines in .*, got 1 distinct of 2"),
+        ("", "expected distinct lines in .*, got 0 distinct of 0"),
     ],
 )
-def test_a_malformed_list_is_refused(drawn, text, message):
+def test_a_malformed_list_raises(drawn, text, message):
     (drawn / "omniglot-splits" / "vinyals" / "test.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         Omniglot(drawn, "test", published=False)
 
 
-def test_a_broken_drawing_is_named(drawn):
+def test_a_damaged_drawing_is_named(drawn):
     data = Omniglot(drawn, "test", published=False)
     Path(data.paths[0]).write_bytes(b"\x89PNG\r\n")
     with pytest.raises(ValueError, match=f"expected an image in {data.paths[0]}, could not read it"):
         data[0]
 
 
-def test_omniglot_is_downloaded_when_asked_and_only_if_it_is_the_published_one(drawn, tmp_path, monkeypatch, web):
+def test_omniglot_is_downloaded_on_request_and_only_if_it_is_the_published_one(drawn, tmp_path, monkeypatch, web):
     (folder, address), root = web, tmp_path / "root"
     md5 = {}
     for part in PARTS:
@@ -153,7 +155,7 @@ def test_omniglot_is_downloaded_when_asked_and_only_if_it_is_the_published_one(d
     monkeypatch.setattr(Omniglot, "PARTS", md5)
     assert len(Omniglot(root, "test", download=True)) == 24
     shutil.rmtree(folder)
-    assert len(Omniglot(root, "test", download=True)) == 24  # it is there
+    assert len(Omniglot(root, "test", download=True)) == 24  # it exists
     with pytest.raises(ConnectionError, match=r"val\.txt failed .*404"):
         Omniglot(root, "val", download=True)
 
@@ -171,7 +173,7 @@ def test_an_archive_that_writes_elsewhere_leaves_no_part_of_omniglot(tmp_path, m
     assert not list(tmp_path.rglob("evil"))
 
 
-def test_a_cut_archive_of_omniglot_leaves_no_images(drawn, tmp_path, monkeypatch, web):
+def test_a_truncated_archive_of_omniglot_leaves_no_images(drawn, tmp_path, monkeypatch, web):
     (folder, address), root = web, tmp_path / "root"
     shutil.make_archive(str(folder / "images_background"), "zip", drawn / "omniglot-py", "images_background")
     content = (folder / "images_background.zip").read_bytes()
@@ -193,7 +195,7 @@ def shade(split, label, number):
 
 
 def write_mini(root, form, images=2, sizes=SIZES):
-    """The same images in one of the four forms; those of one colour survive JPEG well enough to be told apart."""
+    """The same images in one of the four forms; images of one colour are distinct after JPEG."""
     root.mkdir(parents=True, exist_ok=True)
     for split, classes in sizes.items():
         names = [f"n{list(sizes).index(split)}{label:03}" for label in range(classes)]
@@ -223,7 +225,7 @@ def write_mini(root, form, images=2, sizes=SIZES):
     return root
 
 
-def test_hidden_and_system_entries_are_no_drawings_or_classes(drawn, tmp_path):
+def test_hidden_and_system_entries_are_not_drawings_or_classes(drawn, tmp_path):
     clean = Omniglot(drawn, "test", published=False)
     clutter(*(path for path in (drawn / "omniglot-py").rglob("character*")))
     assert Omniglot(drawn, "test", published=False).paths == clean.paths
@@ -263,7 +265,7 @@ def test_mini_imagenet_is_decoded_once(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_split_of_another_size_is_refused_unless_asked_for(tmp_path, form):
+def test_a_split_of_another_size_raises_unless_it_is_requested(tmp_path, form):
     root = write_mini(tmp_path, form)
     sizes = r"expected 20 classes of 600 images in split test of .*, got 2 of \[2\]; complete them, or set published"
     with pytest.raises(ValueError, match=sizes):
@@ -283,7 +285,7 @@ def test_the_published_size_is_accepted(tmp_path):
         MiniImageNet(tmp_path, "trainval")
 
 
-def test_what_mini_imagenet_lacks_is_said(tmp_path):
+def test_what_mini_imagenet_lacks_is_named(tmp_path):
     forms = "expected one of test.csv, mini-imagenet-cache-test.pkl, miniImageNet_category_split_test.pickle, test in"
     with pytest.raises(
         FileNotFoundError, match=f"{forms} {tmp_path}, found none; get the lists from https://github.com/"
@@ -327,14 +329,14 @@ IMAGES = np.zeros((2, 4, 4, 3), np.uint8)
         ("miniImageNet_category_split_test.pickle", [IMAGES], "expected a dictionary of arrays in .*, got list"),
     ],
 )
-def test_a_pickle_of_another_form_is_refused(tmp_path, name, content, message):
+def test_a_pickle_of_another_form_raises(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(pickle.dumps(content))
     with pytest.raises(ValueError, match=f"MiniImageNet: .*{message}"):
         MiniImageNet(tmp_path, "test", published=False)
 
 
 @pytest.mark.parametrize("name", ["mini-imagenet-cache-test.pkl", "miniImageNet_category_split_test.pickle"])
-def test_a_pickle_of_mini_imagenet_that_would_execute_code_is_refused_unexecuted(tmp_path, name):
+def test_a_pickle_of_mini_imagenet_that_would_execute_code_raises_and_is_not_executed(tmp_path, name):
     target = tmp_path / "executed"
     (tmp_path / name).write_bytes(pickle.dumps({"data": IMAGES, "image_data": IMAGES, "labels": [Malicious(target)]}))
     with pytest.raises(ValueError, match="could not read it: it names "):
@@ -349,7 +351,7 @@ def test_rows_may_be_an_array(tmp_path):
 
 
 def test_decoding_takes_no_random_numbers(drawn, tmp_path):
-    """A run that finds the images decoded must not differ from the first one."""
+    """A run with decoded images must not differ from the first one."""
     scaled = v2.Compose([v2.Resize([8, 8]), v2.PILToTensor(), v2.RandomInvert(p=1.0)])
     following = []
     for _ in range(2):
@@ -402,5 +404,5 @@ def test_the_wrapper_gives_what_torchdistills_gives(cached):
         assert torch.equal(a[0], b[0])
         assert torch.equal(a[1], b[1])
         assert a[2] == b[2] == {}
-    plain = torch.utils.data.TensorDataset(torch.arange(3), torch.arange(3))  # which has no such thing
+    plain = torch.utils.data.TensorDataset(torch.arange(3), torch.arange(3))  # without __getitems__
     assert WholeBatches(plain).__getitems__([2, 0]) == [(2, 2, {}), (0, 0, {})]

@@ -1,4 +1,4 @@
-"""Embedding nets: widths, norms, names of modules, and what cannot be built."""
+"""Embedding models: widths, norms, names of modules, and what cannot be built."""
 
 import itertools
 import urllib.error
@@ -52,12 +52,12 @@ def test_it_is_the_network_of_torchvision(side):
 
 def test_weights_by_name(monkeypatch):
     wanted = torchvision.models.resnet18().state_dict()
-    asked = []
+    requested = []
     monkeypatch.setattr(
-        torchvision.models._api.WeightsEnum, "get_state_dict", lambda self, **_: asked.append(self.name) or wanted
+        torchvision.models._api.WeightsEnum, "get_state_dict", lambda self, **_: requested.append(self.name) or wanted
     )
     model = BackboneEmbedding("resnet18", 8, l2_normalize=True, weights="IMAGENET1K_V1")
-    assert asked == ["IMAGENET1K_V1"]
+    assert requested == ["IMAGENET1K_V1"]
     assert torch.equal(model.backbone.layer4[1].conv2.weight, wanted["layer4.1.conv2.weight"])
 
 
@@ -87,7 +87,7 @@ def test_conv4_is_the_prototypical_encoder(side, flat):
     assert sum(p.numel() for p in model.parameters()) == 1 * 64 * 9 + 3 * 64 * 64 * 9 + 4 * (64 + 2 * 64)
 
 
-def test_relu_behind_the_pooling_is_relu_before_it():
+def test_relu_after_the_pooling_is_relu_before_it():
     """Values and gradients are those of convolution, BatchNorm, ReLU, pooling, the order of Snell et al."""
     model = Conv4Embedding([4, 4, 4, 4], None, l2_normalize=False, image_size=32, in_channels=1)
     images, weights = torch.rand(8, 1, 32, 32), torch.randn(8, 16)
@@ -103,8 +103,8 @@ def test_relu_behind_the_pooling_is_relu_before_it():
     torch.testing.assert_close(got, [parameter.grad for parameter in model.parameters()], rtol=1e-5, atol=1e-7)
 
 
-def test_resnet12_is_that_of_the_field():
-    """Three convolutions a block and one in its shortcut, all behind BatchNorm; DropBlock in the last two alone."""
+def test_resnet12_is_the_usual_one():
+    """Three convolutions per block and one in its shortcut, all with BatchNorm; DropBlock in the last two only."""
     with torch.device("meta"):
         model = few_shot_encoder("resnet12", image_size=84, in_channels=3, drop_block=0.1)
         assert model(torch.zeros(2, 3, 84, 84)).shape == (2, 640)

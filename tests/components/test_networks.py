@@ -1,4 +1,4 @@
-"""Networks for image classification: the sizes that their authors publish, and what can be hooked."""
+"""Networks for image classification: the published sizes, and the modules for hooks."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from rkd_plugin.components.models.networks import SMALL_NETWORKS
 
 
 def shapes_of(model, names, images):
-    """Of the outputs of modules, as a recipe hooks them."""
+    """Shapes of the outputs of modules, as a recipe hooks them."""
     shapes = {}
     for name in names:
         model.get_submodule(name).register_forward_hook(lambda *io, name=name: shapes.update({name: (*io[2].shape,)}))
@@ -52,7 +52,7 @@ def test_every_small_network_learns_from_every_parameter(name):
     scores.square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     assert scores.isfinite().all()
-    assert scores.std(0).min() > 0.01  # each image has its own
+    assert scores.std(0).min() > 0.01  # the scores of the images differ
     evaluated = model.eval()(torch.randn(1, 3, 32, 32))
     assert evaluated.shape == (1, 10)
     assert evaluated.isfinite().all()
@@ -104,15 +104,15 @@ def test_maps_that_recipes_hook(network, small_images, side):
 @pytest.mark.parametrize("small_images", [False, True])
 def test_weights_by_name_are_those_of_the_backbone(small_images, monkeypatch):
     whole = torchvision.models.resnet18().eval()
-    asked = []
+    requested = []
     monkeypatch.setattr(
         torchvision.models._api.WeightsEnum,
         "get_state_dict",
-        lambda self, **_: asked.append(self.name) or whole.state_dict(),
+        lambda self, **_: requested.append(self.name) or whole.state_dict(),
     )
     model = ImageClassifier("resnet18", 200, small_images=small_images, weights="IMAGENET1K_V1").eval()
-    assert asked == ["IMAGENET1K_V1"]
-    if small_images:  # but for the beginning, which torchvision has no weights for
+    assert requested == ["IMAGENET1K_V1"]
+    if small_images:  # without the stem, for which torchvision has no weights
         assert model.backbone.conv1.weight.shape == (64, 3, 3, 3)
         whole.conv1, whole.maxpool = model.backbone.conv1, torch.nn.Identity()
     whole.fc = model.linear

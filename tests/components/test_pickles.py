@@ -1,4 +1,4 @@
-"""Pickles from others: those of NumPy are read, whatever wrote them, and no other one can do anything."""
+"""External pickles: those of any version of NumPy are read, and all others have no effect."""
 
 import pickle
 from struct import pack
@@ -95,7 +95,7 @@ BYTE, OBJECT = call(DTYPE, "u1", False, True), call(DTYPE, "O8", False, True)
 EMPTY = call(named(CORE, "_reconstruct"), NDARRAY, (0,), b"b")
 FRAMED = named("numpy.core.numeric", "_frombuffer")
 LARGE = 2**40
-LONG = Raw(encoded("x" * 4000)[:-1] + b"\x01")  # a text that h\x01 gets again
+LONG = Raw(encoded("x" * 4000)[:-1] + b"\x01")  # a string that h\x01 gets again
 
 ATTACKS = {
     "a function": (call(named("os", "system"), "touch executed"), "it names os.system"),
@@ -105,39 +105,39 @@ ATTACKS = {
     "ndarray of objects": (call(NDARRAY, (1,), OBJECT, b"\x01" * 8), "an array of 'O8'"),
     "begun with another size": (call(named(CORE, "_reconstruct"), NDARRAY, (LARGE,), b"b"), "begins an array in"),
     "begun as another class": (call(named(CORE, "_reconstruct"), DTYPE, (0,), b"b"), "begins an array in another"),
-    "dtype of objects": (OBJECT, "an array of 'O8', which are no plain"),
-    "dtype of fields": (call(DTYPE, "u1,O8"), "no plain numbers"),
-    "dtype of a list": (call(DTYPE, [("a", "O8")]), "no plain numbers"),
-    "dtype of no bytes": (call(DTYPE, "S0"), "no plain numbers"),
+    "dtype of objects": (OBJECT, "an array of 'O8', which are not plain"),
+    "dtype of fields": (call(DTYPE, "u1,O8"), "not plain numbers"),
+    "dtype of a list": (call(DTYPE, [("a", "O8")]), "not plain numbers"),
+    "dtype of no bytes": (call(DTYPE, "S0"), "not plain numbers"),
     "fields of a dtype": (build(BYTE, (3, "|", None, ("a",), {"a": 1}, 1, 1, 0)), "more than plain"),
     "a subarray": (build(BYTE, (3, "|", (BYTE, (LARGE,)), None, None, 1, 1, 0)), "more than plain"),
     "metadata": (build(BYTE, (4, "|", None, None, None, -1, -1, 0, {})), "more than plain"),
     "a huge shape": (call(FRAMED, b"x", BYTE, (LARGE,), "C"), f"an array of .{LARGE},. uint8 in 1 bytes"),
-    "a negative shape": (call(FRAMED, b"x", BYTE, (-1, -1), "C"), "of other arguments"),
-    "a shape of floats": (call(FRAMED, b"x", BYTE, (1.0,), "C"), "of other arguments"),
-    "a shape of many axes": (call(FRAMED, b"", BYTE, (LARGE,) * 33, "C"), "of other arguments"),
-    "a size of no index": (call(FRAMED, b"", BYTE, (0, 2**63), "C"), "of other arguments"),
+    "a negative shape": (call(FRAMED, b"x", BYTE, (-1, -1), "C"), "with other arguments"),
+    "a shape of floats": (call(FRAMED, b"x", BYTE, (1.0,), "C"), "with other arguments"),
+    "a shape of many axes": (call(FRAMED, b"", BYTE, (LARGE,) * 33, "C"), "with other arguments"),
+    "a size of no index": (call(FRAMED, b"", BYTE, (0, 2**63), "C"), "with other arguments"),
     "characters that do not exist": (call(FRAMED, b"\xff" * 4, call(DTYPE, "U1"), (1,), "C"), "do not exist"),
     "a key of keys": (Raw(b"}" + encoded((1, 2)) + encoded(3) + b"s"), "keys that are no plain"),
     "keys of keys": (Raw(b"}(" + encoded((1, 2)) + encoded(3) + b"u"), "keys that are no plain"),
     "a dictionary of keys of keys": (Raw(b"(" + encoded((1, 2)) + encoded(3) + b"d"), "keys that are no plain"),
     "bytes out of bounds": (call(FRAMED, b"x", call(DTYPE, "f8"), (1,), "C"), "float64 in 1 bytes"),
-    "bytes of another kind": (call(FRAMED, [b"x"], BYTE, (1,), "C"), "of other arguments"),
-    "an array as bytes": (call(FRAMED, EMPTY, BYTE, (0,), "C"), "of other arguments"),
-    "no dtype": (call(FRAMED, b"x", "u1", (1,), "C"), "of other arguments"),
-    "a state of objects": (build(EMPTY, (1, (1,), BYTE, False, ["x"])), "of other arguments"),
+    "bytes of another kind": (call(FRAMED, [b"x"], BYTE, (1,), "C"), "with other arguments"),
+    "an array as bytes": (call(FRAMED, EMPTY, BYTE, (0,), "C"), "with other arguments"),
+    "no dtype": (call(FRAMED, b"x", "u1", (1,), "C"), "with other arguments"),
+    "a state of objects": (build(EMPTY, (1, (1,), BYTE, False, ["x"])), "with other arguments"),
     "a state out of bounds": (build(EMPTY, (1, (LARGE,), BYTE, False, b"x")), "in 1 bytes"),
-    "a state of strides": (build(EMPTY, (1, (1,), BYTE, False, b"x", (LARGE,))), "sets the state of something else"),
-    "a dictionary as state": (build(EMPTY, {"shape": (LARGE,)}), "sets the state of something else"),
-    "a function's state": (build(named(CORE, "_reconstruct"), {"__doc__": "changed"}), "sets the state of something"),
-    "a class's state": (build(DTYPE, (None, {"set_state": None})), "sets the state of something else"),
+    "a state of strides": (build(EMPTY, (1, (1,), BYTE, False, b"x", (LARGE,))), "sets the state of an object"),
+    "a dictionary as state": (build(EMPTY, {"shape": (LARGE,)}), "sets the state of an object"),
+    "a function's state": (build(named(CORE, "_reconstruct"), {"__doc__": "changed"}), "sets the state of an object"),
+    "a class's state": (build(DTYPE, (None, {"set_state": None})), "sets the state of an object"),
     "a scalar of objects": (call(named(CORE, "scalar"), OBJECT, b"\x01" * 8), "an array of 'O8'"),
     "an item of an array": (Raw(EMPTY + encoded(0) + encoded(1) + b"s"), "item assignment"),
     "more bytes than the file": (
         Raw(b"".join(call(named("_codecs", "encode"), text, "latin1") for text in (LONG, Raw(b"h\x01")))),
-        "encodes texts in another way",
+        "encodes strings in another way",
     ),
-    "another encoding": (call(named("_codecs", "encode"), "x", "zip"), "encodes texts in another way"),
+    "another encoding": (call(named("_codecs", "encode"), "x", "zip"), "encodes strings in another way"),
     "bytes of a size": (call(named("builtins", "bytes"), LARGE), "takes 1 positional argument"),
     "an object": (Raw(DTYPE + b")\x81"), "the operation NEWOBJ"),
     "an instance": (Raw(b"(ios\nsystem\n"), "the operation INST"),
@@ -161,18 +161,18 @@ def test_a_pickle_that_is_more_than_arrays_does_nothing(name, tmp_path, monkeypa
         read_arrays("Data", path)
     assert "\n" not in str(raised.value)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.pickle"]
-    path.write_bytes(pickle.dumps(CONTENT, 2))  # and leaves nothing behind in the process
+    path.write_bytes(pickle.dumps(CONTENT, 2))  # and the process is unchanged
     assert np.array_equal(read_arrays("Data", path)["data"], CONTENT["data"])
 
 
 def test_memory_is_that_of_the_file(tmp_path):
-    """The largest index of the memo would take 64 GiB in a list, as Python's own reader has it."""
+    """The largest index of the memo would need 64 GiB in a list, as in Python's C unpickler."""
     path = tmp_path / "a.pickle"
     path.write_bytes(b"\x80\x03}r\xff\xff\xff\xff(" + encoded("labels") + encoded([3]) + b"u.")
     assert read_arrays("Data", path) == {"labels": [3]}
 
 
-def test_an_array_whose_state_is_missing_is_no_array(tmp_path):
+def test_an_array_whose_state_is_missing_is_not_an_array(tmp_path):
     path = tmp_path / "a.pickle"
     path.write_bytes(b"\x80\x03}(" + encoded("data") + EMPTY + b"u.")
     assert read_arrays("Data", path) == {"data": None}

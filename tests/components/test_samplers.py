@@ -1,4 +1,4 @@
-"""Class-balanced batches and episodes: what is in them, that the seed decides, and that processes share them."""
+"""Class-balanced batches and episodes: their content, their seed, and how ranks share them."""
 
 import random
 from collections import Counter
@@ -63,7 +63,7 @@ def test_every_class_and_image_is_as_likely():
     for label in range(40):
         images = [index for index in range(len(LABELS)) if LABELS[index] == label]
         share = [counts[index] / by_class[label] for index in images]
-        # About 800 times a class: five standard deviations of an image's share.
+        # About 800 times per class: five standard deviations of an image's share.
         assert max(abs(s - 1 / len(images)) for s in share) < 5 * (1 / len(images) / 800) ** 0.5
 
 
@@ -78,7 +78,7 @@ def test_the_seed_decides_and_epochs_differ(kind):
     first, second = list(sampler), list(sampler)
     assert first != second
     torch.manual_seed(3)
-    random.seed(99)  # which is not asked
+    random.seed(99)  # which is not used
     assert list(sampler) == first
 
 
@@ -120,21 +120,21 @@ def test_errors(kwargs, message):
 @pytest.mark.parametrize("kind", [batches, episodes])
 def test_a_data_set_without_labels(kind):
     name = type(kind()).__name__
-    with pytest.raises(ValueError, match=f"^{name}: expected a data set with labels, got TensorDataset, in which none"):
+    with pytest.raises(ValueError, match=f"^{name}: expected a data set with labels, got TensorDataset without; give"):
         kind(data=TensorDataset(torch.zeros(9, 1)))
     fractional = TensorDataset(torch.zeros(80, 1), torch.arange(80) / 2)
     with pytest.raises(ValueError, match=f"^{name}: expected labels that are whole numbers, got 0.0, a float"):
         kind(data=fractional)
 
 
-def test_a_sampler_over_unknown_data_is_refused():
-    """Its images are some of the data set's, which nobody would know."""
+def test_a_sampler_over_unknown_data_raises():
+    """It draws from an unknown part of the data set."""
     with pytest.raises(ValueError, match=r"expected a sampler with its data set .*, got SubsetRandomSampler; use Seq"):
         EpisodicBatchSampler(SubsetRandomSampler([0, 1]), 2, 1, 1, 1)
 
 
 def parts():
-    """The everyday splits of the labels above, each in torchdistill's wrapper as well."""
+    """Usual splits of the labels above, each also in torchdistill's wrapper."""
     chosen = [index for index, label in enumerate(LABELS) if label % 2]
     for data in (
         Subset(Data(), chosen),
@@ -145,7 +145,7 @@ def parts():
 
 
 @pytest.mark.parametrize("kind", [batches, episodes])
-def test_splits_and_joined_data_sets_are_taken(kind):
+def test_splits_and_joined_data_sets_are_accepted(kind):
     """Each class as often as in the whole data set, and by the indices of the part."""
     for data in parts():
         sampler = kind(8, 2, 3, data=data) if kind is batches else kind(4, 1, 1, 3, data=data)
@@ -199,7 +199,7 @@ def test_processes_share_the_batches_of_one(processes, tmp_path):
     torch.manual_seed(0)
     assert [list(chain(*shares)) for shares in zip(*parts, strict=True)] == through_a_loader(batches(30, iterations=3))
     assert {len(share) for part in parts for share in part} == {30 // processes}
-    torch.manual_seed(0)  # an episode is never torn apart
+    torch.manual_seed(0)  # an episode is never divided
     assert [episode for turn in zip(*turns, strict=True) for episode in turn] == through_a_loader(episodes())
     torch.manual_seed(0)
     *expected, rest = through_a_loader(shared(whole=False, batch_size=12))

@@ -1,4 +1,4 @@
-"""What test_many_processes.py starts in several processes: data, models and losses in float64, and a script."""
+"""Data, models and losses in float64, and a script, which test_many_processes.py starts in several processes."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from torchdistill.models.registry import register_model
 
 from rkd_plugin import distributed, rkd_da_loss
 from rkd_plugin.experiments.recipe import read
-from rkd_plugin.experiments.running import experiment, runner
+from rkd_plugin.experiments.running import evaluation, runner
 from rkd_plugin.experiments.support import processes
 
 
 class Points(torch.utils.data.Dataset):
-    """Points around the centres of ten classes; BREAK=rank,after,how breaks a process at a point that it asks for."""
+    """Points around the centres of ten classes; BREAK=rank,after,how breaks a process at a point that it requests."""
 
     def __init__(self, count, seed):
         drawn = torch.Generator().manual_seed(seed)
         self.targets = (torch.arange(count) % 10).tolist()
         centres = torch.randn(10, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self.points = centres[self.targets] + torch.randn(count, 6, generator=drawn, dtype=torch.float64)
-        self.asked = 0
+        self.requested = 0
 
     def __len__(self):
         return len(self.targets)
 
     def __getitem__(self, index):
         rank, after, how = os.environ.get("BREAK", "-1,0,").split(",")
-        self.asked += 1
-        if int(rank) == distributed.rank() and self.asked > int(after):
+        self.requested += 1
+        if int(rank) == distributed.rank() and self.requested > int(after):
             if how == "raise":
                 raise OSError(f"cannot read point {index}")
-            if how == "kill" or self.asked == int(after) + 1:
+            if how == "kill" or self.requested == int(after) + 1:
                 os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGTERM)
         return self.points[index], self.targets[index]
 
 
 @register_model
 class Perceptron(nn.Sequential):
-    """With a layer that is never used, as stages leave some behind."""
+    """With a layer that is never used, as after a stage."""
 
     def __init__(self, width, dim):
         super().__init__(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, dim))
@@ -70,12 +70,12 @@ def train(path, folder, *overrides):
 
 
 def measure(path, checkpoint):
-    evaluation = experiment.evaluate(read(path), Path(checkpoint))
-    return {name: getattr(evaluation, name) for name in ("metrics", "outputs", "labels")}
+    measured = evaluation.evaluate(read(path), Path(checkpoint))
+    return {name: getattr(measured, name) for name in ("metrics", "outputs", "labels")}
 
 
 def gradients_of_fsdp():
-    """Of the global loss through a sharded student, and of one that is whole."""
+    """Gradients of the global loss through a sharded student, and through a plain one."""
     torch.manual_seed(0)
     images, teacher = torch.randn(14, 6, dtype=torch.float64), torch.randn(14, 7, dtype=torch.float64)
     student, sharded = Perceptron(9, 4), Perceptron(9, 4)
@@ -92,7 +92,7 @@ def gradients_of_fsdp():
 
 
 def mean_gradients():
-    """Of a parameter that both use, one in float32, one that only this process uses, one that none does."""
+    """Gradients of parameters that both processes use (one in float32), that only this one uses, and that none uses."""
     used, narrow, first, second, none = (torch.ones((), requires_grad=True) for _ in range(5))
     used, narrow = used.detach().double().requires_grad_(), narrow
     mine = (first, second)[distributed.rank()]

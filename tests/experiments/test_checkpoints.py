@@ -1,4 +1,4 @@
-"""Checkpoints of any program are read, execute nothing, and fit or are refused; edited files are one sentence."""
+"""Checkpoints of any program are read without running code; what does not fit raises; edited files are one sentence."""
 
 import argparse
 import copy
@@ -20,8 +20,10 @@ from torchdistill.common.main_util import save_ckpt
 from rkd_plugin.cli import main
 from rkd_plugin.experiments.recipe import read
 from rkd_plugin.experiments.recipe.errors import difference
-from rkd_plugin.experiments.running import checkpoints, experiment, runner
-from rkd_plugin.experiments.running.checkpoints import DamagedError, load_weights, read_checkpoint, read_weights
+from rkd_plugin.experiments.running import checkpoints, evaluation, experiment, runner
+from rkd_plugin.experiments.running.checkpoints import read_checkpoint
+from rkd_plugin.experiments.running.tensor_files import DamagedError
+from rkd_plugin.experiments.running.weights import load_weights, read_weights
 
 TINY = ["recipe.num_epochs=2", "recipe.samples_per_epoch=256", "recipe.batch_size=64", "models.model.kwargs.width=4"]
 
@@ -37,7 +39,7 @@ def one_sentence(error, match, function, *arguments):
     return str(raised.value)
 
 
-# What other programs save
+# Files of other programs
 
 WRAPPED = {
     "plain": lambda model: model,
@@ -53,7 +55,7 @@ WRAPPED = {
 def test_what_torchdistill_saves(wrapped, tmp_path):
     model = network()
     optimizer = torch.optim.Adam(model.parameters())
-    # What torchdistill's scripts hand over: parsed arguments, a value of NumPy.
+    # Torchdistill's scripts save parsed arguments and a value of NumPy.
     args = argparse.Namespace(config=Path("a.yaml"), device=torch.device("cpu"), log=None, seed=[1, {"a": 2.0}])
     save_ckpt(WRAPPED[wrapped](model), optimizer, None, np.float64(0.5), args, str(tmp_path / "host.pt"))
     weights = read_weights(tmp_path / "host.pt")
@@ -97,7 +99,7 @@ def test_a_model_with_a_part_called_module_keeps_its_names(tmp_path):
 
 
 def test_a_version_of_a_module_is_kept(tmp_path):
-    """torchvision's MNASNet refuses weights that do not say their version."""
+    """MNASNet of torchvision raises for weights without a version."""
     model = torchvision.models.mnasnet0_5(num_classes=2)
     torch.save(torch.compile(model).state_dict(), tmp_path / "a.pt")
     load_weights(torchvision.models.mnasnet0_5(num_classes=2), read_weights(tmp_path / "a.pt"), tmp_path, "a.yaml")
@@ -119,7 +121,7 @@ def test_nothing_is_executed(call, beside, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = network().state_dict()
     torch.save({"model": model, "args": Touch(*call)} if beside else {"model": Touch(*call)}, "a.pt")
-    if beside and call[0] is not os.system:  # PyTorch refuses that module whatever it is taken for
+    if beside and call[0] is not os.system:  # PyTorch never loads names of that module
         assert read_weights(Path("a.pt")).keys() == model.keys()
     else:
         one_sentence(ValueError, r"a\.pt", read_weights, Path("a.pt"))
@@ -127,7 +129,7 @@ def test_nothing_is_executed(call, beside, tmp_path, monkeypatch):
 
 
 class Replaced:
-    """Pickled as an `OrderedDict` whose methods are numbers."""
+    """An `OrderedDict` that is pickled with numbers as methods."""
 
     def __reduce__(self):
         return OrderedDict, (), dict.fromkeys(("items", "keys", "get"), 5), None, iter([("w", torch.zeros(2))])
@@ -143,20 +145,20 @@ def test_a_dictionary_whose_methods_were_replaced(form, tmp_path):
 
 
 def program(path):
-    """What tells a program of TorchScript from other archives."""
+    """The record that only programs of TorchScript have."""
     torch.save(network().state_dict(), path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("script/constants.pkl", b"")
 
 
-def test_what_cannot_be_read_is_told_how_to_convert_it(tmp_path):
+def test_what_cannot_be_read_names_how_to_convert_it(tmp_path):
     model = network()
     (tmp_path / "folder").mkdir()
     cases = {
         "whole.pt": (lambda path: torch.save(model, path), r"got an object of torch\S+Sequential; where you trust"),
         "two.pt": (
             lambda path: torch.save({"student": model.state_dict(), "teacher": model.state_dict()}, path),
-            r"got student, teacher; keep the one that you mean: torch\.save\(torch\.load\(FILE\)\['student'\], NEW\)",
+            r"got student, teacher; save one of them: torch\.save\(torch\.load\(FILE\)\['student'\], NEW\)",
         ),
         "protocol.pt": (lambda path: torch.save(model.state_dict(), path, pickle_protocol=4), "another kind; where"),
         "script.pt": (
@@ -173,15 +175,15 @@ def test_what_cannot_be_read_is_told_how_to_convert_it(tmp_path):
         assert str(tmp_path / name) in said
 
 
-def test_cut_files_are_told_from_others(tmp_path):
+def test_truncated_files_are_damaged(tmp_path):
     save_file(network().state_dict(), tmp_path / "a.safetensors")
     torch.save(network().state_dict(), tmp_path / "a.pt")
     for path in (tmp_path / "a.safetensors", tmp_path / "a.pt"):
         path.write_bytes(path.read_bytes()[:-100])
-        one_sentence(DamagedError, "cut or changed; give a whole copy", read_weights, path)
+        one_sentence(DamagedError, "truncated or changed; give an intact copy", read_weights, path)
 
 
-# What claims more than it holds
+# Files that claim a larger size
 
 
 def packed(path, change=lambda name, content: content, compression=zipfile.ZIP_STORED):
@@ -213,14 +215,14 @@ def test_records_that_share_their_bytes(tmp_path, monkeypatch):
         archive._didModify = True
     assert path.stat().st_size < 2 * 4 * 10**5
     monkeypatch.setattr(torch, "load", None)
-    one_sentence(ValueError, "cut or changed|compressed", read_weights, path)
+    one_sentence(ValueError, "truncated or changed|compressed", read_weights, path)
 
 
 def test_views_that_repeat_a_number(tmp_path):
     path = tmp_path / "a.pt"
     torch.save({"w": torch.zeros(1).expand(10**10), "v": torch.zeros(2)}, path)
     one_sentence(ValueError, r"stored in .*, got w of shape \(10000000000,\); save its contig", read_weights, path)
-    # What is no larger than the file is no claim.
+    # A view that is no larger than the file is allowed.
     torch.save({"w": torch.zeros(1).expand(3)}, path)
     assert read_weights(path)["w"].shape == (3,)
 
@@ -236,17 +238,17 @@ def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
         one_sentence(MemoryError, "^expected memory for .*, got too little; end", read_weights, tmp_path / "a.pt")
 
 
-# What does not fit
+# Weights that do not fit
 
 
-@pytest.mark.parametrize(("kind", "is_refused"), [
+@pytest.mark.parametrize(("kind", "raises"), [
     (torch.int8, True), (torch.bool, True), (torch.complex64, True),
     (torch.float16, False), (torch.bfloat16, False), (torch.float64, False),
 ])  # fmt: skip
-def test_kinds_of_numbers(kind, is_refused):
+def test_kinds_of_numbers(kind, raises):
     model = network()
     state = {name: v.to(kind) if v.is_floating_point() else v for name, v in model.state_dict().items()}
-    if is_refused:
+    if raises:
         match = rf"^a\.pt: expected floating-point numbers for 0\.weight of Sequential, got {kind}; give"
         one_sentence(ValueError, match, load_weights, model, state, Path("a.pt"), "b")
     else:
@@ -261,16 +263,16 @@ def test_a_model_of_another_width_names_the_override():
     settings = {"models.model.kwargs.width": 2, "models.model.kwargs.pretrained": True, "models.model.kwargs.depth": 7}
     match = r"0\.weight is \(6, 1, 3, 3\) instead of \(2, 1, 3, 3\).*; give models\.model\.kwargs\.width=6, or change"
     one_sentence(ValueError, match, load_weights, network(2), network(6).state_dict(), Path("a.pt"), "b", settings)
-    # No width is the reason of another number of layers.
+    # Another number of layers is not a question of width.
     deeper = {**network(6).state_dict(), "9.weight": torch.zeros(2)}
-    said = one_sentence(ValueError, "it has also", load_weights, network(2), deeper, Path("a.pt"), "b", settings)
+    said = one_sentence(ValueError, "it has in addition", load_weights, network(2), deeper, Path("a.pt"), "b", settings)
     assert "width" not in said
 
 
-def test_names_do_not_reach_the_terminal_as_they_are(tmp_path):
+def test_names_are_escaped_in_messages(tmp_path):
     torch.save({"\x1b[2J\n\u202efc": torch.zeros(2), "a" * 10_000: torch.zeros(2)}, tmp_path / "a.pt")
     weights = read_weights(tmp_path / "a.pt")
-    said = one_sentence(ValueError, "it has also", load_weights, network(), weights, tmp_path / "a.pt", "b")
+    said = one_sentence(ValueError, "it has in addition", load_weights, network(), weights, tmp_path / "a.pt", "b")
     assert r"\x1b[2J\n\u202efc" in said
     assert len(said) < 1000
     torch.save({"\x1b[2J": 3}, tmp_path / "a.pt")
@@ -294,7 +296,7 @@ def test_teacher_and_student_of_other_programs(ended, tmp_path, monkeypatch):
     save_ckpt(torch.compile(model), torch.optim.SGD(model.parameters()), None, 1.0, argparse.Namespace(), "host.pt")
     save_file(model.state_dict(), "host.safetensors")
     for name in ("host.pt", "host.safetensors"):
-        assert experiment.evaluate(read(folder / "recipe.yaml"), Path(name)).metrics == result["final"]
+        assert evaluation.evaluate(read(folder / "recipe.yaml"), Path(name)).metrics == result["final"]
         taught = [
             f"recipe.teacher_checkpoint={name}",
             "models.teacher_model.kwargs={width: 4, embedding_dim: 8, l2_normalize: True}",
@@ -303,8 +305,8 @@ def test_teacher_and_student_of_other_programs(ended, tmp_path, monkeypatch):
         assert all(map(torch.equal, teacher.state_dict().values(), model.state_dict().values()))
 
 
-def test_a_missing_teacher_is_told_where_it_is_and_how_to_train_it(tmp_path, monkeypatch, capsys):
-    """As `rkd reproduce quickstart` leaves it, whose folders are named by row and seed."""
+def test_a_missing_teacher_names_the_command_that_trains_it(tmp_path, monkeypatch, capsys):
+    """As after `rkd reproduce quickstart`, whose folders are named after row and seed."""
     monkeypatch.chdir(tmp_path)
     assert main(["run", "quickstart/rkd_da", "recipe.num_epochs=2"]) == 1
     said = capsys.readouterr().err
@@ -314,7 +316,7 @@ def test_a_missing_teacher_is_told_where_it_is_and_how_to_train_it(tmp_path, mon
     trained = Path("runs/quickstart/teacher-seed0/last.pt")
     runner.run(read("quickstart/teacher", [*TINY[:3]]), trained.parent)
     assert main(["run", "quickstart/rkd_da", "recipe.num_epochs=2"]) == 1
-    override = re.search(r", or give (\S+), which is there$", capsys.readouterr().err)[1]
+    override = re.search(r", or give (\S+), which exists$", capsys.readouterr().err)[1]
     assert override == f"recipe.teacher_checkpoint={trained}"
     assert main(["run", "quickstart/rkd_da", *TINY[1:3], "recipe.num_epochs=1", override]) == 0
 
@@ -331,7 +333,7 @@ def test_the_teacher_of_another_width_names_its_override(ended, tmp_path):
 def test_which_key_differs():
     old = "recipe: {seed: &seed 0, epochs: 2}\ntrain: {a: *seed, b: [1, {c: x}]}"
     assert difference(old, old.replace("seed 0", "seed 1")) == "recipe.seed is 0 there and 1 here"
-    assert difference(old, old.replace("epochs: 2, ", "")) == "it is written differently"
+    assert difference(old, old.replace("epochs: 2, ", "")) == "only the notation differs"
     assert difference(old, old.replace(", epochs: 2", "")) == "recipe.epochs is 2 there and missing here"
     assert difference(old, old.replace("c: x", "c: y")) == "train.b.1.c is x there and y here"
     assert difference(old, old.replace("{c: x}", "3")).startswith("train.b.1 is a mapping there and 3 here")
@@ -383,7 +385,7 @@ def test_an_edited_result_is_one_sentence_and_written_again(edit, ended, tmp_pat
 
 
 def within(state, *places, value=None):
-    """The state with a value at a place, or without it."""
+    """The state with another value at a place, or without it."""
     inner = state
     for place in places[:-1]:
         inner = inner[place]
@@ -449,7 +451,7 @@ def test_an_edited_schedule_is_one_sentence(tmp_path, monkeypatch):
     ):  # fmt: skip
         torch.save(state | {"lr_scheduler": edited}, folder / "last.pt")
         one_sentence(ValueError, r"last\.pt: expected .* lr_scheduler", runner.run, recipe, folder)
-    # What it does not know is left out.
+    # Unknown values are ignored.
     torch.save(state | {"lr_scheduler": schedule | {"step": 5, "verbose": False}}, folder / "last.pt")
     assert [epoch["lr"] for epoch in runner.run(recipe, folder)["history"]] == pytest.approx([0.003, 0.0003])
 

@@ -1,4 +1,4 @@
-"""`rkd eval` of image classification, and what training and evaluation say of wrong checkpoints and labels."""
+"""`rkd eval` of image classification, and the messages about wrong checkpoints and labels."""
 
 import pickle
 
@@ -11,11 +11,13 @@ from torch.nn.functional import normalize
 
 from rkd_plugin.cli import main
 from rkd_plugin.experiments.recipe import read
-from rkd_plugin.experiments.running.checkpoints import load_weights, read_checkpoint, write_checkpoint
-from rkd_plugin.experiments.running.experiment import Experiment, evaluate
+from rkd_plugin.experiments.running.checkpoints import read_checkpoint, write_checkpoint
+from rkd_plugin.experiments.running.evaluation import evaluate
+from rkd_plugin.experiments.running.experiment import Experiment
 from rkd_plugin.experiments.running.features import compared
 from rkd_plugin.experiments.running.metrics import classification
 from rkd_plugin.experiments.running.run_folder import recipe_of_run
+from rkd_plugin.experiments.running.weights import load_weights
 from rkd_plugin.experiments.tables import report
 
 TEACHER, STUDENT = "classification/cifar100/alone", "classification/cifar100/rkd"
@@ -23,7 +25,7 @@ NAMES = [f"kind_{label}" for label in range(100)]
 
 
 def write_cifar(root, train=range(64), test=range(64)):
-    """CIFAR-100's files, an image for each label, whose colours tell it more or less."""
+    """Files of CIFAR-100 with one image per label, whose colours depend on the label."""
     folder = root / "cifar-100-python"
     folder.mkdir(parents=True)
     noise = np.random.default_rng(0)
@@ -60,11 +62,11 @@ def runs(tmp_path_factory):
 
 
 def error_of(capsys, *arguments):
-    """What a command line that fails says: one sentence, in one line."""
+    """The message of a command that fails: one sentence in one line."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 1
     error = capsys.readouterr().err
-    # Progress bars write there as well, and end with a return.
+    # Progress bars also write to stderr, and end with a carriage return.
     line = error.rpartition("\r")[2].strip()
     assert line.startswith(f"rkd {arguments[0]}: ")
     assert "\n" not in line
@@ -141,7 +143,7 @@ def config(*criteria, task="classification"):
 def test_which_features_are_shown():
     entropy = {"key": "CrossEntropyLoss", "kwargs": {}}
     assert compared(config(RKD, task="metric_learning"), RESNET, "student") is None
-    # The scores, where neither a loss nor a name tells another layer.
+    # The logits, if neither a loss nor a module called backbone gives another layer.
     assert compared(config(entropy), RESNET, "student") is None
     layer = compared(config(entropy), BACKBONE, "student")
     assert (layer.module, layer.io) == (BACKBONE["backbone"], "output")
@@ -173,7 +175,7 @@ def test_a_checkpoint_of_another_network(runs, capsys, tmp_path):
     assert not out.exists()
     # The other way round, and with other widths.
     more = error_of(capsys, "eval", runs / "student", "--checkpoint", runs / "teacher" / "last.pt")
-    assert "ImageClassifier: it has also backbone.layer1.1.conv1.weight" in more
+    assert "ImageClassifier: it has in addition backbone.layer1.1.conv1.weight" in more
     wider = error_of(capsys, "eval", runs / "student", "recipe.network=resnet8x4", "--checkpoint", checkpoint)
     assert "backbone.conv1.weight is (16, 3, 3, 3) instead of (32, 3, 3, 3), backbone.bn1.weight is (16,)" in wider
 
@@ -182,7 +184,7 @@ def test_a_checkpoint_of_other_classes(runs, capsys, tmp_path):
     checkpoint = runs / "teacher" / "last.pt"
     ten = "models.teacher_model.kwargs.num_classes=10"
     said = (
-        "describes, ImageClassifier: its last layer, linear, has 100 outputs, where 10 were expected; give "
+        "describes, ImageClassifier: its last layer, linear, has 100 outputs instead of 10; give "
         "models.{}.kwargs.num_classes=100, or give a checkpoint of 10"
     )
     trained = error_of(
@@ -207,7 +209,7 @@ def test_a_file_that_is_no_checkpoint_of_ours(runs, capsys, tmp_path):
     write_checkpoint(paths["empty"], {})
     messages = {
         "text": "could not read it, as it is of another kind; where you trust the file, load it with its own",
-        "cut": "could not read it, as it is cut or changed; give a whole copy of it",
+        "cut": "could not read it, as it is truncated or changed; give an intact copy",
         "executed": r"expected the weights of a model in .*, got model \(an object of pathlib(._local)?.PosixPath\)",
         "tensor": "expected the weights of a model in .*, got Tensor; where",
         "empty": "expected the weights of a model in .*, got nothing; where",
@@ -279,8 +281,8 @@ def test_labels_that_are_no_classes_in_evaluation(runs, capsys, tmp_path):
 def test_all_classes_of_data_that_are_not_split_by_class(runs, capsys):
     error = error_of(capsys, "eval", runs / "student", "--classes", "all")
     assert error == (
-        "datasets.cifar100/test: expected a data set that is split by class, got CIFAR100, which has no other classes "
-        "than those that are measured already; leave out --classes all"
+        "datasets.cifar100/test: expected a data set that is split by class, got CIFAR100, of which all classes are "
+        "measured already; leave out --classes all"
     )
 
 
@@ -288,7 +290,7 @@ def test_the_check_of_labels_leaves_no_trace(runs, monkeypatch):
     recipe = read(TEACHER, overrides(runs / "data"))
     checked = Experiment(recipe)
     checked.box()
-    monkeypatch.setattr(Experiment, "_check_images", lambda *_: None)
+    monkeypatch.setattr("rkd_plugin.experiments.running.experiment.check_images", lambda *_: None)
     unchecked = Experiment(recipe)
     unchecked.box()
     assert checked.student.training

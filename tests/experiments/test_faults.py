@@ -1,4 +1,4 @@
-"""Faults, caused for real: what a run says, what it leaves, and that it ends as if nothing had happened."""
+"""Real faults: the messages of a run, the files that remain, and that the run ends as without the fault."""
 
 import ctypes
 import errno
@@ -29,8 +29,9 @@ from rkd_plugin import rkd_da_loss
 from rkd_plugin.components.datasets import Digits
 from rkd_plugin.experiments.recipe import read
 from rkd_plugin.experiments.running import runner
-from rkd_plugin.experiments.running.checkpoints import DamagedError, read_checkpoint, write_checkpoint
+from rkd_plugin.experiments.running.checkpoints import read_checkpoint, write_checkpoint
 from rkd_plugin.experiments.running.experiment import Experiment
+from rkd_plugin.experiments.running.tensor_files import DamagedError
 from rkd_plugin.experiments.support.files import LOCK, alone_in, write_json
 from rkd_plugin.experiments.support.signals import stopping
 from rkd_plugin.storage import replacing
@@ -48,7 +49,7 @@ def run(folder, overrides=TINY, recipe="quickstart/student"):
 
 
 def in_child(function, *args):
-    """A process that has begun to call ``function``, alone and without a word."""
+    """A process that calls ``function`` without output."""
     process = FORKED.Process(target=_quietly, args=(function, *args))
     process.start()
     return process
@@ -56,7 +57,7 @@ def in_child(function, *args):
 
 def _quietly(function, *args):
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of a loader's processes, which inherit what is open
+    multiprocessing.set_start_method("fork", force=True)  # of workers, which inherit open files
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
     function(*args)
 
@@ -73,7 +74,7 @@ def without_times(history):
 
 
 def files(folder):
-    """All but the events, and the lock that a killed run leaves until the next one."""
+    """All files but the events, and the lock of a killed run."""
     return {path.name for path in folder.iterdir() if "tfevents" not in path.name and path.name != LOCK}
 
 
@@ -100,7 +101,7 @@ def test_the_second_run_in_a_folder_is_refused_until_the_first_is_killed(tmp_pat
     assert {name for name in files(folder) if not name.startswith(".")} >= before
     first.kill()
     first.join()
-    # A loader's process lives on for seconds, and must not hold the lock on.
+    # A worker lives for seconds, and must not keep the lock.
     with alone_in(folder):
         pass
     shutil.rmtree(folder)
@@ -142,7 +143,7 @@ def test_a_folder_is_locked_while_it_is_locked_by_this_process(tmp_path):
     with alone_in(tmp_path / "a"):
         with pytest.raises(BlockingIOError, match="in use by another run"), alone_in(tmp_path / "a"):
             pass
-        # The one that was refused took nothing away.
+        # The run that raised has deleted nothing.
         with pytest.raises(BlockingIOError, match="in use by another run"), alone_in(tmp_path / "a"):
             pass
     assert list(tmp_path.iterdir()) == []
@@ -180,7 +181,7 @@ def test_only_temporary_files_of_killed_processes_are_deleted(tmp_path, undistur
         assert temporary.exists()
         assert not any(path.exists() for path in left)
     assert run(folder) == json.loads((folder / "result.json").read_text())
-    # A run that has its folder to itself knows that nobody else writes there.
+    # In a locked folder no other process writes.
     assert not (folder / others[-1]).exists()
     kept = [*others[:-1], ".x.tmp9", f".y.rkd-tmp-00000000-{ended.pid}", f".z.rkd-tmp-00000000-{ended.pid}"]
     assert all((folder / name).exists() for name in kept)
@@ -209,7 +210,7 @@ def test_a_finished_run_is_read_while_another_one_reads_it(undisturbed):
         assert run(folder) == result
 
 
-def test_a_folder_of_which_nothing_came_goes_again(tmp_path):
+def test_a_folder_that_stays_empty_is_removed(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a checkpoint at /nowhere"):
         run(tmp_path / "out", ["recipe.teacher_checkpoint=/nowhere/last.pt"], "quickstart/rkd_da")
     assert list(tmp_path.iterdir()) == []
@@ -220,7 +221,7 @@ def test_a_folder_of_which_nothing_came_goes_again(tmp_path):
 
 @pytest.fixture
 def stopped(tmp_path, monkeypatch):
-    """A folder of a run of which the last epoch is missing."""
+    """The folder of a run without its last epoch."""
     stop_before_epoch(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped")
@@ -264,10 +265,10 @@ def empty(path):
 
 
 @pytest.mark.parametrize("damage", [cut, flip, empty])
-def test_a_damaged_checkpoint_is_said_and_the_best_one_taken(stopped, undisturbed, damage):
+def test_a_damaged_checkpoint_is_reported_and_the_best_one_used(stopped, undisturbed, damage):
     damage(stopped / "last.pt")
     epoch = len(read_checkpoint(stopped / "best.pt")["history"])
-    reason = rf"at .*last\.pt, could not read it, as it is cut or changed;.* from .*best\.pt, epoch {epoch}$"
+    reason = rf"at .*last\.pt, could not read it, as it is truncated or changed;.* from .*best\.pt, epoch {epoch}$"
     with pytest.warns(UserWarning, match=reason):
         assert without_times(run(stopped)["history"]) == without_times(undisturbed[1]["history"])
     assert files(stopped) == files(undisturbed[0])
@@ -300,7 +301,7 @@ def test_any_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
         else:
             assert torch.equal(found["model"]["weight"], content["model"]["weight"])
             assert found["history"] == content["history"]
-    # What is left are the bytes between the parts, which fill them up to whole blocks.
+    # The rest are the bytes between the parts, which pad them to whole blocks.
     assert refused > 150
 
 
@@ -312,7 +313,7 @@ class Malicious:
 @pytest.mark.parametrize(
     ("save", "reason"),
     [
-        (torch.save, r"names .*pathlib\S+, which would be executed"),
+        (torch.save, r"names .*pathlib\S+, which reading would execute"),
         (lambda content, path: path.write_bytes(pickle.dumps(content)), "is of another kind"),
     ],
 )
@@ -343,7 +344,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(stopped):
         run(stopped)
 
 
-# Data, and numbers that are none
+# Data, and numbers that are not finite
 
 GREY = """!import_call
           key: torchvision.transforms.Compose
@@ -373,7 +374,7 @@ def pictures(tmp_path):
 
 
 def refused(error, match, *arguments, **options):
-    """The one sentence of a run that is refused."""
+    """The one sentence of a run that raises."""
     with pytest.raises(error, match=match) as raised:
         run(*arguments, **options)
     assert "\n" not in str(raised.value)
@@ -448,7 +449,7 @@ def test_an_image_with_a_pixel_that_is_no_number_is_named(tmp_path, monkeypatch,
 
     monkeypatch.setattr("sklearn.datasets.load_digits", load)
     said = refused(FloatingPointError, r"^epoch 1: ", tmp_path / "o", [*TINY, "recipe.samples_per_epoch=6400"])
-    assert f", as image {number} of datasets.digits/{split} has pixels that are; mend that image" in said
+    assert f", as image {number} of datasets.digits/{split} has pixels that are; repair that image" in said
     assert ("through its term triplet" in said) == (split == "train")
     assert files(tmp_path / "o") == {"recipe.yaml"}
 
@@ -457,7 +458,7 @@ def test_of_an_image_that_a_transform_breaks_the_file_is_named(pictures, tmp_pat
     root, recipe = pictures
     whole = "- !import_call {key: torchvision.transforms.ToTensor, init: {kwargs: {}}}"
     assert whole in recipe.read_text()
-    # The logarithm of a black picture.
+    # The logarithm of a black image.
     Image.new("L", (8, 8)).save(root / "b" / "05.png")
     recipe.write_text(recipe.read_text().replace(whole, f"{whole}\n{16 * ' '}- !import_get {{key: torch.log}}"))
     said = refused(FloatingPointError, r"^epoch 1: the loss became nan in step \d ", tmp_path / "o", TINY, recipe)
@@ -465,14 +466,14 @@ def test_of_an_image_that_a_transform_breaks_the_file_is_named(pictures, tmp_pat
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_term(stopped):
-    """A learning rate that destroys the weights, of a run that has a checkpoint."""
+    """A learning rate that destroys the weights of a run with a checkpoint."""
     kept = (stopped / "last.pt").read_bytes()
     checkpoint = read_checkpoint(stopped / "last.pt")
     checkpoint["optimizer"]["param_groups"][0]["lr"] = 1e30
     write_checkpoint(stopped / "last.pt", checkpoint)
     kept = (stopped / "last.pt").read_bytes()
     match = (
-        r"^epoch 4: the loss became nan in step \d through its term triplet, though the images behind it are finite; "
+        r"^epoch 4: the loss became nan in step \d through its term triplet, although the images are finite; "
         r"lower the learning rate, .*; the checkpoint of epoch 3 stays$"
     )
     refused(FloatingPointError, match, stopped)
@@ -512,11 +513,11 @@ def test_a_loader_process_that_is_not_forked_reads_the_data(tmp_path):
     loader = Experiment(read("quickstart/student")).box().train_data_loader
     path = tmp_path / "dataset.pickle"
     path.write_bytes(pickle.dumps(loader.dataset))
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", f"import pickle; print(len(pickle.load(open({str(path)!r}, 'rb'))))"],
         capture_output=True, text=True,
     )  # fmt: skip
-    assert (told.stdout, told.stderr) == (f"{len(loader.dataset)}\n", "")
+    assert (done.stdout, done.stderr) == (f"{len(loader.dataset)}\n", "")
 
 
 # Kills and signals
@@ -549,7 +550,7 @@ def test_killed_at_any_moment_ends_as_undisturbed(tmp_path, kills, epochs):
         if killed % 2:
             process.join(draw.uniform(0, lasts))
         else:
-            # While a checkpoint is being written, after a number of others.
+            # While a checkpoint is written, after some earlier ones.
             for _ in range(draw.randrange(2 * epochs // 3)):
                 until(partial(is_writing, or_not=process))
                 until(lambda: not is_writing())
@@ -625,14 +626,14 @@ def test_a_signal_from_outside_stops_between_two_steps(tmp_path, number, code):
     assert files(tmp_path / "stopped") == {"recipe.yaml", "last.pt"}
 
 
-def test_a_second_signal_is_not_waited_for():
+def test_a_second_signal_ends_at_once():
     before = signal.getsignal(signal.SIGINT)
     reached = []
 
     def twice():
-        with stopping() as asked:
+        with stopping() as recorded:
             signal.raise_signal(signal.SIGINT)
-            reached.extend(asked)
+            reached.extend(recorded)
             signal.raise_signal(signal.SIGINT)
             reached.append("too far")
 
@@ -645,9 +646,9 @@ def test_a_second_signal_is_not_waited_for():
 def test_signals_that_are_ignored_stay_so_and_threads_leave_them_alone():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with stopping() as asked:
+        with stopping() as recorded:
             signal.raise_signal(signal.SIGINT)
-        assert asked == []
+        assert recorded == []
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
@@ -689,7 +690,7 @@ def _watched(pipe, folder, teacher, warm, epochs, steps):
     pipe.send((seen, len(result["history"])))
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads what Linux tells of a process")
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads the files of Linux about a process")
 @pytest.mark.parametrize(
     ("warm", "epochs", "steps"),
     [(8, 24, 10), pytest.param(21, 100, 100, marks=pytest.mark.slow)],
@@ -755,7 +756,7 @@ def test_a_disk_that_cannot_be_written_is_one_sentence(disk):
 
 
 def _told(pipe, folder):
-    # To root modes of folders mean something only without its capabilities.
+    # The modes of folders limit root only without its capabilities.
     ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
     try:
         run(folder)
@@ -801,7 +802,7 @@ def test_data_that_disappears_is_one_sentence_and_the_checkpoint_stays(pictures,
 # A student that has collapsed
 
 
-def test_a_collapsed_student_is_told_once_and_rkd_does_not_move_it(undisturbed, tmp_path):
+def test_a_collapsed_student_is_reported_once_and_rkd_does_not_move_it(undisturbed, tmp_path):
     text = Path(read("quickstart/rkd_da").path).read_text()
     student = "      width: 4\n      embedding_dim: *embedding_dim\n      l2_normalize: *l2_normalize\n"
     recipe = tmp_path / "collapsed.yaml"
@@ -813,9 +814,9 @@ def test_a_collapsed_student_is_told_once_and_rkd_does_not_move_it(undisturbed, 
         *TINY[1:3], "recipe.num_epochs=3", f"recipe.teacher_checkpoint={undisturbed[0] / 'last.pt'}",
         "models.teacher_model.kwargs={width: 4, embedding_dim: 8, l2_normalize: True}",
     ]  # fmt: skip
-    with pytest.warns(UserWarning, match="^epoch 1: the student makes the same output of all 896 test images") as told:
+    with pytest.warns(UserWarning, match="^epoch 1: the student has the same output for all 896 test images") as warned:
         run(tmp_path / "o", overrides, recipe)
-    assert sum(warning.category is UserWarning for warning in told) == 1
+    assert sum(warning.category is UserWarning for warning in warned) == 1
     trained = read_checkpoint(tmp_path / "o" / "last.pt")["model"]
     assert all(torch.equal(trained[name], weights[name]) for name in ("0.0.weight", "6.weight", "6.bias"))
 

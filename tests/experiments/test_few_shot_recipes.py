@@ -11,9 +11,11 @@ from rkd_plugin import rkd_angle_loss, rkd_distance_loss
 from rkd_plugin.components.few_shot import PrototypicalLoss
 from rkd_plugin.experiments.recipe import RecipeError, read, read_suite
 from rkd_plugin.experiments.running.episodes import episode_accuracies
-from rkd_plugin.experiments.running.experiment import Experiment, evaluate
+from rkd_plugin.experiments.running.evaluation import evaluate
+from rkd_plugin.experiments.running.experiment import Experiment
 from rkd_plugin.experiments.running.run_folder import recipe_of_run
-from rkd_plugin.experiments.running.runner import run, steps_of
+from rkd_plugin.experiments.running.runner import run
+from rkd_plugin.experiments.running.steps import steps_of
 from rkd_plugin.experiments.tables import suite as suites
 from tests.adapters.test_torchdistill import build_as_the_example_scripts_do, train_as_the_example_scripts_do
 from tests.components.test_few_shot_data import SIZES, write_mini, write_omniglot
@@ -60,7 +62,7 @@ def test_a_module_path_inside_an_episodes_loss_is_checked():
     inner = "train.criterion.kwargs.sub_terms.rkd.criterion.kwargs.criterion.kwargs.teacher_module_path"
     with pytest.raises(RecipeError) as raised:
         read("few_shot/omniglot/rkd", [f"{inner}=encoder"]).validate()
-    problem = "the output of 'encoder' is not kept: list it in train.teacher.forward_hook.output"
+    problem = "the output of 'encoder' is not kept; list it in train.teacher.forward_hook.output"
     assert raised.value.problems == [(inner, problem)]
 
 
@@ -154,7 +156,7 @@ def test_early_stopping_goes_by_the_first_metric(recipe, tmp_path, monkeypatch, 
     result = run(small, tmp_path)
     assert len(result["history"]) == epochs
     (tmp_path / "result.json").unlink()
-    assert len(run(small, tmp_path)["history"]) == epochs  # it had ended
+    assert len(run(small, tmp_path)["history"]) == epochs  # it has ended
 
 
 @pytest.mark.parametrize("changed", ["recipe.test_queries=5", "recipe.test_tasks=[[30, 1]]"])
@@ -165,7 +167,7 @@ def test_a_split_too_small_for_its_episodes_is_known_before_anything_is_trained(
 
 
 @pytest.mark.parametrize(
-    ("tasks", "problem"), [("[[5]]", "0: a pair of way and shot was expected, got 1 of them"), ("[5]", "0: ")]
+    ("tasks", "problem"), [("[[5]]", "0: expected a pair of way and shot, got 1 numbers"), ("[5]", "0: ")]
 )
 def test_a_task_that_is_no_pair_is_a_problem_of_the_recipe(recipe, tasks, problem):
     with pytest.raises(RecipeError, match=f"recipe.test_tasks.{problem}"):
@@ -263,7 +265,7 @@ def test_the_schedule_comes_from_early_stopping_on_validation_classes(small_suit
     assert sum(line.startswith("| Teacher |") for line in lines) == 1
     assert "| Teacher | 3-way 1-shot (%) | 98.80 | 98.55 |" in table
     assert sum(line.startswith("| RKD-D |") for line in lines) == 2
-    assert suites.reproduce(small_suite(), tmp_path / "out")[1] == table  # all is there
+    assert suites.reproduce(small_suite(), tmp_path / "out")[1] == table  # all files exist
 
 
 def test_differences_are_paired_by_episode(small_suite, tmp_path):
@@ -286,7 +288,7 @@ def test_differences_are_paired_by_episode(small_suite, tmp_path):
 def test_only_test_episodes_can_be_paired(small_suite, tmp_path):
     row = {"label": "A row", "recipe": "quickstart/student"}
     rows = [{**row, "name": "one"}, {**row, "name": "two", "against": ["one"]}]
-    with pytest.raises(RecipeError, match=r"two.against: a few_shot recipe was expected, .*, got metric_learning"):
+    with pytest.raises(RecipeError, match=r"two.against: expected a few_shot recipe, .*, got metric_learning"):
         suites.reproduce(small_suite(rows=rows, metrics={"recall_at_1": "R"}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -309,10 +311,10 @@ def test_a_fast_schedule_needs_no_search(small_suite, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"epochs_of": "later"}, "epochs_of: a row above was expected, got 'later'"),
-        ({"against": ["teacher"]}, "against.0: a row above was expected, got 'teacher'"),
-        ({"others": {"S": {"4way_1shot": 1.0}}}, "others.S.4way_1shot: one of 3way_1shot, 2way_2shot was expected"),
-        ({"metrics": ["4way_1shot"]}, "metrics.0: one of 3way_1shot, 2way_2shot was expected"),
+        ({"epochs_of": "later"}, "epochs_of: expected the name of a row above, got 'later'"),
+        ({"against": ["teacher"]}, "against.0: expected the name of a row above, got 'teacher'"),
+        ({"others": {"S": {"4way_1shot": 1.0}}}, "others.S.4way_1shot: expected one of 3way_1shot, 2way_2shot"),
+        ({"metrics": ["4way_1shot"]}, "metrics.0: expected one of 3way_1shot, 2way_2shot"),
         ({"times": 0}, "times: "),
     ],
 )

@@ -1,6 +1,7 @@
-"""Whatever a recipe or a command line contains: `rkd check` answers with problems, in seconds, and executes nothing.
+"""Whatever a recipe, a command line or a bank contains: it is checked in seconds, and nothing in it is executed.
 
-The default checks 2,000 recipes and command lines, the same ones every time; ``RKD_FUZZ=50000`` as many new ones.
+The default checks 2,000 recipes and command lines and 500 banks, the same ones every time; ``RKD_FUZZ=50000`` checks as
+many new recipes.
 """
 
 from __future__ import annotations
@@ -8,19 +9,27 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from rkd_plugin import cli
 from rkd_plugin.experiments.recipe import RecipeError, check, examine, find, read, read_suite, suites
 from rkd_plugin.experiments.recipe.reading import parse
+from rkd_plugin.experiments.running.embed import verify
+from rkd_plugin.teacher_bank import Bank, files
+from rkd_plugin.teacher_bank.fingerprint import digest
 
 SECONDS = 10.0  # of CPU, for one example; the slowest takes two
 EXAMPLES = int(os.environ.get("RKD_FUZZ", "2000"))
@@ -75,7 +84,7 @@ HOSTILE = [
     *("rkd_canary_program.__main__", "rkd_canary_program.__main__.x", "{name: .__main__, package: rkd_canary_program}"),
     *("antigravity", "antigravity.fly", "[[antigravity]]", "-m rkd_canary_program"),
 ]  # fmt: skip
-# What makes an answer slow that looks at everything with everything else.
+# Values for which an algorithm of quadratic time is slow.
 LARGE = [
     *("[" + ", ".join(map(str, range(4_000))) + "]", "9" * 40_000, "x" * 100_000),
     *("0x" + "f" * 40_000, "1" + ":30" * 20_000, "a" + ".a" * 50_000, "'" + "''" * 50_000, "[" * 50_000),
@@ -93,7 +102,7 @@ LARGE = [
       for n in (11, 40)),
 ]  # fmt: skip
 
-# Whatever touches the world: processes, the network, files.
+# Everything with an effect: processes, the network, files.
 ACTS = re.compile(
     r"os\.(system|exec|posix_spawn|spawn|fork|forkpty|kill|remove|rename|mkdir|rmdir|chmod|chown|link|symlink|truncate)"
     r"|subprocess\..*|pty\..*|socket\.(connect|bind|sendto|sendmsg|getaddrinfo|gethostby.*)|urllib\..*|http\..*|ftplib\..*"
@@ -113,7 +122,7 @@ def _writes(mode: object, flags: object) -> bool:
     )
 
 
-sys.addaudithook(_witness)  # for good: it watches only while `acts` is a list
+sys.addaudithook(_witness)  # cannot be removed; it records only while `acts` is a list
 
 
 @contextlib.contextmanager
@@ -128,7 +137,7 @@ def watched():
 
 @pytest.fixture(scope="module", autouse=True)
 def calls(tmp_path_factory):
-    """What was called of a module that recipes name; what the hosts read and write at first is behind it."""
+    """The calls into a module that recipes name; the hosts are loaded before."""
     folder = tmp_path_factory.mktemp("canary")
     (folder / "rkd_canary.py").write_text(CANARY)
     (folder / "rkd_canary_calls.py").write_text("made = []")
@@ -159,7 +168,7 @@ def looked_at(count: int):
 
 
 def answer(text: str, is_suite: bool = False) -> None:
-    """The answer to a recipe: no problem, or a `RecipeError` of lines that a terminal can be trusted with."""
+    """Check a recipe: it has no problem, or a `RecipeError` whose lines are printable."""
     said = None
     started = time.process_time()
     with watched() as seen:
@@ -247,7 +256,7 @@ OVERRIDE = st.builds("{}{}{}".format, KEY, EQUALS, HOSTILE_OR_KNOWN)
 OTHERS = st.sampled_from(["quickstart/student", "--out", "--seeds", "--help", "--", "-x", "-", "@x", "%s", "1"])
 WORD = st.one_of(OVERRIDE, OVERRIDE, OTHERS, st.text(max_size=6))
 COMMAND = st.tuples(
-    st.sampled_from(["check"] * 6 + ["run", "eval", "reproduce", "embed", "bench", "ls", "chek", ""]),
+    st.sampled_from(["check"] * 6 + ["run", "eval", "reproduce", "embed", "bench", "ls", "chex", ""]),
     st.sampled_from(
         ["quickstart/rkd_da"] * 6 + ["quickstart", ".", "/dev/null", "/", "a\0b", "x" * 5000, "\udcff", ""]
     ),
@@ -265,7 +274,7 @@ def test_any_command_line(calls, command):
     with pytest.MonkeyPatch.context() as patch, watched() as seen:
         for other in ("eval", "reproduce", "embed", "bench"):
             patch.setattr(cli.VERBS[other], "execute", lambda options: None)
-        patch.setattr(cli.run, "execute", cli.check.execute)  # what a run begins with
+        patch.setattr(cli.run, "execute", cli.check.execute)  # the first part of a run
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 code = cli.main([verb, name, *rest])
@@ -293,9 +302,9 @@ def test_a_tag_anywhere_in_a_suite(line):
 @pytest.mark.parametrize(
     "value", ["[" + "1, " * 60_000 + "]", "{" + ", ".join(f"k{i}: 1" for i in range(20_000)) + "}"]
 )
-def test_more_than_a_recipe_can_need_is_refused(value):
+def test_more_than_a_recipe_can_need_raises(value):
     started = time.process_time()
-    with pytest.raises(RecipeError, match="too large: "):
+    with pytest.raises(RecipeError, match="expected at most "):
         parse("\n".join([*LINES[SEEDS[0]], f"more: {value}"]), Path("large.yaml"))
     assert time.process_time() - started < SECONDS
 
@@ -303,7 +312,7 @@ def test_more_than_a_recipe_can_need_is_refused(value):
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["dependencies:", "datasets:", "  student_model:", "      lr:", "          weight:"])
 def test_every_large_value(start):
-    """Where each of them is an expected or a surprising value of its section."""
+    """Each of them as a value of a section, expected or not."""
     lines = LINES[SEEDS[0]]
     at = next(index for index, line in enumerate(lines) if line.startswith(start))
     indent = len(start) - len(start.lstrip())
@@ -322,7 +331,7 @@ def test_files_that_never_end_are_not_read(tmp_path, monkeypatch):
         with pytest.raises(RecipeError, match="neither a file nor a packaged recipe"):
             read(name)
     findings = examine(read("quickstart/rkd_da", ["models.teacher_model.src_ckpt=x.pt"]))
-    assert any("there is no file 'x.pt' here" in note for _, note in findings.notes)
+    assert any("there is no file 'x.pt'" in note for _, note in findings.notes)
 
 
 def test_only_what_stands_where_a_key_stands_is_imported():
@@ -345,3 +354,155 @@ def test_the_witness_can_fail(act, tmp_path):
     with watched() as seen:
         exec(act.format(tmp_path / "act"))
     assert seen
+
+
+# Banks: reading any files ends in seconds, with rows or with one sentence.
+
+ROWS = np.arange(12, dtype=np.float32).reshape(4, 3)
+BANK = {
+    "format": files.FORMAT, "version": files.VERSION, "dtype": "float32", "views": 0, "seed": 0, "shard_rows": 2,
+    "arrays": [{"path": ".", "io": "output", "pool": None, "width": 3}],
+    "data": {
+        "count": 4, "labels": None, "files": None, "transform": "",
+        "images": [{"index": 0, "shape": [1], "mean": 0.0, "std": 0.0}],
+    },
+    "teacher": {"model": {}, "weights": "", "precision": "float32"},
+}  # fmt: skip
+KEYS = [(key,) for key in BANK] + [("data", key) for key in BANK["data"]] + [("arrays", 0), ("checksums",), ("more",)]
+KEYS += [("arrays", 0, key) for key in BANK["arrays"][0]] + [("data", "images", 0, "shape", 0), ("teacher", "weights")]
+VALUES = [None, True, -1, 0, 1, 3, 2**31, 2**63, 10**400, 0.5, float("nan"), float("inf"), "", "x" * 10**6, "\x1b[2J"]
+VALUES += ["float16", "../../x", "\0", [], {}, [[]] * 1000, {"x": {}}, [-1], [2**63]]
+HEADERS = [
+    *(f"{{'descr': {descr}, 'fortran_order': False, 'shape': (4, 3), }}" for descr in (
+        "'<f8'", "'|O'", "'<U99999999'", "'x'", "[]", "[('a', '|O')]", "('<f4', (2,))", "'|V0'", "None", "'<M8[ns]'")),
+    *(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}" for shape in (
+        "(-4, 3)", "(4, 0)", "()", "(99999999999999, 3)", f"({10**400}, 3)", "(4.0, 3)", "'x'", "(4,) * 99999999",
+        "(True, 3)", f"(2, {2**63})", "[4, 3]")),
+    "{'descr': '<f4', 'fortran_order': True, 'shape': (4, 3), }", "{}", "", "(" * 9000, "-" * 9000,
+    "x" * 70_000, "9" * 9999,
+]  # fmt: skip
+FILES = [files.HEADER, "0.npy", files.CHECKSUMS, "a.npy", "a.npz", "a.safetensors", "a.pt"]
+CHANGE = st.one_of(
+    st.tuples(st.just("value"), st.just(files.HEADER), st.sampled_from(KEYS), st.sampled_from(VALUES), st.booleans()),
+    st.tuples(st.just("header"), st.sampled_from([name for name in FILES if ".npy" in name]), st.sampled_from(HEADERS)),
+    st.tuples(st.just("bytes"), st.sampled_from(FILES), st.integers(0, 1500), st.binary(min_size=1, max_size=9)),
+    st.tuples(st.just("cut"), st.sampled_from(FILES), st.integers(0, 1500)),
+    st.tuples(st.just("without"), st.sampled_from(FILES)),
+    st.tuples(st.just("fifo"), st.sampled_from(FILES)),
+)
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory):
+    """A folder with a bank, and arrays of the other kinds; their bytes by name."""
+    folder = tmp_path_factory.mktemp("bank")
+    layout = files.Layout.of(BANK)
+    writer = files.ShardWriter(folder, layout)
+    writer.allocate()
+    writer.write(0, [ROWS])
+    write_header(folder, {**BANK, "checksums": digest(files.ShardReader(folder, layout).sums)})
+    np.save(folder / "a.npy", ROWS)
+    np.savez(folder / "a.npz", ROWS)
+    save_file({"a": ROWS}, folder / "a.safetensors")
+    torch.save(torch.from_numpy(ROWS), folder / "a.pt")
+    return folder, {name: (folder / name).read_bytes() for name in FILES}
+
+
+def write_header(folder, header):
+    (folder / files.HEADER).write_text(json.dumps({**header, "checksum": digest(header)}))
+
+
+def replaced(content, keys, value):
+    """JSON with another value at a place, which can be new."""
+    if not keys:
+        return value
+    new = dict(content) if isinstance(content, dict) else list(content)
+    new[keys[0]] = replaced(new[keys[0]] if len(keys) > 1 else None, keys[1:], value)
+    return new
+
+
+def change(folder, what, name, *how):
+    path = folder / name
+    match what:
+        case "value":
+            keys, value, is_signed = how
+            header = json.loads(path.read_text())
+            header.pop("checksum")
+            header = replaced(header, keys, value)
+            write_header(folder, header) if is_signed else path.write_text(json.dumps({**header, "checksum": ""}))
+        case "header":
+            data = ROWS.tobytes() if name != files.CHECKSUMS else bytes(16)
+            text = how[0].encode("latin1")
+            path.write_bytes(b"\x93NUMPY\x02\x00" + len(text).to_bytes(4, "little") + text + data)
+        case "bytes":
+            content = path.read_bytes()
+            at = how[0] % len(content)
+            path.write_bytes(content[:at] + how[1] + content[at + len(how[1]) :])
+        case "cut":
+            path.write_bytes(path.read_bytes()[: how[0] % path.stat().st_size])
+        case "without" | "fifo":
+            path.unlink()
+            if what == "fifo":
+                os.mkfifo(path)
+
+
+@contextlib.contextmanager
+def alarm(seconds):
+    """Interrupt a call that waits, such as for the other end of a FIFO."""
+
+    def stop(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+@looked_at(EXAMPLES // 4)
+@given(CHANGE)
+def test_any_bank(bank, how):
+    folder, contents = bank
+    for name, content in contents.items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(content)
+    change(folder, *how)
+    started, problem = time.process_time(), None
+    with watched() as seen:
+        try:
+            with alarm(60):
+                opened = Bank(folder / how[1] if how[1].startswith("a.") else folder)
+                rows = opened.read([0, 3])
+                assert sum(opened.verify()) == opened.count * max(opened.views, 1)
+        except (ValueError, OSError, IndexError) as error:
+            problem = str(error)
+        else:
+            assert [row.dtype for row in rows] == [torch.float32]
+    assert seen == []
+    assert time.process_time() - started < SECONDS
+    assert problem is None or re.fullmatch(r".+", problem)  # one line; `TimeoutError` has none
+
+
+def test_an_unchanged_bank_is_read(bank):
+    folder, contents = bank
+    for name, content in contents.items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(content)
+    for path in [folder, *(folder / name for name in FILES if name.startswith("a."))]:
+        assert torch.equal(Bank(path).read([0, 3])[0], torch.from_numpy(ROWS[[0, 3]]))
+
+
+def test_labels_of_progress_bars_are_escaped(bank, tmp_path, capsys):
+    _, contents = bank
+    copy = tmp_path / "a\x1b[31m"
+    copy.mkdir()
+    for name, content in contents.items():
+        (copy / name).write_bytes(content)
+    assert sum(verify(copy)) == 4
+    found = capsys.readouterr().err
+    assert "a\\x1b[31m" in found
+    assert "\x1b[31m" not in found

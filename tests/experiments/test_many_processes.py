@@ -1,4 +1,4 @@
-"""Runs on two processes, started as people start them: the numbers of one process, whole files, and a quick end."""
+"""Runs on two processes: the numbers of one process, whole files, and a quick end."""
 
 import json
 import os
@@ -20,12 +20,13 @@ import torch
 from rkd_plugin import cli
 from rkd_plugin.experiments.recipe import read
 from rkd_plugin.experiments.running.checkpoints import read_checkpoint
-from rkd_plugin.experiments.running.experiment import Experiment, check_equal_weights
+from rkd_plugin.experiments.running.experiment import Experiment
+from rkd_plugin.experiments.running.ranks import check_equal_weights
 from rkd_plugin.experiments.support import processes
 from rkd_plugin.experiments.support.launcher import launched
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]  # on a port of its own
-CLOSE = 1e-11  # float64, summed in another order
+CLOSE = 1e-11  # float64, with another order of summation
 
 HEAD = """
 recipe: {task: TASK, seed: 3, num_epochs: &num_epochs 6, test_tasks: [[3, 1]], test_queries: 2, test_episodes: 50}
@@ -72,7 +73,7 @@ LABELLED = (
 
 
 def recipe(path, task, *stages):
-    """A recipe of one stage or more, each a mapping of what its capitals stand for."""
+    """A recipe of one or more stages, each a mapping of placeholders in capitals to values."""
     written = []
     for number, stage in enumerate(stages, 1):
         text = STAGE
@@ -131,13 +132,13 @@ def python(*arguments, folder=None, **environment):
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=folder,
-        capture_output=True, text=True, timeout=240,  # so that a test ends; what is promised is measured
+        capture_output=True, text=True, timeout=240,  # so that a test ends
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 
 
 def tasks_of_slurm(*commands, folders=(None, None), **environment):
-    """Two processes that know each other from SLURM's variables alone, as `python`'s results.
+    """Two processes that are connected by the variables of SLURM only; the results are those of `python`.
 
     Both have one command, or each its own.
     """
@@ -154,7 +155,7 @@ def tasks_of_slurm(*commands, folders=(None, None), **environment):
 
 
 def same(histories, but=("seconds",)):
-    """Whether two runs went the same way, epoch by epoch."""
+    """Whether two runs are equal, epoch by epoch."""
     first, second = ([{k: v for k, v in epoch.items() if k not in but} for epoch in each] for each in histories)
     assert len(first) == len(second) > 0
     for one, other in zip(first, second, strict=True):
@@ -206,7 +207,7 @@ def together(alone, tmp_path_factory):
 @pytest.mark.processes
 @pytest.mark.parametrize("name", ["classification", "two_stages", "few_shot"])
 def test_two_processes_have_the_numbers_of_one(alone, together, name):
-    """Epoch by epoch: the loss of the global batch, and what the student makes of the test data."""
+    """Epoch by epoch: the loss of the global batch, and the metrics of the student."""
     runs = [result(folder / name) for folder in (alone[0], together[0])]
     assert [run["processes"] for run in runs] == [1, 2]
     same([run["history"] for run in runs])
@@ -237,16 +238,16 @@ def test_a_sharded_student_has_the_gradients_of_a_whole_one(together):
 
 @pytest.mark.processes
 def test_gradients_are_means_also_of_what_one_process_uses(together):
-    """Of rank + 1 and twice that; nothing stands for a parameter that nobody uses."""
+    """The gradients are rank + 1 and twice that; a parameter that no rank uses has none."""
     for found in together[1]:
         assert found["mean"] == [3.0, 1.5, 0.5, 1.0, None]
 
 
-# What breaks
+# Faults
 
 
 def waited(folder):
-    """Seconds since the last epoch that was kept; the next one would take less than one."""
+    """Seconds since the last saved epoch; an epoch takes less than one."""
     return time.time() - (folder / "last.pt").stat().st_mtime
 
 
@@ -294,7 +295,7 @@ def test_a_process_that_dies_ends_all_and_any_number_goes_on(alone, tmp_path, mo
 
 @pytest.mark.processes
 def test_data_that_one_process_cannot_load_keeps_no_other_waiting(alone, tmp_path):
-    """Also where no launcher ends it."""
+    """Also without a launcher that ends it."""
     command = ["-m", "rkd_plugin", "run", alone[1]["classification"], "--out", tmp_path]
     waiting, broken = tasks_of_slurm(command, BREAK="1,120,raise")
     assert waited(tmp_path) < 60
@@ -302,7 +303,7 @@ def test_data_that_one_process_cannot_load_keeps_no_other_waiting(alone, tmp_pat
     assert [waiting.returncode, broken.returncode] == [1, 1]
     assert re.fullmatch(r"rkd run, rank 1 of 2: cannot read point \d+\n", broken.stderr)
     assert "Traceback" not in waiting.stderr
-    assert re.search(r"rkd run, rank 0 of 2: expected the other processes to go on, .*\n$", waiting.stderr)
+    assert re.search(r"rkd run, rank 0 of 2: expected the other processes to continue, .*\n$", waiting.stderr)
 
 
 @pytest.mark.processes
@@ -314,7 +315,7 @@ def test_asked_to_stop_one_stops_all_after_the_same_step(alone, tmp_path):
     kept = read_checkpoint(folder / "last.pt")
     assert (len(kept["history"]), len(kept["part"]["random"])) == (2, 2), stopped.stderr
     assert 0 < kept["part"]["steps"] < 4
-    with pytest.raises(ValueError, match="stopped within epoch 3, 2, got 1; start as many until that epoch has ended"):
+    with pytest.raises(ValueError, match="stopped within epoch 3, 2, got 1; start that number until the epoch"):
         many_processes.train(path, folder)
     went_on = python(*TORCHRUN, *command)
     assert went_on.returncode == 0, went_on.stderr
@@ -363,7 +364,7 @@ def test_ranks_with_other_recipes_all_end_with_an_error(alone, tmp_path):
 @pytest.mark.processes
 @pytest.mark.parametrize("verb", ["run", "eval"])
 def test_ranks_with_other_weights_all_end_with_an_error(alone, tmp_path, verb):
-    """The same path on two machines, and another file behind it."""
+    """One path on two machines with different files."""
     text = Path(alone[1]["classification"]).read_text()
     source = "{key: Perceptron, src_ckpt: teacher.pt, kwargs: {width: 12, dim: 10}}"
     (tmp_path / "taught.yaml").write_text(text.replace("{key: Perceptron, kwargs: {width: 12, dim: 10}}", source))

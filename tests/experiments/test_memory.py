@@ -31,8 +31,8 @@ def test_a_step_takes_the_pages_of_the_one_before():
     assert kept < plain / 10
 
 
-def test_nothing_is_done_where_there_is_no_such_thing(monkeypatch):
-    asked = []
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: asked.append(name) or object())
+def test_without_mallopt_nothing_is_done(monkeypatch):
+    requested = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: requested.append(name) or object())
     keep_memory()
-    assert asked == [None]
+    assert requested == [None]

@@ -1,4 +1,4 @@
-"""The recipes of metric learning run on tiny data in the true layout, and train what they say."""
+"""The recipes of metric learning run on tiny data in the layout on disk, and train the right modules."""
 
 import json
 
@@ -46,7 +46,7 @@ def birds(tmp_path_factory):
 
 
 def run(networks, row, root, *overrides):
-    """As `rkd run`, of two epochs with two iterations each."""
+    """`rkd run` for two epochs with two iterations each."""
     method = "triplet" if row == "teacher" else "rkd" if row in RKD else row
     folder = "metric_learning/small_birds" if networks == "small_birds" else "metric_learning"
     shared = [
@@ -66,7 +66,7 @@ def test_every_row_trains_on_folders_of_images(birds, row):
     result = run("small_birds", row, birds)
     assert list(result["final"]) == ["recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "map_at_r"]
     assert [epoch["epoch"] for epoch in result["history"]] == list(range(1, 5 if row == "fitnet" else 3))
-    # What was trained beside the student is no part of it.
+    # Modules that train with the student are not part of it.
     student, teacher = (
         read_checkpoint(birds / f"small_birds_{name}" / "last.pt")["model"] for name in (row, "teacher")
     )
@@ -104,7 +104,7 @@ def test_anchors_reach_the_student():
 
 @pytest.fixture(scope="module")
 def cub(tmp_path_factory):
-    """CUB-200-2011 as it lies on disk, with three classes of each split, and the teacher of the paper."""
+    """CUB-200-2011 in its layout on disk, with three classes of each split, and the teacher of the paper."""
     root = tmp_path_factory.mktemp("cub")
     classes = [1, 2, 3, 101, 102, 103]
     folder = root / "images" / "CUB_200_2011"

@@ -1,4 +1,4 @@
-"""Retrieval and accuracy: equal to a search by hand, whatever the ties, sizes and scales; retrieval lean in memory."""
+"""Retrieval and accuracy are equal to a plain search for all ties, sizes and scales, with little memory."""
 
 import os
 import subprocess
@@ -13,11 +13,12 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 
 from rkd_plugin.experiments.running import metrics
-from rkd_plugin.experiments.running.metrics import Layer, classification, embed, retrieval
+from rkd_plugin.experiments.running.embed import embed
+from rkd_plugin.experiments.running.metrics import Layer, classification, retrieval
 
 
 def by_hand(outputs, labels, recall_at):
-    """Query by query: all others sorted by distance, at equal distance those of other classes first."""
+    """Query by query: all other rows sorted by distance; at equal distances, other classes come first."""
     outputs, labels = outputs.double(), labels.tolist()
     hits, precisions = [], []
     for i, label in enumerate(labels):
@@ -60,7 +61,7 @@ def test_equal_to_a_search_by_hand(data):
 def test_blocks_change_nothing(block, monkeypatch):
     outputs, labels = torch.randn(53, 4), torch.randint(0, 9, (53,))
     expected = retrieval(outputs, labels, [1, 5])
-    monkeypatch.setattr(metrics, "BLOCK", block)
+    monkeypatch.setattr(metrics, "DISTANCES_AT_ONCE", block)
     assert retrieval(outputs, labels, [1, 5]) == pytest.approx(expected, abs=1e-12)
 
 
@@ -72,7 +73,7 @@ def test_a_collapsed_model_gets_nothing():
 
 @pytest.mark.parametrize("copies", ["of its class", "of another class"])
 def test_equal_rows_of_many_dimensions(copies, device):
-    """Rounding sets the distances of a row and its copy apart, or might; they are ties all the same."""
+    """Rounding can separate the distances of a row and its copy, which are equal."""
     outputs, labels = torch.randn(100, 512), torch.arange(100) // 4
     if copies == "of its class":
         assert_equal(outputs.repeat(2, 1), labels.repeat(2), device=device)
@@ -83,14 +84,14 @@ def test_equal_rows_of_many_dimensions(copies, device):
 
 
 def test_far_from_the_origin_and_in_any_dtype(dtype, device):
-    # As far as the dtype still tells the rows apart.
+    # As far as the rows are distinct in the dtype.
     offset = {torch.float64: 1e6, torch.float32: 1000}.get(dtype, 10)
     assert_equal((torch.randn(60, 6) + offset).to(dtype), torch.arange(60) // 5, device=device)
 
 
 @pytest.mark.parametrize("scale", [2.0**-600, 2.0**600])
 def test_scale_changes_nothing(scale):
-    """Not even one whose squares no float64 holds."""
+    """Not even a scale whose square overflows float64."""
     outputs, labels = torch.randn(60, 6, dtype=torch.float64), torch.arange(60) // 5
     assert retrieval(scale * outputs, labels) == retrieval(outputs, labels)
 
@@ -138,7 +139,7 @@ def test_recall_is_the_authors():
 MEMORY = """
 import resource, torch
 from rkd_plugin.experiments.running import metrics
-metrics.BLOCK = 2**19
+metrics.DISTANCES_AT_ONCE = 2**19
 outputs, labels = torch.randn(6000, 32), torch.arange(6000) // 5
 metrics.retrieval(outputs[:100], labels[:100])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -223,7 +224,7 @@ def test_images_of_another_number_of_channels_are_named():
         ):
             embed(model, batches, torch.device("cpu"))
     assert all(module.training for module in model.modules())
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):  # another error is another one
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):  # other errors are not changed
         embed(model, [(torch.zeros(2, 3, 5, 4), torch.arange(2))], torch.device("cpu"))
 
 

@@ -1,4 +1,4 @@
-"""What `rkd check` knows of the modules that losses read: their shapes, before any data is loaded."""
+"""`rkd check` finds the shapes of the modules that losses read, before data is loaded."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from rkd_plugin.experiments.recipe.specs import Walk
 
 
 def walked(model, path, loss="RKDDALoss", **kwargs):
-    """What is found of a loss between two models of one kind."""
+    """The findings for a loss between two models of one kind."""
     known = {"key": model, "kwargs": {}}
     side = {"forward_hook": {"output": [path]}}
     criterion = {"key": loss, "kwargs": {"student_module_path": path, "teacher_module_path": path, **kwargs}}
@@ -34,7 +34,7 @@ def found(*args, **kwargs):
 
 
 class Sequences(nn.Module):
-    """Sound: ``(N, C, L)``."""
+    """Audio: ``(N, C, L)``."""
 
     def __init__(self):
         super().__init__()
@@ -103,7 +103,7 @@ def test_the_arguments_of_torchdistills_loss_are_translated():
 
 
 def test_the_meta_pass_leaves_no_trace(monkeypatch):
-    """The built model is kept: hooks that stayed would be called by the next check."""
+    """The model is cached, so that the next check would call hooks that remain."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     monkeypatch.setitem(MODEL_DICT, "Kept", lambda: model)
     state = torch.get_rng_state()

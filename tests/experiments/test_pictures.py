@@ -1,4 +1,4 @@
-"""Pictures: that they show what is in the numbers, always the same, whatever the numbers are."""
+"""Pictures show the numbers, and are reproducible, for all numbers."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ LABELS = torch.arange(40) // 4
 
 
 def line():
-    """Ten classes of four on a line, wide apart: the three nearest others are always right."""
+    """Ten classes of four rows, far apart on a line: the three nearest neighbours are always right."""
     return (100.0 * LABELS + torch.arange(40) % 4)[:, None]
 
 
@@ -42,7 +42,7 @@ def test_learning_curves_show_means_and_ranges():
 
 
 def test_frames_of_neighbours_are_green_if_right():
-    wrong = (100.0 * (torch.arange(40) % 4) + LABELS)[:, None]  # the nearest are of the classes beside
+    wrong = (100.0 * (torch.arange(40) % 4) + LABELS)[:, None]  # the nearest rows have the neighbouring classes
     figure = pictures.retrieval_panel({"good": line(), "bad": wrong}, LABELS, image, queries=5, neighbours=3)
     good, bad = frames(figure)
     assert set(good) == {to_rgba("tab:green")}
@@ -116,18 +116,18 @@ def test_confusion_shows_the_most_frequent_mistakes():
         ("jay", "auk"): "25", ("jay", "jay"): "75",
     }  # fmt: skip
     assert figure.axes[0].get_title() == (
-        "8 of 32 are mistaken, most often:\n3 x auk taken for jay\n2 x auk taken for 5"
+        "8 of 32 are wrong, most often:\n3 x auk predicted as jay\n2 x auk predicted as 5"
     )
 
 
 def test_confusion_of_few_mistakes():
-    """Only the classes that have any; all of equal frequency in the order of their labels; a tie is a mistake."""
+    """Only classes with mistakes; with equal frequencies in the order of labels; a tie is a mistake."""
     scores, labels = predictions([(4, 1), (2, 3), (0, 0), (5, 5)])
     assert cells(pictures.confusion(scores, labels, {}))[1] == ["2", "3", "4", "1"]
     scores, labels = predictions([(0, 0), (5, 5), (5, 5)])
     figure = pictures.confusion(scores, labels, {})
     assert cells(figure) == ({("0", "0"): "100", ("5", "5"): "100"}, ["0", "5"], ["0", "5", "any other"])
-    assert figure.axes[0].get_title() == "0 of 3 are mistaken"
+    assert figure.axes[0].get_title() == "0 of 3 are wrong"
     shown, rows, _ = cells(pictures.confusion(torch.zeros(2, 2), torch.tensor([0, 0]), {}))
     assert rows == ["0", "1"]
     assert shown == {("0", "1"): "100"}

@@ -51,7 +51,7 @@ def problems_of(*changes: tuple[str, str]) -> list[tuple[str, str]]:
 # Packaged recipes
 
 
-# The data of the others are not there.
+# The data of the other recipes are missing.
 @pytest.mark.parametrize("name", [entry.name for entry in names() if entry.name.startswith("quickstart/")])
 def test_resolved_text_is_what_torchdistill_would_load(name, tmp_path):
     from torchdistill.common.yaml_util import load_yaml_file
@@ -78,7 +78,7 @@ def test_names_of_recipes():
 
 def test_an_installed_package_brings_its_recipes(tmp_path, monkeypatch):
     (tmp_path / "rkd_plugin" / "configs").mkdir(parents=True)
-    (tmp_path / "configs").mkdir()  # of somebody else
+    (tmp_path / "configs").mkdir()  # of another package
     monkeypatch.setattr(catalog, "PACKAGE", tmp_path / "rkd_plugin")
     assert configs_root() == tmp_path / "rkd_plugin" / "configs"
     assert names() == []
@@ -135,10 +135,10 @@ def test_override_of_list_items_and_keys_with_slashes_and_dots():
     ("override", "path", "message"),
     [
         ("train.num_epoch=2", "train.num_epoch", "train has no key 'num_epoch'; did you mean num_epochs"),
-        ("trian.num_epochs=2", "trian.num_epochs", "the recipe has no key 'trian'; did you mean train"),
+        ("traim.num_epochs=2", "traim.num_epochs", "the recipe has no key 'traim'; did you mean train"),
         ("train.num_epochs.x=2", "train.num_epochs.x", "train.num_epochs has no key 'x'"),
-        ("train.num_epochs", "train.num_epochs", "an override is written key.path=value"),
-        ("=2", "=2", "an override is written key.path=value"),
+        ("train.num_epochs", "train.num_epochs", "expected an override key.path=value"),
+        ("=2", "=2", "expected an override key.path=value"),
         ("train.num_epochs=!import_call {}", "train.num_epochs", "without tags, anchors or aliases"),
         ("train.num_epochs=[!!python/name:os.system]", "train.num_epochs", "without tags, anchors or aliases"),
         ("train.num_epochs=*seed", "train.num_epochs", "without tags, anchors or aliases"),
@@ -146,10 +146,10 @@ def test_override_of_list_items_and_keys_with_slashes_and_dots():
         ("train.num_epochs=&x 2", "train.num_epochs", "without tags, anchors or aliases"),
         ("train.num_epochs=--- 2", "train.num_epochs", "a scalar, a [list] or a {mapping}"),
         ("train.num_epochs=|\n 2", "train.num_epochs", "a scalar, a [list] or a {mapping}"),
-        ("train.num_epochs=2 #3", "train.num_epochs", "YAML takes '#3' for a comment; a text is written"),
-        ("train.num_epochs=[2] #3", "train.num_epochs", "YAML takes '#3' for a comment"),
-        ("train.num_epochs=# 2", "train.num_epochs", "YAML takes '# 2' for a comment"),
-        ("train.num_epochs=runs: 1", "train.num_epochs", """a text is written 'train.num_epochs="runs: 1"'"""),
+        ("train.num_epochs=2 #3", "train.num_epochs", "YAML reads '#3' as a comment; write a string as"),
+        ("train.num_epochs=[2] #3", "train.num_epochs", "YAML reads '#3' as a comment"),
+        ("train.num_epochs=# 2", "train.num_epochs", "YAML reads '# 2' as a comment"),
+        ("train.num_epochs=runs: 1", "train.num_epochs", """write a string as 'train.num_epochs="runs: 1"'"""),
         ("num_epochs=2", "num_epochs", "the recipe has no key 'num_epochs'; did you mean recipe.num_epochs?"),
         ("recipe.num_epoch=2", "recipe.num_epoch", "did you mean num_epochs"),
         ("train.num_epochs=[", "train.num_epochs", "is not YAML"),
@@ -183,21 +183,21 @@ def test_all_bad_overrides_are_reported():
     ("text", "path", "message"),
     [
         ("a: [1,\nb", "line 2, column 2", "expected ',' or ']', but got '<stream end>' in 'b'"),
-        ("a:\n\t- b: 1", "line 2, column 1", "in '- b: 1'; a tab cannot indent: use spaces"),
-        ("a: b: c", "line 1, column 5", "in 'a: b: c'; mend the indentation, or quote"),
-        ("a:\n  b: 1\n c: 2", "line 3, column 2", "in 'c: 2'; mend the indentation"),
+        ("a:\n\t- b: 1", "line 2, column 1", "in '- b: 1'; indent with spaces, not with tabs"),
+        ("a: b: c", "line 1, column 5", "in 'a: b: c'; correct the indentation, or quote"),
+        ("a:\n  b: 1\n c: 2", "line 3, column 2", "in 'c: 2'; correct the indentation"),
         ("a: @b", "line 1, column 4", "quote a value that begins with it"),
-        ("!a {b: 1}", "", "a mapping without a tag was expected at the top, got !a"),
-        ("!!set {a}", "", "a mapping without a tag was expected at the top"),
-        ("? !join [a, b]\n: 1\n? ab\n: 2", "ab", "this key is there twice"),
-        ("? !import_get [a]\n: 1", "", "every key must be a scalar"),
-        ("a: 1\nb: {a: 1, a: 2}", "b.a", "this key is there twice"),
-        ("a: 1\na: 2", "a", "this key is there twice"),
+        ("!a {b: 1}", "", "expected a mapping without a tag at the top, got !a"),
+        ("!!set {a}", "", "expected a mapping without a tag at the top"),
+        ("? !join [a, b]\n: 1\n? ab\n: 2", "ab", "duplicate key"),
+        ("? !import_get [a]\n: 1", "", "expected scalars as keys"),
+        ("a: 1\nb: {a: 1, a: 2}", "b.a", "duplicate key"),
+        ("a: 1\na: 2", "a", "duplicate key"),
         ("a: &x [1, *x]", "a.1", "an anchor contains itself"),
-        ("a: &x {b: 1, b: 2}\nc: [*x, *x]", "a.b", "this key is there twice"),
-        ("[a]: 1", "", "every key must be a scalar"),
-        ("- a", "", "a mapping of sections was expected"),
-        ("", "", "a mapping of sections was expected"),
+        ("a: &x {b: 1, b: 2}\nc: [*x, *x]", "a.b", "duplicate key"),
+        ("[a]: 1", "", "expected scalars as keys"),
+        ("- a", "", "expected a mapping of sections"),
+        ("", "", "expected a mapping of sections"),
         ("a: 2001-13-13", "line 1, column 4", "not a value of type timestamp"),
         ("a: !!int x", "line 1, column 4", "not a value of type int"),
         ("a: " + "[" * 5000, "", "nested too deeply"),
@@ -234,7 +234,7 @@ def test_texts_that_tags_join_are_joined():
 
 def test_settings_are_required_where_they_are_used():
     assert (read("quickstart/rkd_da").task, read("quickstart/rkd_da", ["recipe.seed=3"]).seed) == ("metric_learning", 3)
-    with pytest.raises(RecipeError, match=r"recipe\.seed: required"):
+    with pytest.raises(RecipeError, match=r"recipe\.seed: expected int"):
         _ = read("quickstart/rkd_da", ["recipe.seed=x"]).seed
     with pytest.raises(RecipeError, match=r"recipe\.task: required"):
         _ = parse("a: 1", Path("x.yaml")).task
@@ -245,7 +245,7 @@ def test_settings_are_required_where_they_are_used():
 
 @pytest.fixture
 def trap(tmp_path, monkeypatch):
-    """A module whose function leaves a file behind when it is called."""
+    """A module whose function writes a file when it is called."""
     mark = tmp_path / "called"
     (tmp_path / "recipe_trap.py").write_text(f"def spring(size=1):\n    open({str(mark)!r}, 'w').close()\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -269,7 +269,7 @@ def test_all_mistakes_are_reported_at_once_and_nothing_is_executed(trap):
     with pytest.raises(RecipeError) as caught:
         recipe.validate()
     assert dict(caught.value.problems) == {
-        "train.num_epochs": "an integer was expected, got the string 'two'",
+        "train.num_epochs": "expected an integer, got the string 'two'",
         "train.val_data_loader.dataset_id": "required, but missing",
         "train.criterion.kwargs.sub_terms.rkd.criterion.kwargs.huber": "RKDDALoss has no such argument; did you mean "
         "huber_delta?",
@@ -279,7 +279,7 @@ def test_all_mistakes_are_reported_at_once_and_nothing_is_executed(trap):
     assert "ConvEmbedding has no module 'blocks.1'" in caught.value.problems[-1][1]
     assert str(caught.value).count("\n") == 5
     assert not trap.exists()
-    assert "recipe_trap" in sys.modules  # it was looked at
+    assert "recipe_trap" in sys.modules  # it was imported
 
 
 def test_checking_leaves_random_numbers_and_files_alone(tmp_path, monkeypatch):
@@ -297,9 +297,9 @@ CRITERION = "train.criterion.kwargs.sub_terms.rkd"
 LOSS = f"{CRITERION}.criterion.kwargs"
 MISTAKES = {
     "no section": ("datasets:\n", "data:\n", "datasets", "required, but missing"),
-    "other section": ("dependencies: [", "depends: [", "depends", "no such key here; did you mean dependencies?"),
-    "task": ("task: metric_learning", "task: metric", "recipe.task", "'metric_learning' was expected"),
-    "seed": ("seed: &seed 0", "seed: &seed zero", "recipe.seed", "an integer was expected, got the string 'zero'"),
+    "other section": ("dependencies: [", "depends: [", "depends", "unknown key; did you mean dependencies?"),
+    "task": ("task: metric_learning", "task: metric", "recipe.task", "'metric_learning', got"),
+    "seed": ("seed: &seed 0", "seed: &seed zero", "recipe.seed", "expected an integer, got the string 'zero'"),
     "dependency": ("'rkd_plugin.components.models'", "nowhere", "dependencies.1", "cannot be imported"),
     "misspelt dependency": (
         "'rkd_plugin.components.models'",
@@ -317,22 +317,22 @@ MISTAKES = {
     "tag of Python": ("!import_call", "!!python/name:os.abort", "datasets.digits/train", "unknown tag"),
     "module of a call": ("datasets.Digits", "dataset.Digits", "datasets.digits/train.key", "cannot be imported"),
     "member of a call": ("datasets.Digits", "datasets.Digit", "datasets.digits/train.key", "did you mean Digits"),
-    "argument of a call": ("classes: [0", "clases: [0", "datasets.digits/train.init.kwargs.clases", "mean classes?"),
-    "type of a call": ("[0, 1, 2, 3, 4]", "some", "datasets.digits/train.init.kwargs.classes", "a list was expected"),
+    "argument of a call": ("classes: [0", "klasses: [0", "datasets.digits/train.init.kwargs.klasses", "mean classes?"),
+    "type of a call": ("[0, 1, 2, 3, 4]", "some", "datasets.digits/train.init.kwargs.classes", "expected a list, got"),
     "items of a call": ("[0, 1, 2, 3, 4]", "[0, a]", "datasets.digits/train.init.kwargs.classes", "an integer"),
     "kwargs outside init": ("    init:\n", "    ini:\n", "datasets.digits/train.ini", "did you mean init"),
     "model": ("key: 'ConvEmbedding'", "key: 'resnet'", "models.teacher_model.key", "no model is registered"),
     "model argument": ("      width: 32\n", "", "models.teacher_model.kwargs.width", "required by ConvEmbedding"),
     "model kwargs": ("kwargs:\n      width: 32", "args:\n      width: 32", "models.teacher_model.kwargs", "kwargs: {}"),
-    "epochs": ("num_epochs: *num_epochs", "num_epochs: 0", "train.num_epochs", "at least 1 was expected, got 0"),
-    "log_freq": ("log_freq: 10", "log_freq: 1.5", "train.log_freq", "an integer was expected, got 1.5"),
+    "epochs": ("num_epochs: *num_epochs", "num_epochs: 0", "train.num_epochs", "expected at least 1, got 0"),
+    "log_freq": ("log_freq: 10", "log_freq: 1.5", "train.log_freq", "expected an integer, got 1.5"),
     "data set": ("'digits/train'\n", "'digits'\n", "train.train_data_loader.dataset_id", "did you mean digits/test"),
     "sampler": ("sampler:", "sample:", "train.train_data_loader.sampler", "required, but missing"),
     "sampler as text": (
         "!import_get\n        key: 'torch.utils.data.RandomSampler'",
         "RandomSampler",
         "train.train_data_loader.sampler.class_or_func",
-        "(`!import_get`) was expected",
+        "(`!import_get`), got",
     ),
     "sampler argument": ("replacement:", "replace:", "train.train_data_loader.sampler.kwargs.replace", "replacement"),
     "loader argument": ("drop_last: True", "dataset: 1", "train.train_data_loader.kwargs.dataset", "already"),
@@ -363,8 +363,8 @@ MISTAKES = {
     ),
     "forward process": ("'forward_batch_only'", "x", "train.student.forward_proc", "no forward process"),
     "process": ("  log_freq", "  pre_epoch_process: x\n  log_freq", "train.pre_epoch_process", "no pre-epoch process"),
-    "teacher of nobody": ("  teacher_model:", "  model:", "train.teacher", "no such key here"),
-    "loss of no teacher": ("  teacher_model:", "  model:", f"{LOSS}.teacher_module_path", "there is no teacher"),
+    "teacher of nobody": ("  teacher_model:", "  model:", "train.teacher", "unknown key"),
+    "loss of no teacher": ("  teacher_model:", "  model:", f"{LOSS}.teacher_module_path", "expected a teacher"),
     "scheduler": (
         "  criterion:\n    key: 'W",
         "  scheduler: {key: MultiStepLR, kwargs: {}}\n  criterion:\n    key: 'W",
@@ -374,7 +374,7 @@ MISTAKES = {
     "criterion": ("'WeightedSumLoss'", "SumLoss", "train.criterion.key", "did you mean WeightedSumLoss"),
     "loss": ("'RKDDALoss'", "'RKDDA'", f"{CRITERION}.criterion.key", "did you mean RKDDALoss"),
     "loss kwargs": ("angle_weight: 2.0", "pool: max", f"{LOSS}.pool", "one of 'auto', 'avg'"),
-    "weight": ("weight: 1.0\n\ntest", "weight: '1'\n\ntest", f"{CRITERION}.weight", "a number was expected"),
+    "weight": ("weight: 1.0\n\ntest", "weight: '1'\n\ntest", f"{CRITERION}.weight", "expected a number"),
     "no module path": ("              student_module_path: '.'\n", "", f"{LOSS}.student_module_path", "required"),
     "no hook": (
         "student_module_path: '.'",
@@ -423,7 +423,7 @@ MISTAKES = {
         "'RKDDALoss'",
         "'MSELoss'",
         f"{CRITERION}.criterion_wrapper",
-        "`key: SimpleLossWrapper` gives MSELoss two tensors",
+        "`key: SimpleLossWrapper` passes two tensors to MSELoss",
     ),
     "model that cannot be built": (
         "key: 'ConvEmbedding'\n    kwargs:\n      width: 32\n      embedding_dim: 64\n      l2_normalize: True",
@@ -649,7 +649,7 @@ GIVEN = ["recipe.task=classification", "recipe.seed=0", "train.teacher.requires_
 
 @pytest.fixture
 def host_recipe(tmp_path, monkeypatch):
-    """A file for torchdistill in the current folder, beside a module that it names."""
+    """A file for torchdistill in the current folder, with a module that it names."""
     from torchdistill.models.registry import MODEL_DICT
 
     (tmp_path / "host.yaml").write_text(HOST)
@@ -664,14 +664,14 @@ def host_recipe(tmp_path, monkeypatch):
 def test_what_torchdistill_runs_is_no_problem_and_rkd_run_takes_the_rest_from_its_command_line(host_recipe, capsys):
     assert main(["check", host_recipe, "dependencies=[custom]"]) == 0
     printed = capsys.readouterr().out
-    needed = printed.partition("besides, `rkd run` needs")[2].splitlines()[1:4]
+    needed = printed.partition("`rkd run` needs in addition")[2].splitlines()[1:4]
     assert [line.split(": ")[0].strip() for line in needed] == [
         "train.teacher.requires_grad",
         "recipe.task",
         "recipe.seed",
     ]
     assert main(["run", host_recipe, *GIVEN[:2], GIVEN[3]]) == 1
-    assert "train.teacher.requires_grad: missing: without it" in capsys.readouterr().err
+    assert "train.teacher.requires_grad: missing; write `False`" in capsys.readouterr().err
     assert main(["run", host_recipe, *GIVEN]) == 0
     assert "top1" in capsys.readouterr().out
 
@@ -693,11 +693,11 @@ SEQUENTIAL = "class_or_func: !import_get {key: torch.utils.data.SequentialSample
 READINESS = {
     "too few outputs": (
         (), f"{STUDENT}={{key: resnet18, kwargs: {{num_classes: 3}}}}",
-        "problems", f"{STUDENT}.kwargs.num_classes", "fake/train has 4 classes, got 3 outputs",
+        "problems", f"{STUDENT}.kwargs.num_classes", "expected 4 outputs for the classes of fake/train, got 3",
     ),
     "too many outputs": (
         (), f"{STUDENT}={{key: resnet18, kwargs: {{num_classes: 5}}}}",
-        "notes", f"{STUDENT}.kwargs.num_classes", "fake/train has 4 classes, got 5 outputs",
+        "notes", f"{STUDENT}.kwargs.num_classes", "expected 4 outputs for the classes of fake/train, got 5",
     ),
     "no batch": (
         (), f"{LOADER}.kwargs={{batch_size: 17, drop_last: True}}",
@@ -705,11 +705,11 @@ READINESS = {
     ),
     "one image in front of BatchNorm1d": (
         (), f"{LOADER}.kwargs={{batch_size: 5}}",
-        "problems", f"{LOADER}.kwargs", "the last batch of 16 images is one image, of which BatchNorm1d",
+        "problems", f"{LOADER}.kwargs", "the last batch of 16 images is one image, for which BatchNorm1d",
     ),
     "always one image": (
         (), f"{LOADER}.kwargs={{batch_size: 1}}",
-        "problems", f"{LOADER}.kwargs", "every batch is one image, of which BatchNorm1d",
+        "problems", f"{LOADER}.kwargs", "every batch is one image, for which BatchNorm1d",
     ),
     "one image": (
         ("batch_size: 8, num_workers: 0, drop_last: False", "batch_size: 5"),
@@ -727,31 +727,31 @@ READINESS = {
     ),
     "weights that are not there": (
         (), f"{TEACHER}={{key: resnet18, kwargs: {{weights: IMAGENET1K_V1}}}}",
-        "notes", f"{TEACHER}.kwargs.weights", "not in PyTorch's cache, and will be downloaded to",
+        "notes", f"{TEACHER}.kwargs.weights", "not in PyTorch's cache; they will be downloaded to",
     ),
     "no checkpoint": (
         ("datasets:\n", "recipe: {teacher: no.pt, task: classification, seed: 0}\ndatasets:\n"),
         f"{TEACHER}.src_ckpt=no.pt",
-        "notes", f"{TEACHER}.src_ckpt", "there is no file 'no.pt' here; train that model first, or set recipe.teacher",
+        "notes", f"{TEACHER}.src_ckpt", "there is no file 'no.pt'; train that model first, or set recipe.teacher",
     ),
     "no data": (
         ("FakeData\n    init: {kwargs: {size: 16, ", "ImageFolder\n    init: {kwargs: {root: nowhere, "),
         "dependencies=[custom]",
-        "notes", "datasets.fake/train.init.kwargs.root", "there is no folder 'nowhere' here",
+        "notes", "datasets.fake/train.init.kwargs.root", "there is no folder 'nowhere'",
     ),
     "classes of a folder": (
         ("FakeData\n    init: {kwargs: {size: 16, ", "ImageFolder\n    init: {kwargs: {root: data, "),
         f"{STUDENT}={{key: resnet18, kwargs: {{num_classes: 2}}}}",
-        "problems", f"{STUDENT}.kwargs.num_classes", "fake/train has 3 classes, got 2 outputs",
+        "problems", f"{STUDENT}.kwargs.num_classes", "expected 3 outputs for the classes of fake/train, got 2",
     ),
     "images that are not counted": (
         ("FakeData\n    init: {kwargs: {size: 16, ", "ImageFolder\n    init: {kwargs: {root: data, "),
         "dependencies=[custom]",
-        "unchecked", LOADER, "how many batches an epoch has",
+        "unchecked", LOADER, "the number of batches in an epoch",
     ),
     "shuffled test data": (
         (SEQUENTIAL, SEQUENTIAL.replace("Sequential", "Random")), "dependencies=[custom]",
-        "notes", "train.val_data_loader.sampler", "RandomSampler draws in a random order",
+        "notes", "train.val_data_loader.sampler", "RandomSampler shuffles test images",
     ),
     "dropped test data": (
         (), "train.val_data_loader.kwargs={batch_size: 8, drop_last: True}",
@@ -763,7 +763,7 @@ READINESS = {
     ),
     "teacher in training mode": (
         (), "dependencies=[custom]",
-        "notes", "train.teacher.forward_proc", "so that its BatchNorm1d change what it teaches",
+        "notes", "train.teacher.forward_proc", "so that its BatchNorm1d change its outputs",
     ),
     "cache of an older torchdistill": (
         (), f"{LOADER}.cache_output=ckpt",
@@ -775,7 +775,7 @@ READINESS = {
     ),
     "checkpoint that torchdistill would execute": (
         ("requires_grad: True", "src_ckpt: a.pt"), "dependencies=[custom]",
-        "needs", "train.student.src_ckpt", "give it to the model under `models:`",
+        "needs", "train.student.src_ckpt", "name it under `models:`",
     ),
 }  # fmt: skip
 
@@ -891,7 +891,7 @@ def test_arguments_are_followed_through_keywords():
     proxy = arguments(ProxyAnchorLoss).named
     assert proxy["num_classes"].required
     assert not proxy["distance"].required
-    # KDLoss hands its keywords to a loss that it owns; RKDLoss drops them.
+    # KDLoss passes its keywords to a loss; RKDLoss ignores them.
     assert "label_smoothing" in arguments(KDLoss).named
     assert arguments(RKDLoss).named.keys().isdisjoint({"kwargs", "impl"})
     assert arguments(dict).is_open

@@ -1,4 +1,4 @@
-"""Runs: what they write, how they end, and that a stopped one ends as if nothing had happened."""
+"""Runs: what they write, how they end, and that a stopped run ends as one that was not stopped."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import yaml
 from rkd_plugin import cli
 from rkd_plugin.adapters.torchdistill import PMLLoss
 from rkd_plugin.experiments.recipe import read
-from rkd_plugin.experiments.running import experiment, runner
+from rkd_plugin.experiments.running import evaluation, runner
 from rkd_plugin.experiments.running.checkpoints import read_checkpoint, write_checkpoint
 from rkd_plugin.experiments.running.run_folder import recipe_of_run
 from rkd_plugin.storage import replacing
@@ -52,8 +52,8 @@ def test_what_a_run_leaves(undisturbed):
 def test_checkpoints_hold_the_epochs_they_claim(undisturbed):
     folder, result = undisturbed
     recipe = recipe_of_run(folder)
-    assert experiment.evaluate(recipe, folder / "last.pt").metrics == result["final"]
-    best = experiment.evaluate(recipe, folder / "best.pt").metrics
+    assert evaluation.evaluate(recipe, folder / "last.pt").metrics == result["final"]
+    best = evaluation.evaluate(recipe, folder / "best.pt").metrics
     assert best == {name: value for name, value in result["best"].items() if name != "epoch"}
     assert len(read_checkpoint(folder / "best.pt")["history"]) == result["best"]["epoch"]
 
@@ -71,7 +71,7 @@ def test_the_seed_decides_everything(undisturbed, tmp_path):
     assert without_times(other["history"]) != without_times(result["history"])
 
 
-def test_a_folder_of_another_recipe_is_refused_untouched(undisturbed):
+def test_a_folder_of_another_recipe_raises_and_is_unchanged(undisturbed):
     folder, _ = undisturbed
     before = {path: path.read_bytes() for path in folder.iterdir()}
     match = r"holds a run of another recipe: recipe\.seed is 0 there and 1 here; give .* folder with --out, or delete"
@@ -95,7 +95,7 @@ def test_a_recipe_that_was_changed_since_is_named_before_anything_is_imported(
     with pytest.raises(FileExistsError, match=r"holds a run of another recipe: dependencies"):
         run(tmp_path / "run")
     assert not (tmp_path / "imported").exists()
-    # The way to go on that the message names.
+    # The command in the message works.
     command = error.strip().rpartition(": rkd ")[2].split()
     assert cli.main(command) == 0
     assert (tmp_path / "imported").exists()
@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert (tmp_path / "last.pt").read_bytes() == kept
 
 
-def test_a_missing_teacher_is_said_and_nothing_is_trained(tmp_path):
+def test_a_missing_teacher_is_reported_and_nothing_is_trained(tmp_path):
     overrides = ["recipe.teacher_checkpoint=/nowhere/last.pt", "recipe.num_epochs=1"]
     with pytest.raises(FileNotFoundError, match=r"expected a checkpoint at /nowhere/last\.pt, found none; train that"):
         run(tmp_path, "quickstart/rkd_da", overrides)
@@ -199,7 +199,7 @@ class Malicious:
         return (Path.touch, (Path("executed"),))
 
 
-def test_a_checkpoint_that_would_execute_code_is_refused_unexecuted(tmp_path, monkeypatch):
+def test_a_checkpoint_that_would_execute_code_raises_and_is_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("last.pt").write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(ValueError, match=r"expected a checkpoint of tensors and plain values at last\.pt"):
@@ -232,18 +232,18 @@ def test_best_is_kept_apart_from_last(undisturbed, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "best.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected a checkpoint at .*best\.pt"):
-        experiment.evaluate(recipe_of_run(tmp_path / "copy"), tmp_path / "copy" / "best.pt")
+        evaluation.evaluate(recipe_of_run(tmp_path / "copy"), tmp_path / "copy" / "best.pt")
 
 
-def test_a_checkpoint_of_another_model_is_refused(undisturbed):
+def test_a_checkpoint_of_another_model_raises(undisturbed):
     folder, _ = undisturbed
     with pytest.raises(ValueError, match=r"last\.pt holds another model than .*teacher\.yaml describes"):
-        experiment.evaluate(read("quickstart/teacher"), folder / "last.pt")
+        evaluation.evaluate(read("quickstart/teacher"), folder / "last.pt")
 
 
 def test_without_a_checkpoint_the_model_is_measured_as_it_is_built(undisturbed):
     folder, result = undisturbed
-    first, second = (experiment.evaluate(recipe_of_run(folder)) for _ in range(2))
+    first, second = (evaluation.evaluate(recipe_of_run(folder)) for _ in range(2))
     assert first.metrics == second.metrics
     assert first.metrics["recall_at_1"] < result["final"]["recall_at_1"]
 

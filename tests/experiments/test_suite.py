@@ -1,4 +1,4 @@
-"""Suites: the runs they make, the tables and pictures they write."""
+"""Suites: their runs, tables and pictures."""
 
 import json
 import re
@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from rkd_plugin.experiments.recipe import RecipeError, configs_root, read, read_suite
-from rkd_plugin.experiments.running.experiment import Experiment, evaluate
+from rkd_plugin.experiments.running.evaluation import evaluate
+from rkd_plugin.experiments.running.experiment import Experiment
 from rkd_plugin.experiments.running.run_folder import recipe_of_run
 from rkd_plugin.experiments.tables import suite as suites
 
@@ -193,7 +194,7 @@ def test_fast_is_the_stated_fraction_of_the_schedule(tmp_path):
 
 
 def test_models_are_tested_on_other_data(reproduced, tmp_path, monkeypatch):
-    """As Figure 3: each row on each set of test data, one row as it was built, without training."""
+    """As in Figure 3: each row on each set of test data, with one row without training."""
     _, folder, _ = reproduced
     untrained = {"name": "untrained", "label": "Untrained", "recipe": "quickstart/teacher", "trained": False}
     sevens = (configs_root() / "quickstart" / "teacher.yaml").read_text()

@@ -1,4 +1,4 @@
-"""Threads follow the cores that a process may use, and small work; the user's own settings win."""
+"""The number of threads follows cores and work; settings of the user have priority."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ TINY = ["recipe.num_epochs=1", "recipe.samples_per_epoch=128", "recipe.batch_siz
 
 @pytest.fixture
 def free(monkeypatch):
-    """An environment that sets nothing, and a machine of eight cores and threads."""
+    """An environment without settings, and a machine with eight cores and threads."""
     for name in (*threads.COUNT, *threads.SPINNING):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(threads, "affinity", lambda: frozenset(range(8)))

@@ -1,4 +1,4 @@
-"""What the README promises about recipes and checkpoints of others."""
+"""External recipes and checkpoints run no code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Folder:
 
 @pytest.fixture
 def mine(tmp_path):
-    """A checkpoint that leaves ``made`` behind if it is executed."""
+    """A checkpoint that makes the folder ``made`` if it is executed."""
     torch.save({"model": {}, "args": Folder(tmp_path / "made")}, tmp_path / "mine.pt")
     yield tmp_path / "mine.pt"
     assert not (tmp_path / "made").exists()
@@ -40,8 +40,11 @@ def side(name, process, path):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["run", "quickstart/rkd_da", "recipe.teacher_checkpoint={}"], "names posix.mkdir, which would be executed"),
-        (["eval", "quickstart/student", "--checkpoint", "{}"], "names posix.mkdir, which would be executed"),
+        (
+            ["run", "quickstart/rkd_da", "recipe.teacher_checkpoint={}"],
+            "posix.mkdir, which reading would execute",
+        ),
+        (["eval", "quickstart/student", "--checkpoint", "{}"], "posix.mkdir, which reading would execute"),
         (
             ["run", "quickstart/rkd_da", side("student", "forward_batch_only", "{}")],
             "give it to the model under `models:",
@@ -66,7 +69,7 @@ def test_of_what_a_recipe_names_only_its_models_are_called_by_check(monkeypatch)
     monkeypatch.setitem(MODEL_DICT, "Mine", Mine)
     assert check(read("quickstart/student", ["models.model={key: Mine, kwargs: {}}"])) == []
     assert built == [("meta", None, None)]
-    # torchvision's own look-ups would be called with a name, and download what they find.
+    # The functions of torchvision that take a name would download weights.
     for key in ("get_model", "get_weight", "list_models"):
         ((path, _),) = check(
             read("quickstart/student", [f"models.model={{key: {key}, kwargs: {{name: fcn_resnet50}}}}"])

@@ -1,4 +1,4 @@
-"""Data sets of the recipes: those that torchvision and pytorch-metric-learning lack, and theirs with checks."""
+"""Data sets of the recipes: new ones, and those of torchvision and pytorch-metric-learning with checks."""
 
 from rkd_plugin.components.datasets.cached import Cached
 from rkd_plugin.components.datasets.cifar import CIFAR100

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -15,31 +14,34 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from rkd_plugin.printing import printable
 from rkd_plugin.storage import allocate, replacing
+from rkd_plugin.teacher_bank.fingerprint import digest
 from rkd_plugin.teacher_bank.labels import files_of, labels_of, unwrapped
 
-VERSION = 1  # of cached images: to be raised when what is decoded changes
-LARGE = 2000  # images, from which on decoding them is worth starting processes
+VERSION = 1  # of the cached images; increment it when decoding changes
+DIGITS = 16  # of a digest in the name of a file
+LARGE = 2000  # images; decoding fewer is not worth starting processes
 
 
 class Cached(Dataset[tuple[Any, int]]):
-    """Images decoded once into a memory-mapped file, of which an access is a copy; transformed at each access.
+    """Images that are decoded once into a memory-mapped file, and transformed at each access.
 
-    The file's name has hashes of the data set's paths, sizes, times and transform, so that another file is written when
-    any of them changes; it is written whole or not at all. Processes share what the system keeps of it in memory.
+    The name of the file contains digests of the paths, sizes, times and transform of the data set, so that a change
+    leads to a new file. The file is written as a whole or not at all. Processes share its pages in memory.
 
     Args:
-        dataset: its images are uint8 tensors ``(C, H, W)`` of one size, as PILToTensor makes them after a Resize to
-            height and width; how their files and labels are found: see `rkd_plugin.teacher_bank.labels`.
-        folder: of the file, ``C * H * W`` bytes an image; None to decode each image each time.
-        transform: of a uint8 tensor, such as a random crop.
-        batched: give the transform all images of a batch at once, ``(N, C, H, W)``, which is faster; one that draws
-            random numbers would draw the same for all of them.
+        dataset: its images are uint8 tensors ``(C, H, W)`` of one size, as from Resize to height and width, and
+            PILToTensor. `rkd_plugin.teacher_bank.labels` finds their files and labels.
+        folder: folder of the file, which needs ``C * H * W`` bytes per image; None to decode at each access.
+        transform: a transform of a uint8 tensor, such as a random crop.
+        batched: whether the transform gets all images of a batch at once, ``(N, C, H, W)``, which is faster; a random
+            transform is then the same for all of them.
 
     Raises:
         ValueError: if no files or labels of the data set are found, a label is not a whole number, the images are not
-            uint8 tensors of one size, or the ``repr`` of the data set's transform changes from run to run.
-        OSError: if the file cannot be written, such as to a full disk; if it is cut while it is read.
+            uint8 tensors of one size, or the ``repr`` of the data set's transform differs between runs.
+        OSError: if the file cannot be written, as to a full disk, or is truncated while it is read.
 
     Example:
         >>> import tempfile
@@ -69,8 +71,8 @@ class Cached(Dataset[tuple[Any, int]]):
         labels = labels_of(dataset, "Cached")
         if labels is None:
             raise ValueError(
-                f"Cached: expected a data set with labels, got {type(dataset).__name__}, in which none are found; give "
-                "it an attribute targets with the label of each item"
+                f"Cached: expected a data set with labels, got {type(dataset).__name__} without; give it "
+                "an attribute targets with the label of each item"
             )
         self.targets = labels
         self.folder = folder
@@ -81,13 +83,13 @@ class Cached(Dataset[tuple[Any, int]]):
             stem, state = _identify(dataset)
             self.path = Path(folder, f"{stem}-{state}.npy")
             if not _is_whole(self.path, len(dataset)):
-                with torch.random.fork_rng(devices=[]):  # what is drawn next must not depend on what was there
+                with torch.random.fork_rng(devices=[]):  # random numbers drawn later must not depend on the cache
                     _decode(dataset, self.path)
                 for stale in {*Path(folder).glob(f"{stem}-*.npy")} - {self.path}:
                     stale.unlink(missing_ok=True)
 
     def all_classes(self) -> Cached:
-        """The same of the classes of all splits, as `ClassFolders` and others know them."""
+        """The same with the classes of all splits; the data set must have this method too."""
         return Cached(self.dataset.all_classes(), self.folder, self.transform, self.batched)
 
     def __len__(self) -> int:
@@ -113,12 +115,14 @@ class Cached(Dataset[tuple[Any, int]]):
         """The images as tensors, in the order of the indices."""
         if self.path is None:
             return [self.dataset[index][0] for index in indices]
-        # Each process maps the file itself: a pickled map would carry all images.
+        # Each process maps the file itself: pickling a map copies all images.
         if self._images is None:
             self._images = np.lib.format.open_memmap(self.path, mode="r")
         images: Any = self._images
-        if images.base.size() < images.offset + images.nbytes:  # a page that is gone would end the process
-            raise OSError(f"Cached: expected {self.path} as it was opened, got it cut; delete it, and start this again")
+        if images.base.size() < images.offset + images.nbytes:  # reading a missing page ends the process
+            raise OSError(
+                f"Cached: expected {self.path} to keep its size, got it truncated; delete it, and start again"
+            )
         return torch.from_numpy(self._images[list(indices)])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,12 +130,12 @@ class Cached(Dataset[tuple[Any, int]]):
 
 
 def _identify(dataset: Any) -> tuple[str, str]:
-    """Names of the cache of this data set, unlike those of others, and of the state of its files."""
+    """Two parts of the file's name: one for this data set, one for the state of its files."""
     files = files_of(dataset)
     if not files:
         raise ValueError(
-            f"Cached: expected a data set with files in `paths` or `samples`, got {type(dataset).__name__}, in which "
-            "none are found; set folder to None"
+            f"Cached: expected a data set with files in `paths` or `samples`, got {type(dataset).__name__} "
+            "without; set folder to None"
         )
     parts = list(unwrapped(dataset))
     transform = "; ".join(repr(part.transform) for part in parts if hasattr(part, "transform"))
@@ -141,20 +145,18 @@ def _identify(dataset: Any) -> tuple[str, str]:
             "torchvision.transforms.v2, or set folder to None"
         )
     names = [name for part in parts for name in (type(part).__name__, getattr(part, "split", None)) if name]
-    # Several images may be in one file, such as a pickle, so that the files of two Subsets are the same.
+    # Two Subsets can have the same files: a pickle contains several images.
     chosen = [[*map(int, part.indices)] for part in parts if hasattr(part, "indices")]
     stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
-    return "-".join([*names, _hash((VERSION, [*map(str, files)], transform, *chosen))]), _hash(stats)
-
-
-def _hash(content: object) -> str:
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+    # Not `fingerprint.of_data`, which loads images, and which is equal for copies of the files in other folders.
+    identity = digest([VERSION, [*map(str, files)], transform, *chosen])
+    return "-".join([*names, identity[:DIGITS]]), digest(stats)[:DIGITS]
 
 
 def _is_whole(path: Path, count: int) -> bool:
     try:
         images = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError):  # missing, cut or foreign
+    except (OSError, ValueError):  # missing, truncated or of another kind
         return False
     return images.dtype == np.uint8 and images.ndim == 4 and len(images) == count
 
@@ -168,13 +170,13 @@ def _decode(dataset: Any, path: Path) -> None:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             size = file.tell() + math.prod(shape)
         allocate(temporary, size)
-        for error in tqdm(loader, desc=f"decoding into {path.parent}", unit="image", leave=False):
+        for error in tqdm(loader, desc=printable(f"decoding into {path.parent}"), unit="image", leave=False):
             if error is not None:
                 raise error
 
 
 class _Decoder(Dataset[ValueError | None]):
-    """Writes the image of an index into the file, so that none travels between processes."""
+    """Writes the image of an index into the file, so that no image is sent between processes."""
 
     def __init__(self, dataset: Any, path: Path) -> None:
         self.dataset = dataset
@@ -190,7 +192,7 @@ class _Decoder(Dataset[ValueError | None]):
         try:
             self._images[index] = _decoded(self.dataset, index, self._images.shape[1:])
         except ValueError as error:
-            return error  # raised in a process, it would come with its traceback as text
+            return error  # raised in a worker, its message would contain the traceback
         return None
 
 

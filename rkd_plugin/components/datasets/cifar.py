@@ -19,19 +19,20 @@ from rkd_plugin.teacher_bank.labels import check_labels
 class CIFAR100(torchvision.datasets.CIFAR100):
     """CIFAR-100, ``root/cifar-100-python/{train,test,meta}``: 50,000 + 10,000 images of 32 x 32 pixels.
 
-    Items, ``data``, ``targets`` and ``classes`` are torchvision's. Its files are pickles, which are read without
-    executing them.
+    Items, ``data``, ``targets`` and ``classes`` are those of torchvision. The files are pickles; reading them runs no
+    code.
 
     Args:
-        root: the folder of ``cifar-100-python``.
-        train: whether it is the 50,000 or the 10,000.
-        transform: of an RGB image.
-        download: whether to download and unpack the archive where its folder is missing; it is checked against its MD5.
-        published: whether the files must be the published ones, byte for byte; if not, any of that form are read.
+        root: folder that contains ``cifar-100-python``.
+        train: whether to read the 50,000 training images, or the 10,000 test images.
+        transform: transform of an RGB image.
+        download: whether to download and unpack the archive if its folder is missing; its MD5 is checked.
+        published: whether the files must be the published ones, byte for byte; if not, other files of that form are
+            read.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file is not the published one, or not of that form.
+        ValueError: if a file is not the published one, or has another form.
         ConnectionError: if the download fails.
     """
 
@@ -43,7 +44,7 @@ class CIFAR100(torchvision.datasets.CIFAR100):
         download: bool = False,
         published: bool = True,
     ) -> None:
-        # Not the host's own, which executes the pickles.
+        # Not torchvision's, which executes the pickles.
         torchvision.datasets.VisionDataset.__init__(self, root, transform=transform)
         self.train = train
         if download:
@@ -63,7 +64,7 @@ class CIFAR100(torchvision.datasets.CIFAR100):
         )
 
     def download(self) -> None:
-        """What is there already is checked, not replaced."""
+        """Download and unpack the archive if its folder is missing."""
         if Path(self.root, self.base_folder).exists():
             return
         archive = Path(self.root, self.filename)
@@ -79,7 +80,8 @@ class CIFAR100(torchvision.datasets.CIFAR100):
             raise FileNotFoundError(f"CIFAR100: expected a file {path}, found none; {self._remedy}")
         if published and not check_integrity(path, md5):
             raise ValueError(
-                f"CIFAR100: {path} is cut or changed, its MD5 is not {md5}; {self._remedy}; or set published to False"
+                f"CIFAR100: {path} is truncated or changed, its MD5 is not {md5}; {self._remedy}; or set published to "
+                "False"
             )
         return path
 

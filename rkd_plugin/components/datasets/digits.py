@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 
 
 class Digits(Dataset[tuple[Tensor, int]]):
-    """Handwritten digits that come with scikit-learn: 1797 grey images of 8 x 8 pixels, nothing to download.
+    """The handwritten digits of scikit-learn: 1797 grey images of 8 x 8 pixels, without a download.
 
-    Items are ``(image (1, 8, 8) in [0, 1], digit)``. ``classes`` selects the digits, so that a metric can be tested on
+    Items are ``(image (1, 8, 8) in [0, 1], digit)``. ``classes`` selects the digits, so that a model can be tested on
     digits that it was not trained on.
 
     Example:
@@ -27,7 +27,7 @@ class Digits(Dataset[tuple[Tensor, int]]):
         unknown = [digit for digit in classes if digit not in range(10)]
         if unknown or not classes:
             raise ValueError(f"Digits: classes must name digits from 0 to 9, got {list(classes)}")
-        from sklearn.datasets import load_digits  # seconds, which only a run has to wait
+        from sklearn.datasets import load_digits  # takes seconds, which only a run needs
 
         digits = load_digits()
         targets = torch.as_tensor(digits.target)
@@ -37,7 +37,7 @@ class Digits(Dataset[tuple[Tensor, int]]):
         self.targets: list[int] = targets[chosen].tolist()
 
     def all_classes(self) -> Digits:
-        """The same of all digits."""
+        """The same with all digits."""
         return Digits()
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Published files: downloaded, checked against their checksums, and unpacked in one piece."""
+"""Published files: download, check of the checksum, and unpacking."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torchvision.datasets.utils import download_url
 
 
 def download(owner: str, url: str, path: Path, md5: str, remedy: str) -> None:
-    """Fetch ``url`` to ``path``, or leave what is there if it is the published file.
+    """Download ``url`` to ``path``, unless the published file is there.
 
     Raises:
         ConnectionError: if the download fails.
-        ValueError: if what comes is not the published file.
+        ValueError: if the downloaded file is not the published one.
     """
     try:
         download_url(url, str(path.parent), path.name, md5)
@@ -32,15 +32,16 @@ def download(owner: str, url: str, path: Path, md5: str, remedy: str) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack ``folder``, whole or not at all, out of a tar or zip archive, which cannot write anywhere else.
+    """Unpack ``folder`` from a tar or zip archive, as a whole or not at all; nothing is written elsewhere.
 
-    No data set has links, devices, or names that are absolute, climb, occur twice or differ only by case: they are
-    looked for in the whole archive before a file is written, as Python's own filters have had holes.
+    An archive with links, devices, absolute names, names with ``..``, or names that occur twice or differ in case only
+    is not unpacked: no data set needs them, and the filters of Python have had holes. All names are checked before a
+    file is written.
 
     Raises:
-        ValueError: if the archive has one of these, is cut, or has no such folder.
+        ValueError: if the archive has one of these, is truncated, or has no such folder.
     """
-    refused = f"expected an archive that stays in its folder in {archive.name}, refused it: "
+    where = f"expected an archive that stays in its folder in {archive.name}, refused it: "
     try:
         with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder.parent) as unpacked:
             if zipfile.is_zipfile(archive):
@@ -59,12 +60,12 @@ def unpack(archive: Path, folder: Path) -> None:
                 raise tarfile.TarError(f"it has no folder {folder.name}")
             Path(unpacked, folder.name).rename(folder)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
-        cause = " ".join(str(error).split())  # of a file of another kind it has lines
-        raise ValueError(f"{refused}{cause}; get it again from its publisher") from error
+        cause = " ".join(str(error).split())  # it has several lines for a file of another kind
+        raise ValueError(f"{where}{cause}; get it again from its publisher") from error
 
 
 def _kind(member: zipfile.ZipInfo) -> str:
-    mode = member.external_attr >> 16  # of Unix; 0 where another system wrote it
+    mode = member.external_attr >> 16  # of Unix; 0 if another system wrote the archive
     is_plain = stat.S_IFMT(mode) in (0, stat.S_IFREG, stat.S_IFDIR)
     return "folder" if member.is_dir() else "file" if is_plain else "link or device"
 
@@ -73,7 +74,7 @@ def _check_members(members: Iterable[tuple[str, str]]) -> None:
     """Raise TarError if a member's name or kind is not that of a file or folder below the archive's root.
 
     Args:
-        members: name and ``"file"``, ``"folder"`` or another kind.
+        members: pairs of a name and a kind: ``"file"``, ``"folder"``, or what else it is.
     """
     known: dict[str, tuple[str, str]] = {}
     for name, kind in members:
@@ -81,11 +82,11 @@ def _check_members(members: Iterable[tuple[str, str]]) -> None:
         if kind not in ("file", "folder"):
             raise tarfile.TarError(f"{name!r} is a {kind}")
         if name.startswith("/") or ".." in parts or {*name} & {"\\", ":", "\0"} or (kind == "file" and not parts):
-            raise tarfile.TarError(f"{name!r} is no path below its folder")
+            raise tarfile.TarError(f"{name!r} is not a path below its folder")
         for depth in range(1, len(parts) + 1):
             path = "/".join(parts[:depth])
             found = (path, kind if depth == len(parts) else "folder")
-            # As a file system sees it that knows no case, or one form of an accent.
+            # Some file systems ignore case, or write accents in one form only.
             before = known.setdefault(unicodedata.normalize("NFC", path.casefold()), found)
             if before is not found and (before != found or found[1] == "file"):
                 raise tarfile.TarError(f"{name!r} is in the place of {before[0]!r}")

@@ -1,4 +1,4 @@
-"""A folder of images per class, and how folders are listed and images are opened."""
+"""A data set of one folder per class; listing folders and opening images."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-SHOWN = 3  # names in a message
+SHOWN = 3  # number of names in a message
 SPLITS = {"train", "val", "valid", "validation", "test"}
-# What operating systems, archivers and network drives put beside data; hidden entries begin with a dot.
+# Entries that operating systems, archive programs and network drives add; hidden entries begin with a dot.
 SYSTEM = {
     "__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin", "#recycle",
     "@recycle", "system volume information", "lost+found", "network trash folder", "temporary items",
@@ -23,16 +23,20 @@ SYSTEM = {
 
 
 def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
-    """An image in one of Pillow's modes; some of every data set are in another one."""
+    """Open an image and convert it to a mode of Pillow; every data set has some images in another mode.
+
+    Raises:
+        ValueError: if the file cannot be read as an image.
+    """
     try:
         with Image.open(path) as image:
             return image.convert(mode)
-    except Exception as error:  # PIL raises half a dozen kinds for a file that is broken
+    except Exception as error:  # Pillow raises many types for a damaged file
         raise ValueError(f"expected an image in {path}, could not read it: {error}") from error
 
 
 def entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """What is in a folder, by name, without hidden and system entries such as ``.ipynb_checkpoints``."""
+    """The entries of a folder, sorted by name, without hidden and system entries such as ``.ipynb_checkpoints``."""
     with os.scandir(folder) as found:
         kept = [
             entry
@@ -48,15 +52,15 @@ def class_folders(root: str | Path) -> list[str]:
 
 
 def list_images(owner: str, folders: Iterable[Path]) -> list[list[str]]:
-    """The image files of each folder, by name; the number of other entries, which are skipped, is a warning.
+    """The image files of each folder, sorted by name; a warning counts the other entries, which are skipped.
 
     Args:
-        owner: the data set, for messages.
-        folders: each has images in it, not in folders of its own.
+        owner: name of the data set, for messages.
+        folders: folders that contain images.
 
     Raises:
         FileNotFoundError: if a folder has no image.
-        ValueError: if it has folders instead of images.
+        ValueError: if a folder has folders instead of images.
     """
     images, skipped = [], Counter[str]()
     for folder in folders:
@@ -69,7 +73,7 @@ def list_images(owner: str, folders: Iterable[Path]) -> list[list[str]]:
         if not paths and inside:
             raise ValueError(
                 f"{owner}: expected images in {folder}, which is taken for a class, got folders, {_names(inside)}; if "
-                f"they are the classes, set root (recipe.data_root) to {folder}, else move their images up"
+                f"they are the classes, set root (recipe.data_root) to {folder}, otherwise move their images up"
             )
         if not paths:
             raise FileNotFoundError(
@@ -95,17 +99,17 @@ def _names(paths: list[str]) -> str:
 
 
 class ClassFolders(ImageFolder):
-    """A folder of images per class, ``root/<class>/<image>``, split by class: trained on some, tested on others.
+    """One folder of images per class, ``root/<class>/<image>``; training and test classes are disjoint.
 
-    Hidden and system entries are skipped; other files that are no images are counted in a warning. ``class_count`` is
-    the number of classes of all splits.
+    Hidden and system entries are skipped; a warning counts other files that are not images. ``class_count`` is the
+    number of classes of all splits.
 
     Args:
-        root: the folder of the class folders.
-        split: ``"train"``, the first classes by name, ``"test"``, the others, or ``"train+test"``.
-        train_classes: how many are the first; half of them, rounded down, if not given.
-        transform: of an RGB image.
-        target_transform: of a label, which counts all classes of the folder.
+        root: folder that contains the class folders.
+        split: ``"train"`` for the first classes by name, ``"test"`` for the others, or ``"train+test"``.
+        train_classes: number of training classes; None for half of the classes, rounded down.
+        transform: transform of an RGB image.
+        target_transform: transform of a label; labels number all classes of the folder.
         download: must be False; recipes pass it to every data set.
 
     Raises:
@@ -143,19 +147,19 @@ class ClassFolders(ImageFolder):
         super().__init__(str(root), transform, target_transform, loader=open_image)
 
     def all_classes(self) -> ClassFolders:
-        """The same of the classes of all splits."""
+        """The same with the classes of all splits."""
         return ClassFolders(self.root, "train+test", self.train_classes, self.transform, self.target_transform)
 
     @staticmethod
     def make_dataset(directory: str | Path, class_to_idx: dict[str, int], *_: Any, **__: Any) -> list[tuple[str, int]]:
-        """The host's hook: file and label of each image."""
+        """Hook of torchvision: file and label of each image."""
         images = list_images("ClassFolders", (Path(directory, name) for name in class_to_idx))
         return [(path, label) for paths, label in zip(images, class_to_idx.values(), strict=True) for path in paths]
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        """The host's hook: the names and labels of the split's classes."""
+        """Hook of torchvision: the names and labels of the classes of the split."""
         if not Path(directory).is_dir():
-            raise FileNotFoundError(f"ClassFolders: expected a folder per class in {directory}, which is not there")
+            raise FileNotFoundError(f"ClassFolders: expected a folder per class in {directory}, found no such folder")
         names = class_folders(directory)
         if names and SPLITS.issuperset(map(str.lower, names)):
             first = next((name for name in names if name.lower() == "train"), names[0])

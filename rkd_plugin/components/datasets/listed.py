@@ -1,4 +1,4 @@
-"""Published data sets that list their images, which are checked before training."""
+"""Published data sets with lists of their images, which are checked before training."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from rkd_plugin.components.datasets.folders import open_image
 
 
 class Listed(pml.BaseDataset):
-    """A data set of pytorch-metric-learning whose files are looked for before training.
+    """A data set of pytorch-metric-learning whose files are checked before training.
 
-    Items are ``(image, label)``; ``targets`` are the labels of all of them, ``paths`` their files.
+    Items are ``(image, label)``; ``targets`` are all labels, ``paths`` all files.
 
     Args:
-        root: the folder that the archive was unpacked in.
-        split: ``"train"`` or ``"test"``, of other classes, as in the paper; or ``"train+test"``.
-        transform: of an RGB image.
-        target_transform: of a label.
-        download: whether to download and unpack the archive where its folder is missing.
+        root: folder in which the archive was unpacked.
+        split: ``"train"``, ``"test"`` (other classes, as in the paper) or ``"train+test"``.
+        transform: transform of an RGB image.
+        target_transform: transform of a label.
+        download: whether to download and unpack the archive if its folder is missing.
 
     Raises:
         FileNotFoundError: if a list or an image that it names is missing.
-        ValueError: if a line of a list is malformed, an image cannot be decoded, a download is not what was
-            published, or no checksum of it is.
+        ValueError: if a line of a list is malformed, an image cannot be decoded, a download is not the published
+            file, or no checksum of it is published.
         ConnectionError: if the download fails.
     """
 
-    class_count = 0  # classes of all splits
-    FOLDER = ""  # that the archive makes
-    LISTS: tuple[tuple[str, str], ...] = ()  # files, and what each line of them must match
+    class_count = 0  # number of classes of all splits
+    FOLDER = ""  # folder in the archive
+    LISTS: tuple[tuple[str, str], ...] = ()  # files, each with the pattern of its lines
     MD5: str | None = None  # of the archive
-    HOME = ""  # where people get it today
+    HOME = ""  # where to get the archive
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Listed(pml.BaseDataset):
         self.targets: list[int] = self.labels
 
     def generate_split(self) -> None:
-        """The host's hook: paths and labels of the split."""
+        """PML's hook: paths and labels of the split."""
         name = type(self).__name__
         for file, pattern in self.LISTS:
             path = Path(self.root, file)
@@ -80,7 +80,7 @@ class Listed(pml.BaseDataset):
             raise ValueError(f"{name}: the lists in {self.root} name no image of split {self.split!r}; {self._remedy}")
 
     def all_classes(self) -> Listed:
-        """The same of the classes of all splits."""
+        """The same with the classes of all splits."""
         return type(self)(self.root, "train+test", self.transform, self.target_transform)
 
     @property
@@ -96,7 +96,7 @@ class Listed(pml.BaseDataset):
         )
 
     def _download(self) -> None:
-        """Nothing is unpacked that is not the published archive, and nothing stays that was unpacked in part."""
+        """Unpack the published archive as a whole, or leave nothing."""
         name = type(self).__name__
         if self.MD5 is None:
             raise ValueError(f"{name}: no checksum is published to check a download against; {self.HOME}")
@@ -108,7 +108,7 @@ class Listed(pml.BaseDataset):
 
 
 class CUB(Listed, pml.CUB):
-    """CUB-200-2011, ``root/CUB_200_2011/images.txt`` and so on: classes 1 to 100 train, 101 to 200 test.
+    """CUB-200-2011, ``root/CUB_200_2011/images.txt`` and so on: training classes 1 to 100, test classes 101 to 200.
 
     Arguments and errors: see `Listed`.
     """
@@ -121,7 +121,7 @@ class CUB(Listed, pml.CUB):
 
 
 class Cars196(Listed, pml.Cars196):
-    """Cars196, ``root/names.csv``, ``root/car_data`` and so on: classes 1 to 98 train, 99 to 196 test.
+    """Cars196, ``root/names.csv``, ``root/car_data`` and so on: training classes 1 to 98, test classes 99 to 196.
 
     Arguments and errors: see `Listed`; there is no download.
     """
@@ -131,11 +131,11 @@ class Cars196(Listed, pml.Cars196):
     LISTS = (("names.csv", r".*"), ("anno_train.csv", r".+,\d+"), ("anno_test.csv", r".+,\d+"))
     HOME = (
         "get https://www.kaggle.com/datasets/jutrera/stanford-car-dataset-by-classes-folder and unpack it so that "
-        "names.csv, anno_train.csv, anno_test.csv and car_data lie in that folder"
+        "names.csv, anno_train.csv, anno_test.csv and car_data are in that folder"
     )
 
     def generate_split(self) -> None:
-        """The host's hook: paths and labels of the split."""
+        """PML's hook: paths and labels of the split."""
         try:
             super().generate_split()
         except IndexError as error:
@@ -145,7 +145,7 @@ class Cars196(Listed, pml.Cars196):
 
 
 class StanfordOnlineProducts(Listed, pml.StanfordOnlineProducts):
-    """Stanford Online Products, ``root/Stanford_Online_Products/Ebay_train.txt`` and so on: that list's classes train.
+    """Stanford Online Products, ``root/Stanford_Online_Products/Ebay_train.txt`` (the training classes) and so on.
 
     Arguments and errors: see `Listed`.
     """

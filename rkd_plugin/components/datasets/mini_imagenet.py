@@ -1,4 +1,4 @@
-"""miniImageNet in the forms that people have it in."""
+"""miniImageNet in the forms in which it is distributed."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ from rkd_plugin.components.datasets.pickles import read_arrays
 from rkd_plugin.teacher_bank.labels import check_labels
 
 LISTS = "https://github.com/twitter-research/meta-learning-lstm/tree/master/data/miniImagenet"
-IMAGES = 600  # of a class
+IMAGES = 600  # per class
 
 
 class MiniImageNet(VisionDataset):
-    """miniImageNet: 100 classes of ImageNet with 600 images each, split 64 / 16 / 20 as Ravi and Larochelle do.
+    """miniImageNet: 100 classes of ImageNet with 600 images each, split 64 / 16 / 20 as by Ravi and Larochelle.
 
-    Of these forms the first that is found in ``root``:
+    The first of these forms that is in ``root`` is read:
 
-    - ``{train,val,test}.csv``, lines ``filename,label`` below a head, and ``images/<filename>``: the published lists,
+    - ``{train,val,test}.csv``, lines ``filename,label`` below a header, and ``images/<filename>``: the published lists,
       with an archive such as ``mini-imagenet.zip`` unpacked beside them;
     - ``mini-imagenet-cache-{train,val,test}.pkl``, pickles of ``image_data`` ``(N, H, W, 3)`` and ``class_dict``;
     - ``miniImageNet_category_split_{train_phase_train,val,test}.pickle``, pickles of ``data`` and ``labels``;
     - ``{train,val,test}/<class>/<image>``.
 
-    Pickles are read without executing them. Items are ``(image, label)``; ``paths`` are
-    the files of all of them, ``targets`` the labels, counted from 0 in the order of ``classes``.
+    Reading the pickles runs no code. Items are ``(image, label)``; ``paths`` are all files, ``targets`` all labels,
+    numbered from 0 in the order of ``classes``.
 
     Args:
-        root: the folder.
+        root: folder of one of these forms.
         split: ``"train"``, ``"val"``, ``"test"``, or ``"trainval"``, the first two together.
-        transform: of an RGB image, of whatever size it comes in.
+        transform: transform of an RGB image, which has the size of its file.
         published: whether a split must have its published number of classes, of 600 images each.
 
     Raises:
-        FileNotFoundError: if no form of a split is there, or an image of a list is missing.
-        ValueError: if a list or a pickle is malformed or not of the published size; if an image cannot be decoded.
+        FileNotFoundError: if a split is in none of these forms, or an image of a list is missing.
+        ValueError: if a list or a pickle is malformed or has another size than the published one, or an image cannot be
+            decoded.
 
     Source: Vinyals et al., "Matching Networks", NeurIPS 2016; Ravi and Larochelle, "Optimization as a Model for
-    Few-shot Learning", ICLR 2017, whose lists have other classes than the former's.
+    Few-shot Learning", ICLR 2017, whose lists have other classes.
     """
 
     CLASSES: ClassVar = {"train": 64, "val": 16, "test": 20}
@@ -65,11 +66,11 @@ class MiniImageNet(VisionDataset):
         self.split = split
         self.folder = Path(root)
         self.paths: list[str] = []
-        self._pixels: list[np.ndarray[Any, Any] | None] = []  # of an image in a pickle
+        self._pixels: list[np.ndarray[Any, Any] | None] = []  # of the images of pickles
         names: list[str] = []
         for part in splits[split]:
             found = self._find(part)
-            self._check(part, found, published)
+            self._check_counts(part, found, published)
             names += [name for name, _, _ in found]
             self.paths += [path for _, path, _ in found]
             self._pixels += [pixels for _, _, pixels in found]
@@ -78,13 +79,13 @@ class MiniImageNet(VisionDataset):
         self.targets = [labels[name] for name in names]
 
     def _find(self, part: str) -> list[tuple[str, str, Any]]:
-        """Class, file, and pixels or None, of each image."""
+        """Class, file and pixels (None if the file is an image) of each image."""
         phase = "train_phase_train" if part == "train" else part
         forms: dict[Path, Callable[[Path], Iterable[tuple[str, str, Any]]]] = {
-            self.folder / f"{part}.csv": self._listed,
-            self.folder / f"mini-imagenet-cache-{part}.pkl": self._by_class,
-            self.folder / f"miniImageNet_category_split_{phase}.pickle": self._labelled,
-            self.folder / part: self._of_folders,
+            self.folder / f"{part}.csv": self._from_list,
+            self.folder / f"mini-imagenet-cache-{part}.pkl": self._from_cache,
+            self.folder / f"miniImageNet_category_split_{phase}.pickle": self._from_labels,
+            self.folder / part: self._from_folders,
         }
         for path, read in forms.items():
             if path.exists():
@@ -94,7 +95,7 @@ class MiniImageNet(VisionDataset):
             f"the lists from {LISTS} and the images that they name into {self.folder / 'images'}, or one of the others"
         )
 
-    def _listed(self, path: Path) -> Iterable[tuple[str, str, Any]]:
+    def _from_list(self, path: Path) -> Iterable[tuple[str, str, Any]]:
         images = self.folder / "images"
         there = {str(file.relative_to(images)) for file in images.rglob("*")}
         with path.open(newline="", encoding="utf-8") as file:
@@ -108,24 +109,24 @@ class MiniImageNet(VisionDataset):
                 if line[0] not in there:
                     raise FileNotFoundError(
                         f"MiniImageNet: line {number} of {path} names the image {images / line[0]}, which is missing; "
-                        "unpack the archive with the images there"
+                        "unpack the archive of the images there"
                     )
                 yield line[1], str(images / line[0]), None
 
-    def _by_class(self, path: Path) -> Iterable[tuple[str, str, Any]]:
+    def _from_cache(self, path: Path) -> Iterable[tuple[str, str, Any]]:
         content = read_arrays("MiniImageNet", path)
         images, rows = self._images(path, content.get("image_data")), content.get("class_dict")
-        expected = f"MiniImageNet: expected a class_dict in {path} that has each row of image_data once"
-        # Each class may be the same list, so that their numbers count before what is in them.
-        is_dict = isinstance(rows, dict) and all(isinstance(of, list | np.ndarray) for of in rows.values())
+        expected = f"MiniImageNet: expected a class_dict in {path} that names each row of image_data once"
+        # All classes can share one list of any length, so that the lengths are compared before the content.
+        is_dict = isinstance(rows, dict) and all(isinstance(own, list | np.ndarray) for own in rows.values())
         if not isinstance(rows, dict) or not is_dict or sum(map(len, rows.values())) != len(images):
             raise ValueError(expected)
-        of_class = {name: check_labels(of, f"{expected}; of class {name!r:.40}") for name, of in rows.items()}
-        if {row for of in of_class.values() for row in of} != {*range(len(images))}:
+        by_class = {name: check_labels(own, f"{expected}; of class {name!r:.40}") for name, own in rows.items()}
+        if {row for own in by_class.values() for row in own} != {*range(len(images))}:
             raise ValueError(expected)
-        return ((_name(path, name), str(path), images[row]) for name, of in of_class.items() for row in of)
+        return ((_name(path, name), str(path), images[row]) for name, own in by_class.items() for row in own)
 
-    def _labelled(self, path: Path) -> Iterable[tuple[str, str, Any]]:
+    def _from_labels(self, path: Path) -> Iterable[tuple[str, str, Any]]:
         content = read_arrays("MiniImageNet", path)
         images, labels = self._images(path, content.get("data")), content.get("labels")
         if not isinstance(labels, list | tuple | np.ndarray) or len(labels) != len(images):
@@ -140,12 +141,12 @@ class MiniImageNet(VisionDataset):
         checked: np.ndarray[Any, Any] = images
         return checked
 
-    def _of_folders(self, path: Path) -> Iterable[tuple[str, str, Any]]:
+    def _from_folders(self, path: Path) -> Iterable[tuple[str, str, Any]]:
         names = class_folders(path)
         for name, images in zip(names, list_images("MiniImageNet", [path / name for name in names]), strict=True):
             yield from ((name, image, None) for image in images)
 
-    def _check(self, part: str, found: list[tuple[str, str, Any]], published: bool) -> None:
+    def _check_counts(self, part: str, found: list[tuple[str, str, Any]], published: bool) -> None:
         counts = Counter(name for name, _, _ in found)
         if not counts or (published and (len(counts) != self.CLASSES[part] or set(counts.values()) != {IMAGES})):
             sizes = sorted(set(counts.values()))

@@ -1,4 +1,4 @@
-"""Omniglot as few-shot learning uses it: rotated characters as classes, split by Vinyals's lists."""
+"""Omniglot for few-shot learning: rotated characters are classes, and the lists of Vinyals are the splits."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ LISTS = "https://raw.githubusercontent.com/jakesnell/prototypical-networks/maste
 
 
 class Omniglot(VisionDataset):
-    """Omniglot: 1,623 characters of 50 alphabets, drawn by 20 people each, that make four classes each by rotation.
+    """Omniglot: 1,623 characters of 50 alphabets, 20 drawings each; each character makes four classes by rotation.
 
     Images are those of torchvision's Omniglot, ``root/omniglot-py/images_{background,evaluation}/<alphabet>/
     character<NN>/*.png``; the classes of a split are in ``root/omniglot-splits/vinyals/<split>.txt``, a line
-    ``<alphabet>/character<NN>/rot<angle>`` each. Items are ``(image, label)``; ``paths`` are the files of all of them,
-    ``targets`` the labels, ``classes`` the lines, in their order.
+    ``<alphabet>/character<NN>/rot<angle>`` each. Items are ``(image, label)``; ``paths`` are all files, ``targets`` all
+    labels, ``classes`` the lines.
 
     Args:
-        root: the folder of ``omniglot-py``.
+        root: folder that contains ``omniglot-py``.
         split: name of a list: ``"train"`` (1,028 characters), ``"val"`` (172), ``"trainval"`` or ``"test"`` (423).
-        transform: of a grey image, black on white, 105 x 105 pixels, which is turned already.
-        download: whether to download images and lists where they are missing; they are checked against their MD5.
-        published: whether the lists must be the published ones. If not, they may be anybody's of that form.
+        transform: transform of a grey image, black on white, 105 x 105 pixels, after its rotation.
+        download: whether to download images and lists if they are missing; their MD5 is checked.
+        published: whether the lists must be the published ones; if not, other lists of that form are read.
 
     Raises:
         FileNotFoundError: if a list, a character's folder or its images are missing.
@@ -71,7 +71,7 @@ class Omniglot(VisionDataset):
         self.paths: list[str] = []
         self.targets: list[int] = []
         self._angles: list[int] = []
-        images: dict[str, list[str]] = {}  # of a character, for its four classes
+        images: dict[str, list[str]] = {}  # by character, for its four classes
         for label, line in enumerate(self.classes):
             character, _, angle = line.rpartition("/rot")
             if character not in images:
@@ -108,8 +108,8 @@ class Omniglot(VisionDataset):
         md5 = self.SPLITS[self.split]
         if published and not check_integrity(self.list, md5):
             raise ValueError(
-                f"Omniglot: {self.list} is cut or changed, its MD5 is not {md5}; {self._remedy}; or set published to "
-                "False"
+                f"Omniglot: {self.list} is truncated or changed, its MD5 is not {md5}; {self._remedy}; or set "
+                "published to False"
             )
         lines = self.list.read_text(encoding="utf-8").split()
         for number, line in enumerate(lines, 1):
@@ -119,25 +119,25 @@ class Omniglot(VisionDataset):
                 )
         if not lines or len(set(lines)) < len(lines):
             raise ValueError(
-                f"Omniglot: expected lines that differ in {self.list}, got {len(lines)} of which {len(set(lines))} do; "
+                f"Omniglot: expected distinct lines in {self.list}, got {len(set(lines))} distinct of {len(lines)}; "
                 f"{self._remedy}"
             )
         return lines
 
     def _images(self, character: str) -> list[str]:
         folders = [Path(self.root, self.FOLDER, part, character) for part in self.PARTS]
-        there = [folder for folder in folders if folder.is_dir()]
-        if not there:
+        existing = [folder for folder in folders if folder.is_dir()]
+        if not existing:
             raise FileNotFoundError(
                 f"Omniglot: {self.list} names {character}, expected a folder {folders[0]} or {folders[1]} with its "
                 f"images, found none; {self._remedy}"
             )
-        return [path for paths in list_images("Omniglot", there) for path in paths]
+        return [path for paths in list_images("Omniglot", existing) for path in paths]
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """The image, turned counter-clockwise as Pillow does, and its label."""
+        """The image, rotated counter-clockwise, and its label."""
         image = open_image(self.paths[index], "L").rotate(self._angles[index])
         return (self.transform(image) if self.transform else image), self.targets[index]

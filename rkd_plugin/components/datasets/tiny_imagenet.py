@@ -1,4 +1,4 @@
-"""Tiny ImageNet from its folders."""
+"""Tiny ImageNet, read from its folders."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ HOME = "get http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it in th
 class TinyImageNet(VisionDataset):
     """Tiny ImageNet, ``root/tiny-imagenet-200``: 200 classes, 100,000 + 10,000 images of 64 x 64 pixels.
 
-    To train, ``train/<class>/images/*.JPEG``; to test, ``val/images``, whose classes are in ``val/val_annotations.txt``
-    (the labels of ``test`` are not published). A class's label is its line in ``wnids.txt``. Items are ``(image,
-    label)``; ``samples`` are the files and labels of all of them, ``targets`` the labels.
+    Training images are ``train/<class>/images/*.JPEG``; test images are ``val/images``, with their classes in
+    ``val/val_annotations.txt`` (the labels of ``test`` are not published). The label of a class is its line in
+    ``wnids.txt``. Items are ``(image, label)``; ``samples`` are all files and labels, ``targets`` all labels.
 
     Args:
-        root: the folder of ``tiny-imagenet-200``.
+        root: folder that contains ``tiny-imagenet-200``.
         split: ``"train"`` or ``"val"``.
-        transform: of an RGB image.
-        target_transform: of a label.
+        transform: transform of an RGB image.
+        target_transform: transform of a label.
 
     Raises:
         FileNotFoundError: if a list, a class's folder or an image is missing.
@@ -49,7 +49,9 @@ class TinyImageNet(VisionDataset):
         labels = {name: label for label, name in enumerate(self.classes)}
         if split not in ("train", "val"):
             raise ValueError(f"TinyImageNet: split must be 'train' or 'val', got {split!r}")
-        self.samples: list[tuple[str, int]] = self._of_folders(labels) if split == "train" else self._annotated(labels)
+        self.samples: list[tuple[str, int]] = (
+            self._from_folders(labels) if split == "train" else self._from_annotations(labels)
+        )
         self.targets = [label for _, label in self.samples]
 
     def _lines(self, name: str) -> list[str]:
@@ -61,14 +63,14 @@ class TinyImageNet(VisionDataset):
             raise ValueError(f"TinyImageNet: expected lines in {path}, found none; {HOME}")
         return lines
 
-    def _of_folders(self, labels: dict[str, int]) -> list[tuple[str, int]]:
+    def _from_folders(self, labels: dict[str, int]) -> list[tuple[str, int]]:
         folders = [self.folder / "train" / name / "images" for name in labels]
         if missing := [folder for folder in folders if not folder.is_dir()]:
             raise FileNotFoundError(f"TinyImageNet: expected a folder {missing[0]}, found none; {HOME}")
         images = list_images("TinyImageNet", folders)
         return [(path, label) for paths, label in zip(images, labels.values(), strict=True) for path in paths]
 
-    def _annotated(self, labels: dict[str, int]) -> list[tuple[str, int]]:
+    def _from_annotations(self, labels: dict[str, int]) -> list[tuple[str, int]]:
         name = "val/val_annotations.txt"
         there = {path.name for path in (self.folder / "val" / "images").glob("*")}
         samples = []

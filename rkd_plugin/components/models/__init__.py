@@ -1,4 +1,4 @@
-"""Models of the recipes, registered in torchdistill under their names; import this package to have them."""
+"""Models of the recipes; importing this package registers them in torchdistill under their names."""
 
 from rkd_plugin.components.models.classifiers import ImageClassifier
 from rkd_plugin.components.models.embeddings import (

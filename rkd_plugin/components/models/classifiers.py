@@ -1,4 +1,4 @@
-"""Models whose output is a score for each class."""
+"""Models that return logits."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from rkd_plugin.components.models.networks import for_small_images, headless, po
 class ImageClassifier(nn.Module):
     """A network up to its last pooling, which is global, and one linear layer for the classes.
 
-    Its modules, for hooks: ``backbone``, whose output is the pooled features, with the names that its library gave
+    Modules for hooks: ``backbone``, whose output is the pooled features, with the names of its library
     (``backbone.layer2``), and ``linear``.
 
     Args:
         network: name of an image classification network, as ``torchvision.models.list_models()`` shows them, or of a
             network for 32 x 32 pixels (`networks.SMALL_NETWORKS`), such as ``resnet20``, ``wrn_40_2``, ``small_vgg8``.
-        num_classes: how many scores there are.
-        small_images: whether a ResNet of torchvision begins with a 3 x 3 convolution of stride 1 and no pooling, as for
-            images of 32 x 32 pixels.
-        weights: name of pretrained weights such as ``'IMAGENET1K_V1'``; None for random ones.
+        num_classes: number of classes.
+        small_images: whether a ResNet of torchvision begins with a 3 x 3 convolution of stride 1 and without pooling,
+            for images of 32 x 32 pixels.
+        weights: name of pretrained weights such as ``'IMAGENET1K_V1'``; None for random weights.
         network_kwargs: further arguments of the network.
 
     Raises:
-        ValueError: for an unknown network or weights, a head that is not made of linear layers, or ``small_images``
-            where the network has no such beginning.
+        ValueError: for an unknown network or unknown weights, a head that does not consist of linear layers, or
+            ``small_images`` with a network that is no ResNet of torchvision.
         ConnectionError: if the weights cannot be downloaded.
 
     Source: the authors' branch ``classification``, ``model/``: ResNet-50 has 23,705,252 parameters there for 100

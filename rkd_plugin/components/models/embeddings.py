@@ -1,4 +1,4 @@
-"""Models whose output is an embedding."""
+"""Models that return embeddings."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ConvEmbedding(nn.Sequential):
     Args:
         width: channels of the first convolution; the other two have twice as many.
         embedding_dim: width of the embedding.
-        l2_normalize: whether embeddings are scaled to length 1.
-        in_channels: of the images.
+        l2_normalize: whether the embeddings are scaled to length 1.
+        in_channels: number of channels of the images.
 
     Example:
         >>> import torch
@@ -57,14 +57,14 @@ class ConvEmbedding(nn.Sequential):
 class Conv4Embedding(nn.Module):
     """Four blocks of 3 x 3 convolution, BatchNorm, ReLU and 2 x 2 max-pooling, then flattened.
 
-    Its modules, for hooks: ``block1`` to ``block4``, and ``linear``.
+    Modules for hooks: ``block1`` to ``block4``, and ``linear``.
 
     Args:
-        widths: channels of the four blocks.
-        embedding_dim: width of a linear layer at the end; None for the flattened maps themselves.
-        l2_normalize: whether embeddings are scaled to length 1.
+        widths: numbers of channels of the four blocks.
+        embedding_dim: width of a linear layer at the end; None to return the flattened maps.
+        l2_normalize: whether the embeddings are scaled to length 1.
         image_size: side of the images in pixels, which the linear layer depends on.
-        in_channels: of the images.
+        in_channels: number of channels of the images.
 
     Source: the encoder of Snell et al., "Prototypical Networks", NeurIPS 2017, whose widths are all 64.
 
@@ -85,7 +85,7 @@ class Conv4Embedding(nn.Module):
     ) -> None:
         super().__init__()
         first, second, third, fourth = (
-            # ReLU behind the pooling, of a quarter of the numbers, gives the same as before it.
+            # ReLU after the pooling gives the same result, for a quarter of the cost.
             nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.MaxPool2d(2), nn.ReLU())
             for a, b in pairwise([in_channels, *widths])
         )
@@ -103,17 +103,17 @@ class Conv4Embedding(nn.Module):
 
 @register_model
 class ResNet12Embedding(nn.Module):
-    """Four residual blocks of three 3 x 3 convolutions, each with 2 x 2 max-pooling behind it; averaged over places.
+    """Four residual blocks of three 3 x 3 convolutions and 2 x 2 max-pooling, then the mean over positions.
 
-    Its modules, for hooks: ``block1`` to ``block4``.
+    Modules for hooks: ``block1`` to ``block4``.
 
     Args:
-        widths: channels of the four blocks, and so of the embedding.
-        drop_block: share of places that DropBlock (5 x 5) drops behind the last two blocks in training; 0 for none.
-        in_channels: of the images.
+        widths: numbers of channels of the four blocks; the last one is the width of the embedding.
+        drop_block: share of positions that DropBlock (5 x 5) drops after the last two blocks in training; 0 for none.
+        in_channels: number of channels of the images.
 
     Source: the ResNet-12 of Lee et al., "Meta-Learning with Differentiable Convex Optimization", CVPR 2019, whose
-    widths are 64, 160, 320, 640; they raise ``drop_block`` to 0.1 in the course of training, here it is constant.
+    widths are 64, 160, 320, 640. They increase ``drop_block`` to 0.1 during training; here it is constant.
 
     Example:
         >>> import torch
@@ -151,13 +151,13 @@ class _Residual(nn.Module):
 
 @register_model  # type: ignore[untyped-decorator]
 def few_shot_encoder(network: str, image_size: int, in_channels: int, drop_block: float = 0.0) -> nn.Module:
-    """What few-shot learning embeds images with: ``"conv4"``, 64 channels in each block, or ``"resnet12"``.
+    """An encoder of few-shot learning: ``"conv4"`` with 64 channels in each block, or ``"resnet12"``.
 
     Args:
-        network: one of the two.
+        network: ``"conv4"`` or ``"resnet12"``.
         image_size: side of the images in pixels.
-        in_channels: of the images.
-        drop_block: of `ResNet12Embedding`; the other has none.
+        in_channels: number of channels of the images.
+        drop_block: argument of `ResNet12Embedding`; not used by ``"conv4"``.
 
     Raises:
         ValueError: for another network.
@@ -176,20 +176,20 @@ def few_shot_encoder(network: str, image_size: int, in_channels: int, drop_block
 
 @register_model
 class BackboneEmbedding(nn.Module):
-    """A network of torchvision up to its pooling, one linear layer, L2 normalisation on or off.
+    """A network of torchvision up to its pooling, one linear layer, and optional L2 normalisation.
 
-    Its modules, for hooks: ``backbone`` with the names that torchvision gave (``backbone.layer2``), and ``linear``.
+    Modules for hooks: ``backbone`` with the names of torchvision (``backbone.layer2``), and ``linear``.
 
     Args:
-        backbone: name of an image classification network, as ``torchvision.models.list_models()`` shows them.
-        embedding_dim: width of the linear layer; None for the pooled features themselves.
-        l2_normalize: whether embeddings are scaled to length 1.
-        weights: name of pretrained weights such as ``'IMAGENET1K_V1'``, which torchvision downloads where they are not
-            in its cache; None for random ones.
+        backbone: name of an image classification network, as in ``torchvision.models.list_models()``.
+        embedding_dim: width of the linear layer; None to return the pooled features.
+        l2_normalize: whether the embeddings are scaled to length 1.
+        weights: name of pretrained weights such as ``'IMAGENET1K_V1'``, which torchvision downloads if they are not in
+            its cache; None for random weights.
         backbone_kwargs: further arguments of the network, such as ``{'zero_init_residual': True}``.
 
     Raises:
-        ValueError: for an unknown network or weights, or a network whose head is not made of linear layers.
+        ValueError: for an unknown network or weights, or a network whose head does not consist of linear layers.
         ConnectionError: if the weights cannot be downloaded.
 
     Source: the authors' ``model/embedding.py``.

@@ -1,4 +1,4 @@
-"""Networks up to their pooling: torchvision's by name, and the small ones that CIFAR is learnt with."""
+"""Networks up to their pooling: those of torchvision by name, and small ones for CIFAR."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class WideStemResNet(ResNet4Cifar):
 
 
 class ShuffleUnit(nn.Module):
-    """Grouped 1 x 1 convolution, shuffle, depthwise 3 x 3, grouped 1 x 1; beside it the input, halved at stride 2."""
+    """Grouped 1 x 1 convolution, shuffle, depthwise 3 x 3, grouped 1 x 1; the input is added, at stride 2 appended."""
 
     def __init__(self, before: int, after: int, stride: int, groups: int, first_groups: int) -> None:
         super().__init__()
-        self.new = after - before if stride == 2 else after  # the halved input fills the other channels
+        self.new = after - before if stride == 2 else after  # the pooled input fills the other channels
         narrow = self.new // 4
         self.reduce = nn.Sequential(
             nn.Conv2d(before, narrow, 1, groups=first_groups, bias=False), nn.BatchNorm2d(narrow)
@@ -103,15 +103,15 @@ def _vgg(widths: list[int | str], **options: Any) -> VGG:
 
 
 def _half_mobilenet(**options: Any) -> nn.Module:
-    # Factor, channels, blocks, stride: down-sampled half as often as for ImageNet.
+    # Factor, channels, blocks, stride: half of the down-sampling of the network for ImageNet.
     blocks = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
     network: nn.Module = mobilenet_v2(
         width_mult=0.5, round_nearest=1, inverted_residual_setting=blocks, dropout=0.0, **options
     )
-    # RepDistiller's first block has a 1 x 1 convolution though its factor is 1; unlike here, all its units are ReLU.
+    # The first block of RepDistiller has a 1 x 1 convolution although its factor is 1; its activations are all ReLU.
     first = cast(nn.Sequential, cast(nn.Sequential, network.features)[1].conv)
     first.insert(0, Conv2dNormActivation(16, 16, kernel_size=1, activation_layer=nn.ReLU6))
-    nn.init.kaiming_normal_(cast(Any, first)[0][0].weight, mode="fan_out")  # as torchvision's others
+    nn.init.kaiming_normal_(cast(Any, first)[0][0].weight, mode="fan_out")  # as torchvision initialises the others
     return network
 
 
@@ -122,8 +122,8 @@ def _shufflenet_v2(**options: Any) -> nn.Module:
     return network
 
 
-# Name -> network for images of 32 x 32 pixels, given `num_classes`. Depths, widths and stems as in RepDistiller
-# (github HobbitLong/RepDistiller, models/), from torchdistill's and torchvision's parts.
+# Name -> network for images of 32 x 32 pixels, which takes `num_classes`. Depths, widths and stems are those of
+# RepDistiller (github HobbitLong/RepDistiller, models/), made of parts of torchdistill and torchvision.
 SMALL_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": partial(_resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": partial(WideStemResNet, [(depth - 2) // 6] * 3) for depth in (8, 32)},
@@ -143,7 +143,7 @@ def _small(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module
 
 
 def pool_globally(network: nn.Module, width: int) -> int:
-    """Let the last pooling give one value a channel, as for a head of one linear layer; the width behind it."""
+    """Make the last pooling global, as for a head of one linear layer; return the width after it."""
     pool = getattr(network, "avgpool", None)
     if not isinstance(pool, nn.AdaptiveAvgPool2d):
         return width
@@ -152,10 +152,10 @@ def pool_globally(network: nn.Module, width: int) -> int:
 
 
 def for_small_images(network: nn.Module, name: str) -> None:
-    """Replace a ResNet's 7 x 7 convolution of stride 2 by one of 3 x 3 and stride 1, and drop the max-pooling behind.
+    """Replace a ResNet's 7 x 7 convolution of stride 2 by one of 3 x 3 and stride 1, and remove the max-pooling.
 
     Raises:
-        ValueError: for a network that has no such beginning.
+        ValueError: for a network that is no ResNet of torchvision.
     """
     convolution = getattr(network, "conv1", None)
     if not isinstance(convolution, nn.Conv2d) or not isinstance(getattr(network, "maxpool", None), nn.MaxPool2d):
@@ -166,27 +166,27 @@ def for_small_images(network: nn.Module, name: str) -> None:
 
 
 def headless(name: str, weights: str | None, options: dict[str, Any]) -> tuple[nn.Module, int]:
-    """A network up to its last pooling, and the width of what it then returns.
+    """A network up to its last pooling, and the width of its output.
 
     Args:
-        name: as ``torchvision.models.list_models(torchvision.models)`` shows it, or one of `SMALL_NETWORKS`.
-        weights: name of torchvision's pretrained weights, or None.
+        name: as in ``torchvision.models.list_models(torchvision.models)``, or one of `SMALL_NETWORKS`.
+        weights: name of pretrained weights of torchvision, or None.
         options: further arguments of the network.
 
     Raises:
-        ValueError: for an unknown network or weights, or a network whose head is not made of linear layers.
+        ValueError: for an unknown network or weights, or a network whose head does not consist of linear layers.
         ConnectionError: if the weights cannot be downloaded.
     """
-    network = _small(name, weights, options) if name in SMALL_NETWORKS else _of_torchvision(name, weights, options)
+    network = _small(name, weights, options) if name in SMALL_NETWORKS else _from_torchvision(name, weights, options)
     return network, _cut_head(network, name)
 
 
-def _of_torchvision(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
-    # Only GoogLeNet and Inception have auxiliary classifiers and dropout behind the pooling, which are no part of an
-    # embedding, and warn unless it is set how they are initialised.
+def _from_torchvision(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
+    # Only GoogLeNet and Inception have auxiliary classifiers and dropout after the pooling, which an embedding does not
+    # need. They warn if `init_weights` is not set.
     has_auxiliary = name in ("googlenet", "inception_v3")
     auxiliary = {"aux_logits": weights is not None, "init_weights": weights is None} if has_auxiliary else {}
-    # The others are no classifiers of images, and some bring a backbone with weights where none were requested.
+    # Other models are not image classifiers, and some load a backbone with weights that nobody requested.
     if name not in torchvision.models.list_models(torchvision.models):
         raise ValueError(f"expected a network of torchvision or one of {', '.join(SMALL_NETWORKS)}, got {name!r}")
     try:
@@ -207,7 +207,7 @@ def _of_torchvision(name: str, weights: str | None, options: dict[str, Any]) -> 
 
 
 def _cut_head(network: nn.Module, name: str) -> int:
-    """Take the linear layers off the end of a network; the width of what it then returns."""
+    """Remove the linear layers from the end of a network; return the width of its output."""
     for head_name in ("fc", "classifier", "heads", "head"):
         head = getattr(network, head_name, None)
         if head is None:

@@ -1,4 +1,4 @@
-"""Recipes: find, read, override and check a YAML of torchdistill without executing what it names."""
+"""Recipes: finding, reading, overriding and checking YAML files of torchdistill, without executing what they name."""
 
 from rkd_plugin.experiments.recipe.catalog import Entry, configs_root, find, names
 from rkd_plugin.experiments.recipe.errors import Findings, Problem, RecipeError

@@ -1,4 +1,4 @@
-"""Models of a recipe, built without memory, weights or random numbers, and within a limit of time."""
+"""Building the models of a recipe without memory, weights or random numbers, within a time limit."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from rkd_plugin.experiments.recipe.schema import mapping, model_builders
 from rkd_plugin.experiments.recipe.signatures import arguments
 from rkd_plugin.experiments.recipe.specs import Walk
 
-# Only models are called, and without what would make them read or download weights.
+# Arguments with which a model would read or download weights; nothing but models is called.
 _WEIGHTS = {"weights", "weights_backbone", "pretrained", "pretrained_backbone"}
-_SECONDS = 3.0  # of CPU; the largest network of torchvision takes less than one
-_LARGEST_NUMBER = 10**6  # of blocks, channels or classes: one that sizes a list could fill the memory
+_SECONDS = 3.0  # of CPU time; the largest network of torchvision needs less than 1
+_LARGEST_NUMBER = 10**6  # of blocks, channels or classes; a larger length of a list could fill the memory
 
 
 class NotBuiltError(Exception):
-    """Why a model is not built, or not to its end; no problem of the recipe."""
+    """The reason why a model is not built; it is not a problem of the recipe."""
 
 
 def built_model(walk: Walk, name: str) -> nn.Module | None:
-    """A model of ``models:`` on PyTorch's meta device, None if there is none or it cannot be built.
+    """Build a model of ``models:`` on PyTorch's meta device; None if there is no such model or it cannot be built.
 
-    That it cannot be built is reported, as a problem or as what was not checked.
+    A model that cannot be built is reported as a problem, or as not checked.
     """
     if name not in walk.built:
         try:
@@ -52,10 +52,10 @@ def _build_for(walk: Walk, name: str) -> nn.Module | None:
     if builder is None or config.get("repo_or_dir"):
         raise NotBuiltError("torch.hub would download the model")
     kwargs = {key: value for key, value in mapping(config.get("kwargs")).items() if key not in _WEIGHTS}
-    kwargs |= dict.fromkeys(_WEIGHTS & arguments(builder).named.keys())  # some have weights by default
+    kwargs |= dict.fromkeys(_WEIGHTS & arguments(builder).named.keys())  # some models load weights by default
     try:
         text = json.dumps(kwargs, sort_keys=True)
-    except TypeError as error:  # what torchdistill computes while it loads the file
+    except TypeError as error:  # a value that torchdistill computes while it loads the file
         raise NotBuiltError("an argument of the model is computed while torchdistill loads the recipe") from error
     if _largest_number(kwargs) > _LARGEST_NUMBER:
         raise NotBuiltError(f"an argument of the model is larger than {_LARGEST_NUMBER:,}")
@@ -66,7 +66,7 @@ def _build_for(walk: Walk, name: str) -> nn.Module | None:
     except (TypeError, ValueError, AssertionError) as error:
         walk.report(path, f"cannot be built: {error}")
         return None
-    except Exception as error:  # a model that computes while it is built, which the meta device does not
+    except Exception as error:  # a model that reads numbers while it is built, which the meta device does not have
         reason = f"the model cannot be built without weights and memory: {type(error).__name__}"
         raise NotBuiltError(reason) from error
     return model if isinstance(model, nn.Module) else None
@@ -88,7 +88,7 @@ def _build(builder: Any, kwargs: str) -> Any:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Stop what runs here once it has taken so much CPU time; threads other than the main one get no signals."""
+    """Raise in the block after this CPU time; only in the main thread, as other threads get no signals."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Where the packaged recipes are."""
+"""The packaged recipes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2]
 
 
 class Entry(NamedTuple):
-    """A packaged file: its name, the first sentence of its header, and whether it is a suite of recipes."""
+    """A packaged file: its name, the first sentence of its header, and whether it is a suite."""
 
     name: str
     summary: str
@@ -20,11 +20,11 @@ class Entry(NamedTuple):
 
 
 def configs_root() -> Path:
-    """The folder of the packaged recipes: inside an installed package, beside the package in a checkout."""
+    """The folder of the packaged recipes: inside an installed package, next to the package in a checkout."""
     for root in (PACKAGE / "configs", PACKAGE.parent / "configs"):
         if root.is_dir():
             return root
-    raise RecipeError(PACKAGE, [("", "the packaged recipes are missing: reinstall rkd-plugin")])
+    raise RecipeError(PACKAGE, [("", "expected the packaged recipes, found none; reinstall rkd-plugin")])
 
 
 def _names() -> dict[str, Path]:
@@ -33,19 +33,19 @@ def _names() -> dict[str, Path]:
 
 
 def find(name: str | Path, folder: Path = Path()) -> Path:
-    """The file of a recipe or suite, given its path or the name of a packaged one.
+    """Find the file of a recipe or suite.
 
     Args:
-        name: a path that exists, or a name such as ``quickstart/rkd_da``, with or without ``.yaml``.
-        folder: where a relative path starts.
+        name: a path, or the name of a packaged file such as ``quickstart/rkd_da``, with or without ``.yaml``.
+        folder: folder from which a relative path starts.
 
     Raises:
-        RecipeError: if there is no such file; it names the closest packaged ones.
+        RecipeError: if there is no such file; the message has the closest packaged ones.
     """
     try:
         if (path := folder / name).is_file():
             return path
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # no file can have this name
         pass
     packaged = _names()
     wanted = Path(name).as_posix().removesuffix(".yaml")
@@ -56,7 +56,7 @@ def find(name: str | Path, folder: Path = Path()) -> Path:
 
 
 def names() -> list[Entry]:
-    """All packaged recipes and suites in the order of their names."""
+    """All packaged recipes and suites, sorted by name."""
     return [_entry(name, path.read_text(encoding="utf-8")) for name, path in _names().items()]
 
 
@@ -64,5 +64,5 @@ def _entry(name: str, text: str) -> Entry:
     header = re.match(r"(?:#.*\n)*", text)
     words = " ".join(line.lstrip("# ") for line in header.group().splitlines()) if header else ""
     sentence = re.match(r".*?\.(?=\s|$)", words)
-    is_suite = re.search(r"^suite:", text, re.MULTILINE) is not None  # parsing all files as YAML takes a second
+    is_suite = re.search(r"^suite:", text, re.MULTILINE) is not None  # parsing all files as YAML would take a second
     return Entry(name, sentence.group() if sentence else words, is_suite)

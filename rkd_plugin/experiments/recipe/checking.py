@@ -1,4 +1,4 @@
-"""All that can be found out about a recipe, at once."""
+"""All checks of a recipe."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def examined(data: Mapping[Any, Any], root: yaml.Node) -> Findings:
     """See `reading.examine`.
 
     Args:
-        data: of a recipe, plain.
+        data: the plain data of a recipe.
         root: its YAML nodes.
     """
     walk = Walk(data)
     try:
         _examine(walk, root)
     except TooManyProblemsError:
-        walk.unchecked["", "what follows the first 100 problems"] = None
+        walk.unchecked["", "what follows after the first 100 problems"] = None
     return walk.findings()
 
 
 def _examine(walk: Walk, root: yaml.Node) -> None:
     if "suite" in walk.data:
-        walk.report("suite", "this is a suite of recipes, which `rkd reproduce` runs, and not a recipe")
+        walk.report("suite", "expected a recipe, got a suite of recipes; run it with `rkd reproduce`")
         return
     check_sections(walk)
     check_tags(walk)

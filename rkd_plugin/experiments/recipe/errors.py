@@ -1,4 +1,4 @@
-"""How the problems of a recipe are reported."""
+"""Problems of a recipe, and how they are printed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from rkd_plugin.experiments.support.printing import printable
+from rkd_plugin.printing import printable
 
 Problem = tuple[str, str]
 """A YAML path such as ``train.criterion.key``, and one sentence."""
@@ -19,10 +19,10 @@ class Findings(NamedTuple):
     """What `examine` finds in a recipe.
 
     Attributes:
-        problems: what keeps torchdistill or `rkd run` from running it.
-        needs: what torchdistill can do without, and `rkd run` cannot; overrides can add it.
-        notes: what runs, but may not be meant, and files that are not there yet.
-        unchecked: what was not looked at, and why.
+        problems: what torchdistill or `rkd run` fails on.
+        needs: what `rkd run` needs and torchdistill does not; overrides can add it.
+        notes: what runs but is possibly not intended, and files that are missing.
+        unchecked: what was not checked, and why.
     """
 
     problems: list[Problem]
@@ -32,15 +32,15 @@ class Findings(NamedTuple):
 
 
 _LONGEST_LINE = 500
-_LONGEST_NAME, _MOST_NAMES = 100, 2000  # what is compared letter by letter, which takes time
+_LONGEST_NAME, _MOST_NAMES = 100, 2000  # limits of comparing names letter by letter, which takes time
 
 
 class RecipeError(ValueError):
-    """Everything that is wrong with a recipe, one problem a line.
+    """All problems of a recipe, one per line.
 
     Args:
-        source: what was read, a file or an override.
-        problems: pairs of a YAML path, which may be empty, and a sentence.
+        source: the file or override with the problems.
+        problems: pairs of a YAML path, which can be empty, and a sentence.
 
     Example:
         >>> print(RecipeError("a.yaml", [("train.num_epochs", "required, but missing")]))
@@ -54,7 +54,7 @@ class RecipeError(ValueError):
 
 
 def described(source: object, findings: Findings) -> str:
-    """What is printed of a recipe beside its problems.
+    """What `rkd check` prints in addition to the problems.
 
     Example:
         >>> print(described("a.yaml", Findings([], [], [("train.teacher", "a note")], [])))
@@ -65,29 +65,29 @@ def described(source: object, findings: Findings) -> str:
     parts = [f"{source}: {counted(findings.problems, 'problem')}, {counted(findings.notes, 'note')}"]
     parts += lines(findings.notes)
     if findings.needs:
-        parts += ["besides, `rkd run` needs, in the file or on its command line:", *lines(findings.needs)]
+        parts += ["`rkd run` needs in addition, in the file or on its command line:", *lines(findings.needs)]
     parts += ["not checked: images, labels and checkpoints, as none is loaded; time and memory"]
     return "\n".join([printable(parts[0]), *parts[1:], *lines(findings.unchecked)])
 
 
 def counted(items: Sequence[object], name: str) -> str:
-    """How many there are, as ``"no notes"``, ``"1 note"`` or ``"2 notes"``."""
+    """The number of items with their name: ``"no notes"``, ``"1 note"`` or ``"2 notes"``."""
     return f"{len(items) or 'no'} {name}{'' if len(items) == 1 else 's'}"
 
 
 def lines(problems: Iterable[Problem]) -> list[str]:
-    """Problems as indented lines that can be printed."""
+    """Problems as indented lines; see `printable`."""
     return [
         printable(f"  {path}: {message}" if path else f"  {message}", limit=_LONGEST_LINE) for path, message in problems
     ]
 
 
 def difference(old: str, new: str) -> str:
-    r"""How two resolved recipes differ: the first keys with both values.
+    r"""The difference between two resolved recipes: the first keys with both values.
 
     Args:
         old: YAML, such as ``recipe.yaml`` of a run.
-        new: YAML, such as `Recipe.resolved` gives it.
+        new: YAML, such as from `Recipe.resolved`.
 
     Example:
         >>> difference("recipe: {seed: &s 0}\nval: *s", "recipe: {seed: &s 1}\nval: *s")
@@ -100,13 +100,13 @@ def difference(old: str, new: str) -> str:
     differing = [path for path in here | there if here.get(path) != there.get(path)]
     shown = [f"{path} is {there.get(path, 'missing')} there and {here.get(path, 'missing')} here" for path in differing]
     if not shown:
-        return "it is written differently"
+        return "only the notation differs"
     more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
     return ", ".join(printable(words, limit=200) for words in shown[:3]) + more
 
 
 def _leaves(root: Any) -> Iterator[tuple[str, str]]:
-    """Paths and values; what an anchor names, once."""
+    """Paths and values; those of an anchor once."""
     seen: set[int] = set()
     left = [("", root)]
     while left:
@@ -128,9 +128,9 @@ def _leaves(root: Any) -> Iterator[tuple[str, str]]:
 
 
 def suggest(name: str, known: Iterable[object]) -> str:
-    """The end of a sentence about an unknown name: the closest known ones, or all of them if they are few.
+    """The end of a sentence about an unknown name: the closest known names, or all of them if they are few.
 
-    Names are close that differ in case alone, that have the same last part, or most letters in common.
+    Close names differ in case only, have the same last part, or have most letters in common.
 
     Example:
         >>> suggest("RKDDLoss", ["RKDDALoss", "KDLoss", "Adam"])
@@ -140,7 +140,7 @@ def suggest(name: str, known: Iterable[object]) -> str:
         >>> suggest("x", ["yes", "no"])
         '; known: no, yes'
     """
-    names = sorted({str(key) for key in known})  # YAML has keys of other types as well
+    names = sorted({str(key) for key in known})  # keys of YAML can have other types
     last = _last_part(name)
     close = [other for other in names if _last_part(other) == last][:3]
     if not close and len(name) <= _LONGEST_NAME and len(names) <= _MOST_NAMES:

@@ -1,4 +1,4 @@
-"""Imports of the modules that a recipe names: code of installed packages and of modules beside the user."""
+"""Imports of the modules that a recipe names, from installed packages and from the current folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PROGRAMS = {"__hello__", "__phello__", "antigravity", "idlelib.idle", "test.aut
 
 
 def find_modules_of_user() -> None:
-    """Let recipes name modules of the current folder, as with ``python -m``; what is installed comes first."""
+    """Let recipes name modules of the current folder, as with ``python -m``; installed modules come first."""
     here = os.getcwd()
     if here not in sys.path and not getattr(sys.flags, "safe_path", False):  # since Python 3.11
         sys.path.append(here)
@@ -27,13 +27,13 @@ def find_modules_of_user() -> None:
 def import_for(
     report: Callable[[str, str], None] | None, path: str, name: str, package: str | None = None
 ) -> ModuleType | None:
-    """Import a module that a recipe names; if that cannot be, None and a problem.
+    """Import a module that a recipe names; report a problem and return None if this fails.
 
     Args:
-        report: takes a path and a message; None if the problem is reported elsewhere.
-        path: where the recipe names it.
-        name: such as ``torchvision.datasets``, relative names such as ``.datasets`` only with ``package``.
-        package: that a relative name starts from.
+        report: function of a path and a message; None to report nothing.
+        path: YAML path of the name.
+        name: name such as ``torchvision.datasets``; a relative name such as ``.datasets`` needs ``package``.
+        package: package from which a relative name starts.
     """
     try:
         full = _full_name(name, package)
@@ -42,7 +42,7 @@ def import_for(
     else:
         try:
             return importlib.import_module(full)
-        except (Exception, SystemExit) as error:  # whatever a module may raise while it is imported
+        except (Exception, SystemExit) as error:  # importing a module can raise any type
             message = f"module {full!r} cannot be imported: {type(error).__name__}: {error}{_hint(error)}"
     if report:
         report(path, message)
@@ -53,7 +53,7 @@ def _full_name(name: str, package: str | None) -> str:
     """The absolute name of a module.
 
     Raises:
-        ValueError: if it is no name of a module, or of a program.
+        ValueError: if it is not the name of a module, or importing the module runs a program.
     """
     try:
         full = importlib.util.resolve_name(name, package or "")
@@ -68,7 +68,7 @@ def _full_name(name: str, package: str | None) -> str:
 
 
 def _hint(error: BaseException) -> str:
-    """The modules that may be meant, where there is none of that name."""
+    """The closest names of modules, if there is no module of that name."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return ""
     parent, _, name = error.name.rpartition(".")
@@ -81,5 +81,5 @@ def _modules_in(package: str) -> list[str]:
     try:
         places = getattr(importlib.import_module(package), "__path__", []) if package else None
         return [module.name for module in pkgutil.iter_modules(places)]
-    except (Exception, SystemExit):  # the package itself cannot be imported
+    except (Exception, SystemExit):  # the package cannot be imported
         return []

@@ -1,4 +1,4 @@
-"""Paths of modules inside models: whether they are there, and hooked where a loss reads them."""
+"""Checks of module paths: that models have the modules, and that hooks keep what losses read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SIDED = re.compile(r"(student|teacher)_.*path")
 
 
 def check_module_paths(walk: Walk) -> None:
-    """Report module paths that no model has, and losses that read what no hook keeps."""
+    """Report module paths that a model does not have, and losses that read what no hook keeps."""
     teacher, student = (built_model(walk, name) for name in ("teacher_model", "student_model"))
     if student is None and "student_model" not in mapping(walk.data.get("models")):
         student = built_model(walk, "model")
@@ -34,13 +34,13 @@ def check_module_paths(walk: Walk) -> None:
         reads = list(loss_paths(stage, path))
         for place, side, module_path, io, _ in reads:
             if side not in sides:
-                walk.report(place, "there is no teacher: `models.teacher_model` is missing")
+                walk.report(place, "expected a teacher, found none; add `models.teacher_model`")
                 continue
             name = sides[side][0]
             _check_hooked(walk, place, module_path, io, mapping(stage.get(name)), f"{path}.{name}")
         for side, (name, model) in sides.items():
             config = mapping(stage.get(name))
-            # These add modules, or rename them.
+            # Wrappers and `sequential` add modules, or rename them.
             if model is not None and not config.get("auxiliary_model_wrapper") and not config.get("sequential"):
                 _check_pools(walk, model, [read for read in reads if read.side == side])
         for place, group in _mappings(mapping(stage.get("optimizer")), f"{path}.optimizer"):
@@ -49,7 +49,7 @@ def check_module_paths(walk: Walk) -> None:
 
 
 def _mappings(value: Any, path: str) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """All mappings inside a value, with their paths."""
+    """All mappings in a value, with their paths."""
     if isinstance(value, dict):
         yield path, value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -66,7 +66,7 @@ def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
 def _check_side(walk: Walk, config: Mapping[Any, Any], path: str, model: nn.Module | None) -> None:
     wrapper = mapping(config.get("auxiliary_model_wrapper"))
     added = {name.removeprefix("+") for _, name in _texts(config.get("sequential"), "")}
-    # A wrapper adds modules that only it knows.
+    # A wrapper adds modules that are unknown here.
     tree = None if wrapper else model
     hooks = mapping(config.get("forward_hook"))
     for io in ("input", "output"):
@@ -98,7 +98,7 @@ def _check_path(walk: Walk, place: str, name: Any, model: nn.Module | None) -> N
 
 
 def _reaches(module: Any, path: str) -> bool:
-    """Whether torchdistill's ``get_module`` finds it: by attribute, in containers also by a negative index."""
+    """Whether torchdistill's ``get_module`` finds a path: by attribute, in containers also by a negative index."""
     for name in path.split("."):
         if hasattr(module, name):
             module = getattr(module, name)
@@ -112,9 +112,9 @@ def _reaches(module: Any, path: str) -> bool:
 
 
 class Read(NamedTuple):
-    """What a loss reads: where the recipe names it, whose module, its input or output, and how the loss pools it.
+    """What a loss reads: its place in the recipe, the side, the module path, input or output, and the pooling.
 
-    ``pool`` is None for a loss that takes what the module gives, and pools nothing itself.
+    ``pool`` is None for a loss that does not pool.
     """
 
     place: str
@@ -125,7 +125,7 @@ class Read(NamedTuple):
 
 
 def loss_paths(stage: Mapping[Any, Any], path: str) -> Iterator[Read]:
-    """Everything that the losses of a stage read of its models."""
+    """All inputs and outputs of modules that the losses of a stage read."""
     terms = mapping(mapping(mapping(stage.get("criterion")).get("kwargs")).get("sub_terms"))
     for name, term in terms.items():
         yield from _term_paths(mapping(term), f"{path}.criterion.kwargs.sub_terms.{name}")
@@ -155,7 +155,7 @@ def _term_paths(term: Mapping[Any, Any], place: str) -> Iterator[Read]:
         elif not known[key].required and known[key].default is None:
             yield Read(f"{place}.{key}", match[1], None, "output", pool_of(match[1]))
     yield from _pair_paths(kwargs, place)
-    if "criterion" in kwargs:  # a loss around another one
+    if "criterion" in kwargs:  # a loss that wraps another one
         yield from _term_paths(kwargs, place)
 
 
@@ -168,7 +168,7 @@ def _wrapper_paths(kwargs: Mapping[Any, Any], path: str) -> Iterator[Read]:
 
 
 def _pair_paths(kwargs: Mapping[Any, Any], path: str) -> Iterator[Read]:
-    """Pairs such as ``{student: {path: layer1, io: output}, teacher: {...}}`` in any depth."""
+    """Pairs such as ``{student: {path: layer1, io: output}, teacher: {...}}`` at any depth."""
     for place, config in _mappings(kwargs, path):
         side = re.match(r"student|teacher", place.rpartition(".")[2])
         if side and "path" in config and "io" in config:
@@ -182,11 +182,11 @@ def _check_hooked(walk: Walk, place: str, module_path: Any, io: Any, side: Mappi
         return
     hooked = [name for _, name in _texts(mapping(side.get("forward_hook")).get(io), "")]
     if module_path not in hooked and (module_path, io) != (".", "output"):
-        walk.report(place, f"the {io} of {module_path!r} is not kept: list it in {path}.forward_hook.{io}")
+        walk.report(place, f"the {io} of {module_path!r} is not kept; list it in {path}.forward_hook.{io}")
 
 
 def _check_pools(walk: Walk, model: nn.Module, reads: list[Read]) -> None:
-    """Report pools that do not fit what the modules give, as one forward pass without memory or numbers finds it."""
+    """Report pools that do not fit the outputs of the modules, by one forward pass on the meta device."""
     pooled = [
         read
         for read in reads
@@ -197,7 +197,7 @@ def _check_pools(walk: Walk, model: nn.Module, reads: list[Read]) -> None:
     ]
     if not pooled:
         return
-    # A loss that pools is there: what would register it, were it not a dependency of the recipe, has been imported.
+    # A loss that pools was found, so that the adapter is imported already.
     from rkd_plugin.adapters.torchdistill import is_channels_last, pooling, reading
 
     values: Mapping[tuple[str, str], Any] = {}
@@ -207,7 +207,7 @@ def _check_pools(walk: Walk, model: nn.Module, reads: list[Read]) -> None:
                 warnings.simplefilter("ignore")
                 with reading(model.eval(), {(read.path, read.io) for read in pooled}) as values:
                     model(image)
-        except Exception:  # another size, another kind of input, or values that decide what is computed
+        except Exception:  # the model needs another size or input, or its computation depends on values
             continue
         break
     for read in pooled:
@@ -220,7 +220,7 @@ def _check_pools(walk: Walk, model: nn.Module, reads: list[Read]) -> None:
             continue
         try:
             name = pooling(value, read.pool)
-        except KeyError:  # no such pool, which the check of arguments reports
+        except KeyError:  # an unknown pool, which the check of arguments reports
             continue
         except ValueError as error:
             walk.report(read.place, f"{where}: {error}")
@@ -228,11 +228,11 @@ def _check_pools(walk: Walk, model: nn.Module, reads: list[Read]) -> None:
         if read.pool == "auto" and name == "avg" and value[0, 0].numel() > 1:
             walk.note(
                 read.place,
-                f"{where} is a map {tuple(value.shape)}, which is averaged over its positions, and which "
-                "torchdistill's RKDLoss flattens; set pool to 'avg' or 'flatten'",
+                f"{where} is a map {tuple(value.shape)}, which is averaged over its positions; "
+                "torchdistill's RKDLoss flattens it; set pool to 'avg' or 'flatten'",
             )
         last = is_channels_last(value.shape) if value.ndim > 3 else _normalizes(model, value.shape[-1])
-        # The images are square here, and so are the maps.
+        # The images are square, and so are the maps.
         first = value.ndim > 3 and value.shape[-1] == value.shape[-2] != value.shape[1]
         if (name == "avg" and last) or (name == "avg_channels_last" and first):
             others = (
@@ -246,9 +246,9 @@ def _check_pools(walk: Walk, model: nn.Module, reads: list[Read]) -> None:
 
 
 def _images(model: nn.Module) -> Iterator[Tensor]:
-    """Two images without memory, of sizes that a model may take."""
+    """Batches of two images on the meta device, of sizes that a model is likely to take."""
     channels = next((weight.shape[1] for weight in model.parameters() if weight.ndim == 4), 3)
-    # torchvision's transformers, and all networks of timm, take images of one size.
+    # Transformers of torchvision, and all networks of timm, have a fixed image size.
     own = (getattr(model, "image_size", None), *mapping(getattr(model, "default_cfg", None)).get("input_size", ())[-1:])
     for size in dict.fromkeys((*(size for size in own if isinstance(size, int)), 224, 64, 32)):
         yield torch.empty(2, channels, size, size, device="meta")

@@ -1,4 +1,4 @@
-"""Overrides such as ``train.num_epochs=2`` change YAML nodes, so that an anchor's new value reaches its aliases."""
+"""Overrides such as ``train.num_epochs=2`` change YAML nodes, so that aliases have the new value of their anchor."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import yaml
 from rkd_plugin.experiments.recipe.errors import Problem, suggest
 from rkd_plugin.experiments.recipe.values import FLOAT, STR, children, ill_formed, nodes, number_nodes
 
-_USAGE = "an override is written key.path=value, for example train.num_epochs=2"
-_KINDS = "a scalar, a [list] or a {mapping} without tags, anchors or aliases was expected"
-# What `rkd run` needs, and a recipe for torchdistill alone may lack; settings are looked up in their section.
+_USAGE = "expected an override key.path=value, for example train.num_epochs=2"
+_KINDS = "expected a scalar, a [list] or a {mapping} without tags, anchors or aliases"
+# Keys that `rkd run` needs and a recipe for torchdistill can lack, besides the settings in their section.
 _ADDED = re.compile(r"dependencies|recipe|train(\.stage\d+)?\.teacher\.requires_grad")
 
 
 def apply(root: yaml.MappingNode, text: str) -> Iterator[Problem]:
-    """Change what an override names; the problems with it."""
+    """Apply an override; yield its problems."""
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -29,17 +29,17 @@ def apply(root: yaml.MappingNode, text: str) -> Iterator[Problem]:
         new = parse_value(value)
     except yaml.YAMLError as error:
         reason = error.problem if isinstance(error, yaml.MarkedYAMLError) else "a character that YAML does not allow"
-        yield key, f"the value {value!r} is not YAML: {reason}; a text is written {shlex.quote(quoted(key, value))}"
+        yield key, f"the value {value!r} is not YAML: {reason}; write a string as {shlex.quote(quoted(key, value))}"
         return
     except ValueError as error:
-        yield key, f"{error}; a text is written {shlex.quote(quoted(key, value))}"
+        yield key, f"{error}; write a string as {shlex.quote(quoted(key, value))}"
         return
     node: yaml.Node = root
     done: list[str] = []
     rest = key.split(".")
     while rest:
         known = dict(children(node))
-        # A key may itself contain dots: the longest one that fits.
+        # A key can contain dots: the longest key that matches.
         count = next((n for n in range(len(rest), 0, -1) if ".".join(rest[:n]) in known), 0)
         if not count:
             if isinstance(node, yaml.MappingNode) and _may_be_added(key):
@@ -52,13 +52,13 @@ def apply(root: yaml.MappingNode, text: str) -> Iterator[Problem]:
             return
         name = ".".join(rest[:count])
         node, done, rest = known[name], [*done, name], rest[count:]
-    # All aliases of an anchor are this one object.
+    # All aliases of an anchor are this object.
     node.__class__ = new.__class__
     vars(node).update(vars(new))  # not the same dict, which Python 3.13.0 empties with its owner
 
 
 def quoted(key: str, value: object) -> str:
-    """An override whose value is read as it is, whatever it contains.
+    """An override whose value is read literally.
 
     Example:
         >>> quoted("recipe.data_root", "/data/try #2")
@@ -81,10 +81,10 @@ def _add(node: yaml.MappingNode, names: list[str], value: yaml.Node) -> None:
 
 
 def parse_value(text: str) -> yaml.Node:
-    """The node of an override's value.
+    """Parse the value of an override.
 
     Raises:
-        ValueError: if it is of a kind that has no place in an override, or YAML would read only a part of it.
+        ValueError: if its kind is not allowed in an override, or YAML would read only a part of it.
         yaml.YAMLError: if it is not YAML.
     """
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -95,8 +95,8 @@ def parse_value(text: str) -> yaml.Node:
             raise ValueError(f"{_KINDS}, got {text!r}")
     node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
     if rest := text[node.end_mark.index if node else 0 :].strip():
-        raise ValueError(f"YAML takes {rest!r} for a comment")
-    if node is None:  # nothing at all
+        raise ValueError(f"YAML reads {rest!r} as a comment")
+    if node is None:  # an empty value
         return yaml.ScalarNode("tag:yaml.org,2002:null", "null")
     if problem := next(ill_formed(node), None):
         raise ValueError(f"{_KINDS}, got {text!r}: {problem[1]}")

@@ -1,4 +1,4 @@
-"""Whether a run of a recipe can begin and end well, as far as that is known before any data is loaded."""
+"""Checks of files, classes, batches and modes, as far as they are known without loading data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FIXED_IF_CERTAIN = {
     )
 }
 _OFFICIAL = torchvision.datasets
-# Classes, images to train and to test of data sets that a class names for good.
+# Numbers of classes, training images and test images of data sets that do not change.
 _PUBLISHED: dict[Any, tuple[int, int, int] | None] = {
     _OFFICIAL.CIFAR10: (10, 50_000, 10_000),
     _OFFICIAL.CIFAR100: (100, 50_000, 10_000),
@@ -42,14 +42,14 @@ _PUBLISHED: dict[Any, tuple[int, int, int] | None] = {
 
 
 class Known(NamedTuple):
-    """What is known of a data set that was not loaded."""
+    """What is known about a data set that is not loaded."""
 
     images: int | None = None
     classes: int | None = None
 
 
 def check_readiness(walk: Walk) -> None:
-    """Report or note what a run would stumble over: files, classes, batches, modes."""
+    """Report problems and notes about files, classes, batches and modes."""
     _check_data_folders(walk)
     _check_checkpoints(walk)
     _check_weights(walk)
@@ -70,7 +70,7 @@ def _check_data_folders(walk: Walk) -> None:
         root = kwargs.get("root")
         if isinstance(root, str) and kwargs.get("download") is not True and not _exists(root):
             hint = f"; get the data{_setting_of(walk, root)}"
-            walk.note(f"{path}.init.kwargs.root", f"there is no folder {root!r} here{hint}")
+            walk.note(f"{path}.init.kwargs.root", f"there is no folder {root!r}{hint}")
 
 
 def _check_checkpoints(walk: Walk) -> None:
@@ -81,7 +81,7 @@ def _check_checkpoints(walk: Walk) -> None:
             continue
         if isinstance(checkpoint, str) and not _exists(checkpoint, is_file=True):
             hint = f"; train that model first{_setting_of(walk, checkpoint)}"
-            walk.note(f"models.{name}.src_ckpt", f"there is no file {checkpoint!r} here{hint}")
+            walk.note(f"models.{name}.src_ckpt", f"there is no file {checkpoint!r}{hint}")
 
 
 def _check_weights(walk: Walk) -> None:
@@ -96,19 +96,19 @@ def _check_weights(walk: Walk) -> None:
         if found is None:
             walk.report(path, f"{network} has no weights {weights!r}{suggest(weights, known.__members__)}")
         elif not _exists(file := str(Path(torch.hub.get_dir(), "checkpoints", Path(found.url).name)), is_file=True):
-            walk.note(path, f"{weights} of {network} are not in PyTorch's cache, and will be downloaded to {file}")
+            walk.note(path, f"{weights} of {network} are not in PyTorch's cache; they will be downloaded to {file}")
 
 
 def _exists(path: str, is_file: bool = False) -> bool:
     try:
         place = Path(os.path.expanduser(path))
         return place.is_file() if is_file else place.exists()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # no file can have this name
         return False
 
 
 def _setting_of(walk: Walk, path: str) -> str:
-    """The end of a sentence: which setting the path begins with, and so which override changes it."""
+    """The end of a sentence: the setting with which the path begins, for an override."""
     for name, value in mapping(walk.data.get("recipe")).items():
         if isinstance(value, str) and value and path.startswith(value):
             return f", or set recipe.{name}"
@@ -129,11 +129,11 @@ def _check_training(walk: Walk, loader: Mapping[Any, Any], path: str) -> None:
     if type(batch) is not int or batch < 1:
         return
     if type(images) is not int:
-        walk.skip(path, "how many batches an epoch has, as the number of images is not known")
+        walk.skip(path, "the number of batches in an epoch, as the number of images is not known")
         return
     if kwargs.get("drop_last") is True:
         if images < batch:
-            message = f"an epoch of {images} images has no batch of {batch}, and drop_last drops the rest: lower it"
+            message = f"an epoch of {images} images has no batch of {batch}, and drop_last drops smaller ones; lower it"
             walk.report(f"{path}.kwargs.batch_size", message)
     elif images % batch == 1 or batch == 1:
         _check_single_image(walk, f"{path}.kwargs", images, batch)
@@ -146,11 +146,11 @@ def _check_single_image(walk: Walk, path: str, images: int, batch: int) -> None:
     which = "every batch" if batch == 1 else f"the last batch of {images} images"
     message = f"{which} is one image, which has no relation to another"
     if "BatchNorm1d" in norms:
-        message = f"{which} is one image, of which BatchNorm1d computes no statistics in training"
-        walk.report(path, f"{message}: set drop_last: True, or another batch_size")
+        message = f"{which} is one image, for which BatchNorm1d raises in training"
+        walk.report(path, f"{message}; set drop_last: True, or another batch_size")
     else:
-        cause = f", and too few for {', '.join(norms)} if its maps are of one pixel" if norms else ""
-        walk.note(path, f"{message}{cause}: set drop_last: True, or another batch_size")
+        cause = f", and too few for {', '.join(norms)} if its maps have one pixel" if norms else ""
+        walk.note(path, f"{message}{cause}; set drop_last: True, or another batch_size")
 
 
 def _check_classes(walk: Walk, known: Known, loader: Mapping[Any, Any]) -> None:
@@ -162,7 +162,7 @@ def _check_classes(walk: Walk, known: Known, loader: Mapping[Any, Any]) -> None:
     outputs = mapping(mapping(models.get(name)).get("kwargs")).get("num_classes")
     path = f"models.{name}.kwargs.num_classes"
     if type(outputs) is int and outputs != known.classes:
-        message = f"{loader['dataset_id']} has {known.classes} classes, got {outputs} outputs"
+        message = f"expected {known.classes} outputs for the classes of {loader['dataset_id']}, got {outputs}"
         (walk.report if outputs < known.classes else walk.note)(path, message)
 
 
@@ -172,14 +172,14 @@ def _check_measuring(walk: Walk, loader: Mapping[Any, Any], path: str) -> None:
     sampler = mapping(loader.get("sampler")).get("class_or_func")
     name = str(mapping(sampler.value).get("key")).rpartition(".")[2] if isinstance(sampler, Tagged) else ""
     if "Random" in name:
-        walk.note(f"{path}.sampler", f"{name} draws in a random order; SequentialSampler keeps the order of the data")
+        walk.note(f"{path}.sampler", f"{name} shuffles test images; SequentialSampler keeps their order")
     if mapping(loader.get("kwargs")).get("drop_last") is True:
         walk.note(f"{path}.kwargs.drop_last", "the last images are not measured; set drop_last: False")
     for _, call in _calls(_dataset(walk, loader), ""):
         transform = str(mapping(call.value).get("key")).rpartition(".")[2]
         is_certain = transform in _FIXED_IF_CERTAIN and _kwargs(call).get("p") == 1
         if transform.startswith(_AUGMENTING) and not is_certain:
-            walk.note(f"{path}.dataset_id", f"{transform} changes test images at random, and so what is measured")
+            walk.note(f"{path}.dataset_id", f"{transform} changes test images at random, and thus the metrics")
 
 
 def _dataset(walk: Walk, loader: Mapping[Any, Any]) -> Any:
@@ -188,7 +188,7 @@ def _dataset(walk: Walk, loader: Mapping[Any, Any]) -> Any:
 
 
 def _calls(value: Any, path: str) -> Iterator[tuple[str, Tagged]]:
-    """Every ``!import_call`` inside a value, with its path."""
+    """Every ``!import_call`` in a value, with its path."""
     if isinstance(value, Tagged):
         if value.tag == "!import_call":
             yield path, value
@@ -203,7 +203,7 @@ def _kwargs(call: Tagged) -> Mapping[Any, Any]:
 
 
 def _known(walk: Walk, loader: Mapping[Any, Any]) -> Known:
-    """What a data set's class and arguments tell of it, and the names of its folders."""
+    """What is known about a data set from its class, its arguments and the names of its folders."""
     dataset = _dataset(walk, loader)
     if not isinstance(dataset, Tagged) or dataset.tag != "!import_call":
         return Known()
@@ -224,7 +224,7 @@ def _known(walk: Walk, loader: Mapping[Any, Any]) -> Known:
 def _count_folders(folder: Path) -> int | None:
     try:
         return sum(entry.is_dir() for entry in folder.iterdir()) or None
-    except OSError:  # a file, or a folder of somebody else
+    except OSError:  # a file, or a folder without permission
         return None
 
 
@@ -232,7 +232,7 @@ def _count_folders(folder: Path) -> int | None:
 
 
 def _check_teacher_mode(walk: Walk, teacher: Mapping[Any, Any], path: str) -> None:
-    """Note a forward process of torchdistill itself, which leaves the teacher in training mode."""
+    """Note a forward process of torchdistill that leaves the teacher in training mode."""
     name = str(teacher.get("forward_proc"))
     is_official = getattr(FORWARD_PROC_FUNC_DICT.get(name), "__module__", "").startswith("torchdistill.")
     has_bank = bool(mapping(walk.data.get("recipe")).get("teacher_bank"))
@@ -242,10 +242,10 @@ def _check_teacher_mode(walk: Walk, teacher: Mapping[Any, Any], path: str) -> No
     kinds = _kinds(model, *_CHANGED_BY_MODE)
     if kinds or model is None:
         layers = ", ".join(kinds) or "layers such as BatchNorm and dropout"
-        message = f"{name} leaves the teacher in training mode, so that its {layers} change what it teaches"
-        walk.note(f"{path}.forward_proc", f"{message}; 'forward_in_eval_mode' does not")
+        message = f"{name} leaves the teacher in training mode, so that its {layers} change its outputs"
+        walk.note(f"{path}.forward_proc", f"{message}; use 'forward_in_eval_mode'")
 
 
 def _kinds(model: nn.Module | None, *classes: type[nn.Module]) -> list[str]:
-    """The names of a model's modules that are of these classes."""
+    """The class names of a model's modules of these classes."""
     return sorted({type(module).__name__ for module in model.modules() if isinstance(module, classes)}) if model else []

@@ -1,4 +1,4 @@
-"""Recipes as YAML nodes: read, overridden and written again without executing anything they name."""
+"""Recipes as YAML nodes: reading, overriding and writing them without executing what they name."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from rkd_plugin.experiments.recipe.catalog import find
 from rkd_plugin.experiments.recipe.errors import Findings, Problem, RecipeError
 from rkd_plugin.experiments.recipe.values import Tagged, extent, ill_formed, text_of
 
-# A recipe has 20 levels, a few hundred values and 20,000 characters; a few aliases of aliases make billions of values.
+# A recipe has 20 levels, hundreds of values and 20,000 characters; aliases of aliases can make billions of values.
 _DEEPEST, _MOST, _LONGEST = 64, 20_000, 2**19
 _HINTS = {
-    r"'\\t' that cannot start": "a tab cannot indent: use spaces",
+    r"'\\t' that cannot start": "indent with spaces, not with tabs",
     r"character .* that cannot start": "quote a value that begins with it",
-    "mapping values are not allowed": "mend the indentation, or quote a value that contains ': '",
-    "expected <block end>|could not find expected ':'": "mend the indentation",
+    "mapping values are not allowed": "correct the indentation, or quote a value that contains ': '",
+    "expected <block end>|could not find expected ':'": "correct the indentation",
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """A recipe that was read, with its overrides, and not executed.
+    """A recipe with its overrides, which is read but not executed.
 
     Attributes:
         path: the file.
         root: its YAML nodes.
-        data: the same as dicts, lists and scalars, with `Tagged` where torchdistill would execute something.
+        data: the same as dicts, lists and scalars, with `Tagged` for what torchdistill would execute.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class Recipe:
     data: dict[Any, Any]
 
     def section(self, name: str) -> Any:
-        """The plain data of a top-level section, None if there is none."""
+        """The plain data of a top-level section; None if there is no such section."""
         return self.data.get(name)
 
     @property
@@ -52,21 +52,21 @@ class Recipe:
 
     @property
     def task(self) -> str:
-        """What the recipe trains for, and is measured by."""
+        """The task, which decides how the recipe is measured."""
         return str(self._required("task", str))
 
     @property
     def seed(self) -> int:
-        """The seed of every random number of the run."""
+        """The seed of the run."""
         return int(self._required("seed", int))
 
     def resolved(self) -> str:
-        """The YAML text with all overrides, for torchdistill's own loader; comments and anchor names are lost."""
+        """The YAML text with all overrides, for the loader of torchdistill, without comments and names of anchors."""
         text: str = yaml.serialize(self.root, Dumper=yaml.SafeDumper, allow_unicode=True, width=120)
         return text
 
     def validate(self) -> None:
-        """Raise a `RecipeError` if `examine` finds a problem, or something that `rkd run` needs is missing."""
+        """Raise a `RecipeError` if `examine` finds problems, or something that `rkd run` needs is missing."""
         findings = examine(self)
         if problems := [*findings.problems, *findings.needs]:
             raise RecipeError(self.path, problems)
@@ -74,20 +74,20 @@ class Recipe:
     def _required(self, name: str, kind: type) -> Any:
         value = self.settings.get(name)
         if type(value) is not kind:
-            raise RecipeError(self.path, [(f"recipe.{name}", f"required, and {kind.__name__}; got {value!r}")])
+            raise RecipeError(self.path, [(f"recipe.{name}", f"expected {kind.__name__}, got {value!r}")])
         return value
 
 
 def read(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies overrides; nothing it names is imported or called.
+    """Read a recipe and apply overrides; nothing that it names is imported or called.
 
     Args:
         name: a path, or the name of a packaged recipe.
-        overrides: texts such as ``"train.num_epochs=2"``. They change the YAML nodes, so that a new value of an anchor
-            reaches all its aliases. A value is a YAML scalar or a flow collection, without tags.
+        overrides: strings such as ``"train.num_epochs=2"``. They change the YAML nodes, so that all aliases have the
+            new value of an anchor. A value is a YAML scalar or a flow collection, without tags.
 
     Raises:
-        RecipeError: if there is no such recipe, it is malformed, or an override names no key of it.
+        RecipeError: if there is no such recipe, it is malformed, or an override names a key that it does not have.
 
     Example:
         >>> recipe = read("quickstart/rkd_da", ["recipe.num_epochs=2"])
@@ -103,22 +103,22 @@ def read(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse(text: str | bytes, path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The same for a text that was read before from `path`."""
+    """`read` for a text that comes from `path`."""
     if len(text) > _LONGEST:
-        raise RecipeError(path, [("", f"too large: more than the {_LONGEST:,} bytes that are read")])
+        raise RecipeError(path, [("", f"expected at most {_LONGEST:,} bytes, got more")])
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if not isinstance(root, yaml.MappingNode):
-            raise RecipeError(path, [("", "a mapping of sections was expected at the top")])
+            raise RecipeError(path, [("", "expected a mapping of sections at the top")])
         if root.tag != "tag:yaml.org,2002:map":
-            raise RecipeError(path, [("", f"a mapping without a tag was expected at the top, got {root.tag}")])
+            raise RecipeError(path, [("", f"expected a mapping without a tag at the top, got {root.tag}")])
         _check_extent(root, path)
         if problems := list(ill_formed(root)):
             raise RecipeError(path, problems)
         if problems := [problem for override in overrides for problem in _overrides.apply(root, override)]:
             raise RecipeError("overrides", problems)
         _check_extent(root, path)
-        # Constructing merges `<<` into the nodes, which must stay as they were written.
+        # A copy, as constructing merges `<<` into the nodes.
         data = _PlainConstructor().construct_document(copy.deepcopy(root))
     except yaml.MarkedYAMLError as error:
         raise RecipeError(path, [_syntax_problem(error, text)]) from error
@@ -130,15 +130,16 @@ def parse(text: str | bytes, path: Path, overrides: Sequence[str] = ()) -> Recip
 
 
 def examine(recipe: Recipe) -> Findings:
-    """Everything that can be found out about a recipe without executing it.
+    """Check a recipe without executing it.
 
-    Its dependencies, and the modules of all that it names, are imported. Every key is looked up, every ``kwargs`` is
-    bound to the signature that it is for, and every value is checked against its type hint. Models are built without
-    weights and memory (on PyTorch's meta device), so that module paths can be followed; nothing else that the recipe
-    names is called, nothing is downloaded or written. Of files it is looked up whether they exist.
+    The dependencies, and the modules of everything that the recipe names, are imported. Every key is looked up, every
+    ``kwargs`` is bound to its signature, and every value is checked against its type hint. Models are built without
+    weights and memory (on PyTorch's meta device) to follow module paths. Nothing else is called, downloaded or written.
+    Files are checked for existence only.
 
     Returns:
-        Pairs of a YAML path and one sentence: problems; what `rkd run` needs besides; notes; what was not checked.
+        Pairs of a YAML path and a sentence: problems, what `rkd run` needs in addition, notes, and what was not
+        checked.
     """
     from rkd_plugin.experiments.recipe.checking import examined  # loads the hosts, which reading does not need
 
@@ -146,10 +147,10 @@ def examine(recipe: Recipe) -> Findings:
 
 
 def check(recipe: Recipe) -> list[Problem]:
-    """Everything that is wrong with a recipe: the problems that `examine` finds.
+    """The problems that `examine` finds in a recipe.
 
     Returns:
-        YAML paths such as ``train.criterion.kwargs.sub_terms.rkd.criterion.kwargs.huber``, each with one sentence.
+        Pairs of a YAML path such as ``train.criterion.kwargs.sub_terms.rkd.criterion.kwargs.huber`` and a sentence.
 
     Example:
         >>> check(read("quickstart/rkd_da", ["train.optimizer.key=Adm"]))  # doctest: +ELLIPSIS
@@ -159,22 +160,27 @@ def check(recipe: Recipe) -> list[Problem]:
 
 
 class _PlainConstructor(yaml.constructor.SafeConstructor):
-    """Builds dicts, lists and scalars, and `Tagged` for every tag that is not YAML's own."""
+    """Builds dicts, lists and scalars, and `Tagged` for every tag that is not part of YAML."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep=deep)
             if isinstance(value, int):
-                str(value)  # Python reads a hexadecimal number of any length, and refuses to write it
+                str(value)  # Python reads a hexadecimal number of any length, but raises when it prints a long one
             return value
-        except (ValueError, LookupError, AttributeError, OverflowError) as error:  # a date of month 13, an empty !!int
+        except (
+            ValueError,
+            LookupError,
+            AttributeError,
+            OverflowError,
+        ) as error:  # such as a date of month 13, or an empty !!int
             problem = f"{node.value!r} is not a value of type {node.tag.rpartition(':')[2]}"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
 
 def _construct_tagged(constructor: Any, node: yaml.Node) -> Tagged | str:
     if (text := text_of(node)) is not None:
-        return text  # joined texts, which nothing has to be executed for
+        return text  # joined strings, which need no execution
     if isinstance(node, yaml.MappingNode):
         return Tagged(node.tag, constructor.construct_mapping(node, deep=True))
     if isinstance(node, yaml.SequenceNode):
@@ -191,9 +197,9 @@ def _check_extent(root: yaml.Node, path: Path) -> None:
     except ValueError as error:
         raise RecipeError(path, [(str(error), "an anchor contains itself")]) from error
     if depth > _DEEPEST:
-        raise RecipeError(path, [("", f"nested too deeply: {depth} levels, where {_DEEPEST} are read")])
+        raise RecipeError(path, [("", f"expected at most {_DEEPEST} levels, got {depth}")])
     if count > _MOST:
-        problem = f"too large: {count:,} values with all aliases written out, where {_MOST:,} are read"
+        problem = f"expected at most {_MOST:,} values with all aliases resolved, got {count:,}"
         raise RecipeError(path, [("", problem)])
 
 

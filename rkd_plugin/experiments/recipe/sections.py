@@ -1,4 +1,4 @@
-"""The sections of a recipe: what torchdistill 1.1.5 reads of them, and what `rkd run` needs besides."""
+"""The sections of a recipe: what torchdistill 1.1.5 reads, and what `rkd run` needs in addition."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rkd_plugin.experiments.recipe.specs import (
     anything,
     each,
     find,
-    of,
+    of_type,
     one_of,
     optional,
     positive,
@@ -33,8 +33,8 @@ from rkd_plugin.experiments.recipe.tags import resolve
 from rkd_plugin.experiments.recipe.values import Tagged
 
 Task = Literal["classification", "few_shot", "metric_learning"]
-_TEXT, _FLAG, _NUMBER, _WHOLE = of(str), of(bool), of(float), of(int)
-_TEXTS = of(list[str])
+_TEXT, _FLAG, _NUMBER, _WHOLE = of_type(str), of_type(bool), of_type(float), of_type(int)
+_TEXTS = of_type(list[str])
 
 
 _MODEL_OTHERS: dict[str, Spec] = {
@@ -48,7 +48,7 @@ _MODEL_OTHERS: dict[str, Spec] = {
 
 def _model(walk: Walk, value: Any, path: str) -> None:
     if isinstance(value, dict) and value.get("repo_or_dir") is not None:
-        return  # torch.hub downloads it: nothing can be said without
+        return  # torch.hub downloads it, so that nothing can be checked
     is_quantized = isinstance(value, dict) and value.get("quantized") is True
     Component("model", functools.partial(model_builders, is_quantized), others=_MODEL_OTHERS)(walk, value, path)
 
@@ -72,7 +72,7 @@ def _dependencies(walk: Walk, value: Any, path: str) -> None:
             case None if not isinstance(value, list):
                 return
             case _:
-                walk.report(place, f"the name of a module was expected, got {show(entry)}")
+                walk.report(place, f"expected the name of a module, got {show(entry)}")
                 continue
         import_for(walk.report, place, *arguments)
 
@@ -84,18 +84,18 @@ def _dataset_id(walk: Walk, value: Any, path: str) -> None:
 
 
 def _sampler(walk: Walk, value: Any, path: str) -> None:
-    section({"class_or_func": anything}, {"kwargs": optional(of(dict))})(walk, value, path)
+    section({"class_or_func": anything}, {"kwargs": optional(of_type(dict))})(walk, value, path)
     sampler = value.get("class_or_func") if isinstance(value, dict) else None
     if isinstance(sampler, Tagged) and sampler.tag == "!import_get":
         if isinstance(sampler.value, dict) and (component := resolve(sampler.value)) is not None:
             name = str(sampler.value["key"]).rpartition(".")[2]
             bind(walk.report, path, name, component, value.get("kwargs"), given=1)
     elif sampler is not None and not isinstance(sampler, Tagged):
-        walk.report(f"{path}.class_or_func", f"a class or function (`!import_get`) was expected, got {show(sampler)}")
+        walk.report(f"{path}.class_or_func", f"expected a class or function (`!import_get`), got {show(sampler)}")
 
 
 def _no_cache(walk: Walk, value: Any, path: str) -> None:
-    walk.note(path, "torchdistill 1.1.5 ignores it; precomputed teacher outputs are recipe.teacher_bank")
+    walk.note(path, "torchdistill 1.1.5 ignores it; use recipe.teacher_bank for precomputed teacher outputs")
 
 
 _LOADER = section(
@@ -118,15 +118,15 @@ def _data_loader(walk: Walk, value: Any, path: str) -> None:
         return
     taken = ("sampler", "batch_sampler", "collate_fn")
     if value["kwargs"] is None:
-        walk.report(f"{path}.kwargs", "required even when empty: write `kwargs: {}`")
+        walk.report(f"{path}.kwargs", "required even if empty; write `kwargs: {}`")
     bind(walk.report, path, "DataLoader", DataLoader, value["kwargs"], given=1, taken=taken)
     for name, least in {"batch_size": 1, "num_workers": 0}.items():
         given = mapping(value["kwargs"]).get(name)
         if type(given) is int and given < least:
-            walk.report(f"{path}.kwargs.{name}", f"at least {least} was expected, got {given}")
+            walk.report(f"{path}.kwargs.{name}", f"expected at least {least}, got {given}")
     exclusive = {"batch_size", "shuffle", "drop_last"} if value.get("batch_sampler") else {"shuffle"}
     for name in sorted(exclusive & set(value["kwargs"] if isinstance(value["kwargs"], dict) else ())):
-        walk.report(f"{path}.kwargs.{name}", "the sampler decides this: leave it out here")
+        walk.report(f"{path}.kwargs.{name}", "the sampler decides this; leave it out here")
 
 
 _LOSS = Component("loss", mid_level_losses)
@@ -140,8 +140,8 @@ def _term(walk: Walk, value: Any, path: str) -> None:
     key = criterion.get("key") if isinstance(criterion, dict) else None
     is_plain = isinstance(key, str) and key in mid_level_losses() and key not in losses.MIDDLE_LEVEL_LOSS_DICT
     if is_plain and not value.get("criterion_wrapper"):
-        hint = "required, because torchdistill calls every loss with dictionaries of module outputs"
-        walk.report(f"{path}.criterion_wrapper", f"{hint}: `key: SimpleLossWrapper` gives {key} two tensors")
+        hint = "required, as torchdistill calls every loss with dictionaries of module outputs"
+        walk.report(f"{path}.criterion_wrapper", f"{hint}; `key: SimpleLossWrapper` passes two tensors to {key}")
 
 
 _CRITERION = Component(
@@ -152,7 +152,7 @@ _CRITERION = Component(
         {},
         {
             "sub_terms": optional(each(_term)),
-            "model_term": optional(section({"weight": optional(of(float | dict))})),
+            "model_term": optional(section({"weight": optional(of_type(float | dict))})),
         },
         is_open=True,
     ),
@@ -168,11 +168,11 @@ _OPTIMIZER_OTHERS: dict[str, Spec] = {
     "max_grad_norm": optional(_NUMBER),
     "grad_accum_step": positive,
 }
-_GROUPS = each(section({"module": _TEXT}, {"kwargs": optional(of(dict)), "is_teacher": _FLAG}))
+_GROUPS = each(section({"module": _TEXT}, {"kwargs": optional(of_type(dict)), "is_teacher": _FLAG}))
 
 
 def _optimizer(groups: str) -> Spec:
-    # The two boxes of torchdistill read the parameter groups under different names.
+    # The two boxes of torchdistill have different names for the parameter groups.
     return Component("optimizer", lambda: optim.OPTIM_DICT, given=1, others=_OPTIMIZER_OTHERS | {groups: _GROUPS})
 
 
@@ -184,7 +184,7 @@ def _adaptations() -> Mapping[str, Any]:
 
 
 def _no_checkpoint(walk: Walk, value: Any, path: str) -> None:
-    walk.need(path, "torchdistill would execute what this file holds: give it to the model under `models:` instead")
+    walk.need(path, "torchdistill would execute the content of this file; name it under `models:` instead")
 
 
 _REDESIGN: dict[str, Spec] = {
@@ -199,9 +199,9 @@ _SIDE: dict[str, Spec] = _REDESIGN | {
     "forward_hook": section({}, {"input": _TEXTS, "output": _TEXTS}),
     "auxiliary_model_wrapper": section(
         {"key": one_of("model wrapper", lambda: models.AUXILIARY_MODEL_WRAPPER_DICT)},
-        {"kwargs": optional(of(dict))} | _REDESIGN,
+        {"kwargs": optional(of_type(dict))} | _REDESIGN,
     ),
-    "wrapper": optional(of(str | dict)),
+    "wrapper": optional(of_type(str | dict)),
     "src_ckpt": optional(_no_checkpoint),
     "dst_ckpt": optional(_TEXT),
 }
@@ -219,7 +219,7 @@ def _teacher(walk: Walk, value: Any, path: str) -> None:
             "training mode",
         )
     if "requires_grad" not in value:
-        message = "missing: without it torchdistill trains the teacher; write `False` to freeze it"
+        message = "missing; write `False` to freeze the teacher, which torchdistill trains otherwise"
         walk.need(f"{path}.requires_grad", message)
 
 
@@ -244,16 +244,16 @@ _WITH_TEACHER: dict[str, Spec] = _STAGE | {
 
 def _train(walk: Walk, value: Any, path: str) -> None:
     if not isinstance(value, dict):
-        walk.report(path, f"a mapping was expected, got {show(value)}")
+        walk.report(path, f"expected a mapping, got {show(value)}")
         return
     keys = _WITH_TEACHER if has_teacher(walk.data) else _ALONE
     sides = ("teacher", "student") if has_teacher(walk.data) else ("model",)
-    # A later stage keeps the data and the optimizer of the one before, but not what is said about the models.
+    # A later stage keeps the data and the optimizer of the previous one, but not the settings of the models.
     later = {name: keys[name] for name in ("num_epochs", "criterion", *sides)}
     first = later | {name: keys[name] for name in ("train_data_loader", "optimizer")}
     where, begin = (f"{path}.stage1", value["stage1"]) if "stage1" in value else (path, value)
     if isinstance(begin, dict) and "val_data_loader" not in begin:
-        walk.need(f"{where}.val_data_loader", "missing: the student is measured after every epoch")
+        walk.need(f"{where}.val_data_loader", "missing; the student is measured after every epoch")
     if "stage1" not in value:
         section(first | {"log_freq": positive}, keys)(walk, value, path)
         return
@@ -264,18 +264,18 @@ def _train(walk: Walk, value: Any, path: str) -> None:
 
 
 def _task(walk: Walk, value: Any, path: str) -> None:
-    of(list[int])(walk, value, path)
+    of_type(list[int])(walk, value, path)
     if isinstance(value, list) and len(value) != 2:
-        walk.report(path, f"a pair of way and shot was expected, got {len(value)} of them")
+        walk.report(path, f"expected a pair of way and shot, got {len(value)} numbers")
 
 
 SETTINGS: dict[str, Spec] = {
-    "task": of(Task),
+    "task": of_type(Task),
     "seed": _WHOLE,
-    "precision": of(Literal["float32", "bf16"]),
+    "precision": of_type(Literal["float32", "bf16"]),
     "channels_last": _FLAG,
     "compile": _FLAG,
-    "recall_at": of(list[int]),
+    "recall_at": of_type(list[int]),
     "test_tasks": each(_task),
     "test_queries": positive,
     "test_episodes": positive,
@@ -283,20 +283,20 @@ SETTINGS: dict[str, Spec] = {
     "teacher_bank": optional(_TEXT),
 }
 _NEEDED = {"task": f"one of {', '.join(get_args(Task))}", "seed": "an integer"}
-_DATA: dict[str, Spec] = {"datasets": of(dict)}
+_DATA: dict[str, Spec] = {"datasets": of_type(dict)}
 _OTHERS: dict[str, Spec] = {"recipe": section({}, SETTINGS, is_open=True), "dependencies": _dependencies}
 _TEST: dict[str, Spec] = {"test": section({"test_data_loader": _data_loader})}
-# In the order of the file: what an alias repeats is reported where it first stands.
+# In the order of the file, so that a problem of an alias is reported at its anchor.
 _RECIPE = section({**_DATA, "models": _models, "train": _train, **_TEST}, _OTHERS)
 _TEST_RECIPE = section(_DATA | _TEST, _OTHERS)
 
 
 def check_sections(walk: Walk) -> None:
-    """Report what is wrong with the sections of a recipe, or of one that describes test data alone."""
-    # First: what dependencies register is looked up in the other sections.
+    """Report problems of the sections of a recipe, or of a recipe of test data."""
+    # First, as dependencies register what the other sections name.
     walk.visit(_dependencies, walk.data.get("dependencies"), "dependencies")
     spec = _RECIPE if {"models", "train"} & set(walk.data) else _TEST_RECIPE
     spec(walk, walk.data, "")
     for name, kind in _NEEDED.items():
         if name not in mapping(walk.data.get("recipe")):
-            walk.need(f"recipe.{name}", f"missing: {kind}")
+            walk.need(f"recipe.{name}", f"missing; set {kind}")

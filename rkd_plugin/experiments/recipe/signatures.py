@@ -1,4 +1,4 @@
-"""What a component takes, read off its signature and, where it passes ``**kwargs`` on, off its source."""
+"""The arguments of a component, from its signature and, if it passes ``**kwargs`` on, from its source."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from rkd_plugin.experiments.recipe.values import Tagged, spelled
 
 Report = Callable[[str, str], None]
 _SEQUENCES = (list, tuple, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
-_SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a text", type(None): "nothing"}
+_SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "nothing"}
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument: whether it is required, its default, and its type hint (Any if unknown)."""
+    """An argument: whether it is required, its default, and its type hint (Any if unknown)."""
 
     required: bool = False
     default: Any = None
@@ -35,13 +35,13 @@ class Argument:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a component takes.
+    """The arguments of a component.
 
     Attributes:
-        named: every name that can be passed as a keyword.
-        positional: the names in the order in which they can be passed without.
-        is_open: whether other names may be passed; also where nothing can be found out.
-        is_variadic: whether any number of arguments may be passed without a name.
+        named: all arguments that can be passed by keyword.
+        positional: the names of those that can be passed by position, in order.
+        is_open: whether other keywords can be passed, or are unknown.
+        is_variadic: whether any number of positional arguments can be passed.
     """
 
     named: Mapping[str, Argument] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Arguments:
     is_variadic: bool = False
 
     def without(self, given: int, names: Collection[str]) -> Arguments:
-        """What is left once some arguments are given, by position and by name."""
+        """The arguments that remain after some are passed, by position and by name."""
         taken = {*self.positional[:given], *names}
         left = {name: argument for name, argument in self.named.items() if name not in taken}
         return replace(self, named=left, positional=self.positional[given:])
@@ -60,10 +60,10 @@ _ANYTHING = Arguments(is_open=True, is_variadic=True)
 
 
 def arguments(component: Any) -> Arguments:
-    """The arguments of a class or function, those behind its ``**kwargs`` included.
+    """The arguments of a class or function, including those that ``**kwargs`` stands for.
 
-    ``super().__init__(**kwargs)`` is followed along the class's MRO, and ``build(x, **kwargs)`` into ``build``. A name
-    that a component accepts and drops does not count.
+    ``super().__init__(**kwargs)`` is followed along the MRO of the class, and ``build(x, **kwargs)`` into ``build``. A
+    name that a component accepts and ignores does not count.
 
     Example:
         >>> from pytorch_metric_learning.distances import LpDistance
@@ -79,7 +79,7 @@ def _arguments(component: Any) -> Arguments:
         if isinstance(component, type):
             return _of_class(component.__mro__)
         return _of_function(inspect.unwrap(component))
-    except RecursionError:  # two functions that hand their keywords to each other
+    except RecursionError:  # two functions that pass their keywords to each other
         return _ANYTHING
 
 
@@ -94,25 +94,25 @@ def bind(
     given: int = 0,
     taken: Collection[str] = (),
 ) -> None:
-    """Report what is wrong with the arguments of a component, without calling it.
+    """Report problems of the arguments of a component, without calling it.
 
     Args:
-        report: takes a path and a message.
-        path: of the mapping that holds ``args`` and ``kwargs``.
-        name: the component's.
+        report: function of a path and a message.
+        path: YAML path of the mapping with ``args`` and ``kwargs``.
+        name: name of the component.
         component: class or function.
         kwargs: plain data.
-        args: likewise.
-        given: how many positional arguments the host passes before ``args``.
-        taken: names that the host passes itself.
+        args: plain data.
+        given: number of positional arguments that the host passes before ``args``.
+        taken: names of arguments that the host passes.
     """
     if isinstance(kwargs, Tagged) or isinstance(args, Tagged):
         return
     if kwargs is not None and not isinstance(kwargs, dict):
-        report(f"{path}.kwargs", f"a mapping of arguments was expected, got {show(kwargs)}")
+        report(f"{path}.kwargs", f"expected a mapping of arguments, got {show(kwargs)}")
         return
     if args is not None and not isinstance(args, list):
-        report(f"{path}.args", f"a list of arguments was expected, got {show(args)}")
+        report(f"{path}.args", f"expected a list of arguments, got {show(args)}")
         return
     all_arguments, kwargs, args = arguments(component), kwargs or {}, args or []
     known = all_arguments.without(given, taken)
@@ -126,7 +126,7 @@ def bind(
         if key in left.named:
             _check_argument(report, f"{path}.kwargs.{key}", value, left.named[key])
         elif key in passed or key in taken or key in all_arguments.positional[:given]:
-            report(f"{path}.kwargs.{key}", f"{name} gets this argument already")
+            report(f"{path}.kwargs.{key}", f"{name} already gets this argument")
         elif not left.is_open:
             new = getattr(component, "renamed", {}).get(key)
             hint = f"; use {new}" if new else suggest(str(key), left.named)
@@ -137,7 +137,7 @@ def bind(
 
 
 def mismatch(value: Any, hint: Any) -> str | None:
-    """What was expected instead, if plain data cannot be what a type hint asks for.
+    """What a type hint expects, if plain data does not fit it; otherwise None.
 
     Example:
         >>> mismatch(1, float), mismatch(True, int), mismatch("x", int | None)
@@ -161,25 +161,25 @@ def mismatch(value: Any, hint: Any) -> str | None:
     if base is collections.abc.Callable:
         return "a function or class (`!import_get`)"
     if isinstance(base, type) and issubclass(base, enum.Enum):
-        return None if isinstance(value, str | int) else "a text"
+        return None if isinstance(value, str | int) else "a string"
     if isinstance(base, type) and _is_torch_object(base):
         return f"an object of type {base.__name__} (`!import_call`)"
     return None
 
 
 def _is_torch_object(kind: type) -> bool:
-    torch = sys.modules.get("torch")  # where it is not loaded, no type is its own
+    torch = sys.modules.get("torch")  # if it is not loaded, no type is from torch
     return torch is not None and issubclass(kind, torch.Tensor | torch.nn.Module)
 
 
 def wrong(value: Any, expected: str) -> str:
-    """The sentence about a value of a wrong type."""
+    """A sentence about a value of a wrong type."""
     number = spelled(value) if isinstance(value, str) and expected.startswith(("a number", "an integer")) else None
-    return f"{expected} was expected, got {show(value)}" + (f"; write {number}" if number else "")
+    return f"expected {expected}, got {show(value)}" + (f"; write {number}" if number else "")
 
 
 def show(value: Any) -> str:
-    """A value in a sentence."""
+    """A value as part of a sentence."""
     if isinstance(value, str):
         return f"the string {value!r}"
     if isinstance(value, Tagged):
@@ -209,7 +209,7 @@ def _sequence_mismatch(value: Any, base: type, parts: tuple[Any, ...]) -> str | 
     else:
         hints = parts[:1] * len(value)
     inner = next(filter(None, map(mismatch, value, hints)), None)
-    return f"a list with {inner} in every place" if inner else None
+    return f"a list with {inner} at every position" if inner else None
 
 
 def _of_class(mro: Sequence[type]) -> Arguments:
@@ -224,7 +224,7 @@ def _of_class(mro: Sequence[type]) -> Arguments:
 
 
 def _of_function(function: Any, mro: Sequence[type] = ()) -> Arguments:
-    """All arguments of a function, ``self`` included; `mro` are the classes that its ``super()`` goes on to."""
+    """All arguments of a function, including ``self``; ``mro`` has the classes that follow in ``super()``."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):  # written in C
@@ -235,8 +235,8 @@ def _of_function(function: Any, mro: Sequence[type] = ()) -> Arguments:
     own = {p.name: Argument(p.default is p.empty, p.default, _hint(function, p.annotation)) for p in by_name}
     is_variadic = inspect.Parameter.VAR_POSITIONAL in kinds
     rest = kinds.get(inspect.Parameter.VAR_KEYWORD)
-    behind = _behind(function, rest, mro) if rest else Arguments()
-    return Arguments({**behind.named, **own}, [p.name for p in positional], behind.is_open, is_variadic)
+    passed_on = _passed_on(function, rest, mro) if rest else Arguments()
+    return Arguments({**passed_on.named, **own}, [p.name for p in positional], passed_on.is_open, is_variadic)
 
 
 def _hint(function: Any, annotation: Any) -> Any:
@@ -245,12 +245,12 @@ def _hint(function: Any, annotation: Any) -> Any:
     holder = types.SimpleNamespace(__annotations__={"it": annotation})
     try:
         return typing.get_type_hints(holder, getattr(function, "__globals__", {}))["it"]
-    except Exception:  # a name that is only there for type checkers
+    except Exception:  # a name that exists for type checkers only
         return Any
 
 
-def _behind(function: Any, rest: str, mro: Sequence[type]) -> Arguments:
-    """What a function does with its ``**rest``: what it reads from it, and where it passes it on to."""
+def _passed_on(function: Any, rest: str, mro: Sequence[type]) -> Arguments:
+    """The arguments that a function reads from its ``**rest``, and those of functions that it passes it to."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):

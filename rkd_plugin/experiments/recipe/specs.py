@@ -1,4 +1,4 @@
-"""Specs of recipes: small functions that look at plain data and report what is wrong with it."""
+"""Specs of recipes: small functions that check plain data and report its problems."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rkd_plugin.experiments.recipe.values import Tagged
 
 Spec = Callable[["Walk", Any, str], None]
 Components = Callable[[], Mapping[str, Any]]
-"""A registry, looked up late: dependencies of the recipe may add to it."""
+"""A function that returns a registry; the dependencies of the recipe can add to it before it is called."""
 
 
-_MOST_PROBLEMS = 100  # nobody reads more, and the hints of tens of thousands take minutes
+_MOST_PROBLEMS = 100  # more are not useful, and computing the hints of thousands takes minutes
 
 
 class TooManyProblemsError(Exception):
-    """So many that the rest of the recipe is not looked at."""
+    """There are so many problems that the rest of the recipe is not checked."""
 
 
 @dataclass
 class Walk:
-    """One walk over a recipe: its data, and what was found so far, each finding once."""
+    """One walk over a recipe: its data, and the findings so far, each once."""
 
     data: Mapping[Any, Any]
     found: dict[Problem, None] = field(default_factory=dict)
@@ -39,11 +39,11 @@ class Walk:
         self._add(self.found, path, message)
 
     def need(self, path: str, message: str) -> None:
-        """Add what `rkd run` needs besides."""
+        """Add what `rkd run` needs in addition."""
         self._add(self.needs, path, message)
 
     def note(self, path: str, message: str) -> None:
-        """Add what runs, but may not be meant."""
+        """Add what runs but is possibly not intended."""
         self._add(self.notes, path, message)
 
     def skip(self, path: str, message: str) -> None:
@@ -51,7 +51,7 @@ class Walk:
         self._add(self.unchecked, path, message)
 
     def findings(self) -> Findings:
-        """All of it."""
+        """All findings."""
         return Findings(list(self.found), list(self.needs), list(self.notes), list(self.unchecked))
 
     def _add(self, findings: dict[Problem, None], path: str, message: str) -> None:
@@ -60,7 +60,7 @@ class Walk:
             raise TooManyProblemsError
 
     def visit(self, spec: Spec, value: Any, path: str) -> None:
-        """Look at a value; what several aliases share is looked at once, and what torchdistill computes is not."""
+        """Check a value: once if several aliases share it, and not at all if torchdistill computes it."""
         seen = (id(value), spec)
         if isinstance(value, Tagged) or (isinstance(value, dict | list) and seen in self.visited):
             return
@@ -69,11 +69,11 @@ class Walk:
 
 
 def anything(walk: Walk, value: Any, path: str) -> None:
-    """No expectation."""
+    """A spec that every value fits."""
 
 
-def of(hint: Any) -> Spec:
-    """A value of this type hint."""
+def of_type(hint: Any) -> Spec:
+    """A value that fits a type hint."""
 
     def check(walk: Walk, value: Any, path: str) -> None:
         if expected := mismatch(value, hint):
@@ -87,11 +87,11 @@ def positive(walk: Walk, value: Any, path: str) -> None:
     if expected := mismatch(value, int):
         walk.report(path, wrong(value, expected))
     elif value < 1:
-        walk.report(path, f"at least 1 was expected, got {value}")
+        walk.report(path, f"expected at least 1, got {value}")
 
 
 def optional(spec: Spec) -> Spec:
-    """The same, or nothing."""
+    """A value that fits the spec, or None."""
 
     def check(walk: Walk, value: Any, path: str) -> None:
         if value is not None:
@@ -101,11 +101,11 @@ def optional(spec: Spec) -> Spec:
 
 
 def each(spec: Spec) -> Spec:
-    """A list, or the values of a mapping, of the same kind."""
+    """A list or mapping whose values all fit the spec."""
 
     def check(walk: Walk, value: Any, path: str) -> None:
         if not isinstance(value, dict | list):
-            walk.report(path, f"a list or mapping was expected, got {show(value)}")
+            walk.report(path, f"expected a list or mapping, got {show(value)}")
             return
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             walk.visit(spec, item, f"{path}.{key}")
@@ -114,18 +114,18 @@ def each(spec: Spec) -> Spec:
 
 
 def section(required: Mapping[str, Spec], others: Mapping[str, Spec] | None = None, *, is_open: bool = False) -> Spec:
-    """A mapping with these keys; one that begins with ``_`` is a place for an anchor, as in torchdistill's recipes.
+    """A mapping with these keys; further keys that begin with ``_`` are allowed for anchors, as in torchdistill.
 
     Args:
-        required: keys that must be there, and what their values must be.
-        others: keys that may be there.
-        is_open: whether further keys are fine.
+        required: required keys, and the specs of their values.
+        others: optional keys, and the specs of their values.
+        is_open: whether further keys are allowed.
     """
     known = {**required, **(others or {})}
 
     def check(walk: Walk, value: Any, path: str) -> None:
         if not isinstance(value, dict):
-            walk.report(path, f"a mapping was expected, got {show(value)}")
+            walk.report(path, f"expected a mapping, got {show(value)}")
             return
         prefix = f"{path}." if path else ""
         for key, spec in known.items():
@@ -135,7 +135,7 @@ def section(required: Mapping[str, Spec], others: Mapping[str, Spec] | None = No
                 walk.report(prefix + key, "required, but missing")
         for key in value:
             if key not in known and not is_open and not str(key).startswith("_"):
-                walk.report(f"{prefix}{key}", f"no such key here{suggest(str(key), known)}")
+                walk.report(f"{prefix}{key}", f"unknown key{suggest(str(key), known)}")
 
     return check
 
@@ -150,7 +150,7 @@ def one_of(kind: str, components: Components) -> Spec:
 
 
 def find(walk: Walk, key: Any, path: str, kind: str, components: Mapping[str, Any]) -> Any:
-    """A registered component; if there is none of that name, None and a problem."""
+    """A registered component; if it does not exist, report a problem and return None."""
     if isinstance(key, str) and key in components:
         return components[key]
     hint = suggest(key, components) if isinstance(key, str) else ""
@@ -160,15 +160,15 @@ def find(walk: Walk, key: Any, path: str, kind: str, components: Mapping[str, An
 
 @dataclass(frozen=True, eq=False)
 class Component:
-    """A mapping with ``key`` and ``kwargs``, of which torchdistill builds a registered class or function.
+    """A mapping with ``key`` and ``kwargs``, from which torchdistill builds a registered class or function.
 
     Args:
-        kind: its name in sentences.
+        kind: name of the kind of component in messages.
         components: the registry.
-        given: how many positional arguments torchdistill passes itself.
-        needs_kwargs: whether ``kwargs:`` must be there even when empty.
-        inside: what is known about ``kwargs`` beyond the signature.
-        others: keys beside ``key``, ``args`` and ``kwargs``.
+        given: number of positional arguments that torchdistill passes.
+        needs_kwargs: whether ``kwargs:`` is required even if empty.
+        inside: spec of ``kwargs``, in addition to the signature.
+        others: keys besides ``key``, ``args`` and ``kwargs``.
     """
 
     kind: str
@@ -179,14 +179,14 @@ class Component:
     others: Mapping[str, Spec] = field(default_factory=dict)
 
     def __call__(self, walk: Walk, value: Any, path: str) -> None:
-        """Check it."""
+        """Check a value."""
         known = {"args": anything, "kwargs": anything, **self.others}
         section({"key": anything}, known)(walk, value, path)
         if not isinstance(value, dict):
             return
         kwargs = value.get("kwargs")
         if self.needs_kwargs and kwargs is None:
-            walk.report(f"{path}.kwargs", "required even when empty: write `kwargs: {}`")
+            walk.report(f"{path}.kwargs", "required even if empty; write `kwargs: {}`")
         if "key" in value and not isinstance(value["key"], Tagged):
             component = find(walk, value["key"], f"{path}.key", self.kind, self.components())
             if component is not None:

@@ -1,4 +1,4 @@
-"""The tags that torchdistill adds to YAML: what they would do, looked at instead of done."""
+"""Checks of the tags that torchdistill adds to YAML; nothing that they name is called."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from rkd_plugin.experiments.recipe.errors import suggest
 from rkd_plugin.experiments.recipe.imports import import_for
 from rkd_plugin.experiments.recipe.signatures import bind
-from rkd_plugin.experiments.recipe.specs import Spec, Walk, anything, each, of, optional, section
+from rkd_plugin.experiments.recipe.specs import Spec, Walk, anything, each, of_type, optional, section
 from rkd_plugin.experiments.recipe.values import Tagged
 
 _INIT = optional(section({}, {"args": anything, "kwargs": anything}))
 
 
 def resolve(entry: Mapping[Any, Any], walk: Walk | None = None, path: str = "") -> Any:
-    """What ``key`` and ``package`` name; None, and a problem, if there is no such thing. Imports its module."""
+    """Import what ``key`` and ``package`` name; if it does not exist, report a problem and return None."""
     key, package = entry.get("key"), entry.get("package")
     if not isinstance(key, str) or not isinstance(package, str | None):
         return None
@@ -29,7 +29,7 @@ def resolve(entry: Mapping[Any, Any], walk: Walk | None = None, path: str = "") 
 
 
 def check_tags(walk: Walk) -> None:
-    """Report what is wrong with the tagged values, wherever they are."""
+    """Report problems of all tagged values."""
     for path, value in _tagged(walk.data, "", set()):
         if value.tag not in _TAGS:
             walk.report(path, f"unknown tag {value.tag}{suggest(value.tag, _TAGS)}")
@@ -52,7 +52,7 @@ def _tagged(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Tagged
 def _member(owner: Any, name: str, owner_name: str, walk: Walk | None, path: str) -> Any:
     try:
         return getattr(owner, name)
-    except Exception:  # modules that import on demand raise what they like
+    except Exception:  # a module that imports on demand can raise any type
         if walk:
             walk.report(path, f"{owner_name} has no {name!r}{suggest(name, dir(owner))}")
         return None
@@ -69,26 +69,26 @@ def _call(walk: Walk, component: Any, name: str, init: Any, path: str) -> None:
 
 
 def _import_get(walk: Walk, value: Any, path: str) -> None:
-    section({"key": of(str)}, {"package": of(str)})(walk, value, path)
+    section({"key": of_type(str)}, {"package": of_type(str)})(walk, value, path)
     if isinstance(value, dict):
         resolve(value, walk, path)
 
 
 def _import_call(walk: Walk, value: Any, path: str) -> None:
-    section({"key": of(str)}, {"package": of(str), "init": _INIT})(walk, value, path)
+    section({"key": of_type(str)}, {"package": of_type(str), "init": _INIT})(walk, value, path)
     if isinstance(value, dict):
         _call(walk, resolve(value, walk, path), str(value.get("key")).rpartition(".")[2], value.get("init"), path)
 
 
 def _import_call_method(walk: Walk, value: Any, path: str) -> None:
-    names = {"class_name": of(str), "method_name": of(str)}
-    section({"package": of(str)}, names | {"init": _INIT})(walk, value, path)
+    names = {"class_name": of_type(str), "method_name": of_type(str)}
+    section({"package": of_type(str)}, names | {"init": _INIT})(walk, value, path)
     if not isinstance(value, dict) or not isinstance(value.get("package"), str):
         return
     if names.keys() <= value.keys():
         package, owner, method = value["package"], str(value["class_name"]), str(value["method_name"])
     elif value["package"].count(".") < 2:
-        walk.report(f"{path}.package", f"package.Class.method was expected, got {value['package']!r}")
+        walk.report(f"{path}.package", f"expected package.Class.method, got {value['package']!r}")
         return
     else:
         package, owner, method = value["package"].rsplit(".", 2)
@@ -102,14 +102,14 @@ _TAGS: dict[str, Spec] = {
     "!import_call": _import_call,
     "!import_call_method": _import_call_method,
     "!call_method": section(
-        {"obj": anything, "method_name": of(str)},
-        {"args": optional(of(list)), "kwargs": optional(of(dict)), "returns_obj": of(bool)},
+        {"obj": anything, "method_name": of_type(str)},
+        {"args": optional(of_type(list)), "kwargs": optional(of_type(dict)), "returns_obj": of_type(bool)},
     ),
-    "!getattr": of(list),
-    "!setattr": of(list),
+    "!getattr": of_type(list),
+    "!setattr": of_type(list),
     "!access_by_index_or_key": section({"data": anything, "index_or_key": anything}),
     "!join": each(anything),
     "!pathjoin": each(anything),
-    "!expanduser": of(str),
-    "!abspath": of(str),
+    "!expanduser": of_type(str),
+    "!abspath": of_type(str),
 }

@@ -1,4 +1,4 @@
-"""A recipe that learns from a teacher bank: what it reads of its teacher, and what does not fit."""
+"""Recipes with a teacher bank: what their losses read of the teacher, and what does not fit the bank."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from rkd_plugin.experiments.recipe.schema import has_teacher, mapping, stages
 from rkd_plugin.teacher_bank import Bank
 
 SETTING = "recipe.teacher_bank"
-_REBUILT = ("sequential", "auxiliary_model_wrapper", "adaptations")  # of train.teacher: modules that it lacks itself
+_REBUILT = (
+    "sequential",
+    "auxiliary_model_wrapper",
+    "adaptations",
+)  # keys of train.teacher that add modules to the network
 
 
 def teacher_reads(data: Mapping[Any, Any]) -> dict[tuple[str, str], set[str | None]]:
-    """What the losses of a recipe read of its teacher, module and ``"input"`` or ``"output"``, and how they pool it."""
+    """(Module path, ``"input"`` or ``"output"``) of the teacher that the losses of a recipe read -> their pools."""
     found: dict[tuple[str, str], set[str | None]] = {}
     for path, stage in stages(data).items():
         for read in loss_paths(stage, path):
@@ -26,12 +30,12 @@ def teacher_reads(data: Mapping[Any, Any]) -> dict[tuple[str, str], set[str | No
 
 
 def problems(data: Mapping[Any, Any]) -> Iterator[Problem]:
-    """What keeps a recipe from learning from the bank that it names; of the bank only the header is read."""
+    """Problems of a recipe with the bank that it names, of which only the header is read."""
     path = mapping(data.get("recipe")).get("teacher_bank")
     if not isinstance(path, str):
         return
     if not has_teacher(data):
-        yield SETTING, "there is no teacher that it could replace: `models.teacher_model` is missing"
+        yield SETTING, "expected a teacher that it replaces, found none; add `models.teacher_model`"
         return
     try:
         bank = Bank(path)
@@ -43,14 +47,17 @@ def problems(data: Mapping[Any, Any]) -> Iterator[Problem]:
         loader = mapping(stage.get("train_data_loader"))
         wrapper = mapping(loader.get("dataset_wrapper")).get("key", "WholeBatches")
         if wrapper != "WholeBatches":
-            yield f"{place}.train_data_loader.dataset_wrapper", f"with a teacher bank there can be no {wrapper}"
+            yield (
+                f"{place}.train_data_loader.dataset_wrapper",
+                f"expected none with a teacher bank, got {wrapper}; leave it out",
+            )
         if loader.get("collate_fn"):
-            message = "with a teacher bank there can be none, as it could change what the teacher saw"
+            message = "expected none with a teacher bank, as it could change the images of the teacher; leave it out"
             yield f"{place}.train_data_loader.collate_fn", message
 
 
 def rebuilt(data: Mapping[Any, Any]) -> list[str]:
-    """Places where a recipe gives its teacher modules that the network lacks."""
+    """YAML paths at which a recipe adds modules to the network of its teacher."""
     return [
         f"{path}.teacher.{name}"
         for path, stage in stages(data).items()
@@ -70,7 +77,7 @@ def _misfits(bank: Bank, data: Mapping[Any, Any]) -> Iterator[str]:
         differing = "; ".join(_differences(held, own, "models.teacher_model"))
         yield f"is of another teacher: {differing}; write one of this teacher with `rkd embed`"
     pooled = {(array.path, array.io): array.pool for array in bank.arrays}
-    # What was a vector is not pooled, however a loss would do it; and 'auto' is 'avg' wherever it does not raise.
+    # Vectors are not pooled, whatever pool a loss has; and 'auto' is 'avg' unless it raises.
     missing = [
         read
         for read, pools in reads.items()
@@ -82,7 +89,7 @@ def _misfits(bank: Bank, data: Mapping[Any, Any]) -> Iterator[str]:
 
 
 def _differences(held: Any, own: Any, path: str) -> Iterator[str]:
-    """Where two descriptions of a network differ."""
+    """The differences between two descriptions of a network."""
     if isinstance(held, dict) and isinstance(own, dict):
         for key in {**held, **own}:
             yield from _differences(held.get(key), own.get(key), f"{path}.{key}")
@@ -95,7 +102,7 @@ def _names(reads: Any) -> str:
 
 
 def identity(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe says of a network itself, as JSON holds it."""
+    """The description of a network in a recipe, as JSON can contain it."""
     known = {"key": model.get("key"), "kwargs": model.get("kwargs"), "repo_or_dir": model.get("repo_or_dir")}
     identified: dict[str, Any] = json.loads(json.dumps(known, sort_keys=True, default=repr))
     return identified

@@ -1,4 +1,4 @@
-"""The values of a recipe: YAML nodes as they are written, and plain data in which some values are `Tagged`."""
+"""The values of a recipe, as YAML nodes and as plain data in which some values are `Tagged`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import yaml
 from rkd_plugin.experiments.recipe.errors import Problem
 
 STR, FLOAT = "tag:yaml.org,2002:str", "tag:yaml.org,2002:float"
-# `\d+\.?\d*` would try every way to share the digits of a long number.
+# `\d+\.?\d*` would need quadratic time for a long number.
 _EXPONENT = re.compile(r"([-+]?(?:\d+(?:\.\d*)?|\.\d+))[eE]([-+]?)(\d+)")
-_LONGEST_TEXT = 10_000  # that torchdistill's tags join; a text that joins itself doubles with each line of a file
+_LONGEST_TEXT = 10_000  # of strings that tags join; a string that joins itself doubles its length with each line
 
 
 @dataclass(frozen=True, eq=False)
 class Tagged:
-    """A value that torchdistill computes while it loads the file, such as ``!import_call``: here its content only."""
+    """A value that torchdistill computes while it loads the file, such as ``!import_call``; here only its content."""
 
     tag: str
     value: Any
 
 
 def spelled(text: str) -> str | None:
-    """A number with an exponent as PyYAML understands it, None if the text is no such number.
+    """A number with an exponent in the notation of PyYAML; None if the text is no such number.
 
     Example:
         >>> spelled("1e-3"), spelled("2.5E4"), spelled("runs/1e-3")
@@ -41,7 +41,7 @@ def spelled(text: str) -> str | None:
 
 
 def text_of(node: yaml.Node) -> str | None:
-    """A scalar as text, or the text that ``!join`` and its siblings make of scalars; None where it takes more.
+    """The text of a scalar, or of ``!join`` and similar tags on scalars; None for other nodes.
 
     Example:
         >>> text_of(yaml.compose("!join [a, /, 1]"))
@@ -65,11 +65,11 @@ def _scalar(node: yaml.ScalarNode) -> str | None:
     try:
         return str(yaml.constructor.SafeConstructor().construct_object(node))
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError):
-        return None  # reported where the value itself is constructed
+        return None  # reported when the value is constructed
 
 
 def children(node: yaml.Node) -> list[tuple[str, yaml.Node]]:
-    """The parts of a mapping or a list, with the names that they have in a path."""
+    """The children of a mapping or a list, with their names in a path."""
     if isinstance(node, yaml.MappingNode):
         return [
             (key.value if isinstance(key, yaml.ScalarNode) else text_of(key) or "", value) for key, value in node.value
@@ -80,13 +80,13 @@ def children(node: yaml.Node) -> list[tuple[str, yaml.Node]]:
 
 
 def extent(root: yaml.Node) -> tuple[int, int]:
-    """How deep a tree is, and how many values it has once every alias is written out.
+    """The depth of a tree, and the number of its values with all aliases resolved.
 
     Raises:
-        ValueError: if an anchor contains itself; its argument is the path.
+        ValueError: if an anchor contains itself; the message is its path.
     """
     extents: dict[yaml.Node, tuple[int, int] | None] = {}
-    place: list[tuple[yaml.Node, int]] = []  # names are made of it when they are needed: a key may be long
+    place: list[tuple[yaml.Node, int]] = []  # the path, of which names are made only for an error, as keys can be long
 
     def measure(node: yaml.Node) -> tuple[int, int]:
         if node in extents:
@@ -98,7 +98,7 @@ def extent(root: yaml.Node) -> tuple[int, int]:
         parts = node.value if isinstance(node, yaml.CollectionNode) else ()
         for index, part in enumerate(parts):
             place.append((node, index))
-            for inner in part if isinstance(part, tuple) else (part,):  # a key may be a list
+            for inner in part if isinstance(part, tuple) else (part,):  # a key can be a list
                 inner_depth, inner_count = measure(inner)
                 depth, count = max(depth, inner_depth), count + inner_count
             place.pop()
@@ -109,20 +109,20 @@ def extent(root: yaml.Node) -> tuple[int, int]:
 
 
 def ill_formed(root: yaml.Node) -> Iterator[Problem]:
-    """What PyYAML accepts, and nobody means: a key twice, a key that is no text or number."""
+    """What PyYAML accepts but is an error: duplicate keys, and keys that are not scalars."""
     for path, node in nodes(root):
         if not isinstance(node, yaml.MappingNode):
             continue
         keys = [key.value if isinstance(key, yaml.ScalarNode) else text_of(key) for key, _ in node.value]
         if None in keys:
-            yield path, "every key must be a scalar"
+            yield path, "expected scalars as keys"
         for name, count in Counter(keys).items():
             if count > 1 and name is not None:
-                yield f"{path}.{name}" if path else name, "this key is there twice"
+                yield f"{path}.{name}" if path else name, "duplicate key"
 
 
 def nodes(root: yaml.Node) -> Iterator[tuple[str, yaml.Node]]:
-    """Every node once, with its path."""
+    """All nodes, each once, with their paths."""
     seen: set[yaml.Node] = set()
     left = [("", root)]
     while left:
@@ -134,7 +134,7 @@ def nodes(root: yaml.Node) -> Iterator[tuple[str, yaml.Node]]:
 
 
 def number_nodes(root: yaml.Node) -> Iterator[tuple[str, yaml.ScalarNode, str]]:
-    """Unquoted numbers such as ``1e-3`` that YAML 1.1, and so PyYAML, takes for a string; and how to write them."""
+    """Unquoted numbers such as ``1e-3``, which YAML 1.1 and PyYAML read as strings, and how to write them."""
     for path, node in nodes(root):
         if not isinstance(node, yaml.ScalarNode) or node.tag != STR or node.style is not None:
             continue
@@ -143,6 +143,6 @@ def number_nodes(root: yaml.Node) -> Iterator[tuple[str, yaml.ScalarNode, str]]:
 
 
 def number_strings(root: yaml.Node) -> Iterator[Problem]:
-    """The same as problems."""
+    """The problems of `number_nodes`."""
     for path, node, number in number_nodes(root):
-        yield path, f"a number was expected, got the string {node.value!r}; write {number}"
+        yield path, f"expected a number, got the string {node.value!r}; write {number}"

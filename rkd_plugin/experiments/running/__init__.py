@@ -1,1 +1,1 @@
-"""One run: a recipe that is built, trained, measured and kept."""
+"""One run: building, training and measuring a recipe, and saving the results."""

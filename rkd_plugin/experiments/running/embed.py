@@ -1,4 +1,4 @@
-"""Writing a teacher bank: what a recipe's losses read of its teacher, for every item of a data set."""
+"""Writing a teacher bank: the teacher outputs that the losses of a recipe read, for every item of a data set."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from rkd_plugin.experiments.recipe.teacher_bank import SETTING, identity, rebuil
 from rkd_plugin.experiments.running.experiment import Experiment
 from rkd_plugin.experiments.support import processes
 from rkd_plugin.experiments.support.files import alone_in, write_json
+from rkd_plugin.printing import printable
 from rkd_plugin.teacher_bank import Bank
 from rkd_plugin.teacher_bank.files import (
     DTYPES,
@@ -40,32 +41,31 @@ from rkd_plugin.teacher_bank.files import (
 from rkd_plugin.teacher_bank.fingerprint import digest, of_data, of_weights
 from rkd_plugin.teacher_bank.views import check_repeats, draws, image, items
 
-BATCH = 128  # images, where the recipe does not say how many it trains on at once
+BATCH = 128  # images, if the recipe has no batch size
 Reader = Callable[[Tensor], list[Tensor]]
 
 
 def embed(recipe: Recipe, folder: Path, dataset_id: str | None = None, dtype: str = "float32", views: int = 0) -> Bank:
-    """Write a bank of what the losses of a recipe read of its teacher, or go on with it, or open it if it is done.
+    """Write a bank of the teacher outputs that the losses of a recipe read, or continue it, or open a finished one.
 
-    Under ``torch.distributed`` the processes, which must share the file system's cache and so be on one machine, take
-    turns with shards of rows.
+    Under ``torch.distributed`` the ranks take turns with shards of rows; all of them must be on one machine.
 
     Args:
-        recipe: with a teacher; nothing is trained.
-        folder: of the bank.
-        dataset_id: of the data set, under ``datasets``; None for the one that the recipe trains on.
-        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``, of the files.
-        views: how many views of each image, of a data set that draws random numbers; 0 for one that does not.
+        recipe: a recipe with a teacher; nothing is trained.
+        folder: folder of the bank.
+        dataset_id: name of the data set under ``datasets``; None for the training data.
+        dtype: dtype of the files, ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        views: number of views of each image if its transform draws random numbers; 0 if it does not.
 
     Returns:
         The bank.
 
     Raises:
         RecipeError: if the recipe has problems.
-        ValueError: if the recipe has no such teacher or data set, a loss reads what a bank cannot hold, the data set
-            draws random numbers and ``views`` is 0, a view cannot be drawn again, a vector is not finite in that
-            dtype, or the processes have other recipes, data or teachers.
-        FileExistsError: if the folder holds another bank, or files of those names that are of none.
+        ValueError: if the recipe has no teacher or no such data set, a loss reads maps without pooling, the data set
+            draws random numbers and ``views`` is 0, a view cannot be reproduced, a vector is not finite in that dtype,
+            or the ranks have different recipes, data or teachers.
+        FileExistsError: if the folder contains another bank, or other files with the names of a bank's.
         BlockingIOError: if another `rkd embed` writes there.
         OSError: if the disk has no room for all rows.
     """
@@ -81,10 +81,10 @@ def embed(recipe: Recipe, folder: Path, dataset_id: str | None = None, dtype: st
     elif random := draws(dataset):
         raise ValueError(
             f"datasets.{name}: expected a transform that draws no random numbers, got one that does ({random}); give "
-            "--views K to hold K views of each image, which training then draws from, or --data with another data set"
+            "--views K to store K views of each image, from which training draws, or --data with another data set"
         )
     teacher = experiment.teacher()
-    assert teacher is not None  # as it is read
+    assert teacher is not None  # as `_check_recipe` has found reads of it
     read, arrays = _reader(experiment, teacher.eval(), reads, image(items(dataset, [0], views, seed)[0]))
     header = {
         "format": FORMAT,
@@ -115,11 +115,11 @@ def embed(recipe: Recipe, folder: Path, dataset_id: str | None = None, dtype: st
 
 def _check_recipe(recipe: Recipe, reads: Any, dtype: str, views: int) -> None:
     if recipe.settings.get("teacher_bank"):
-        raise ValueError(f"{SETTING}: expected none, as its teacher is to be run, got a bank; set it to null")
+        raise ValueError(f"{SETTING}: expected none, as the teacher itself must run, got a bank; set it to null")
     if not reads:
-        raise ValueError(f"{recipe.path}: expected a loss that reads a teacher, found none; name a recipe that has one")
+        raise ValueError(f"{recipe.path}: expected a loss that reads a teacher, found none; give a recipe that has one")
     if places := rebuilt(recipe.data):
-        raise ValueError(f"{places[0]}: expected a teacher as the network is, got further modules; leave them out")
+        raise ValueError(f"{places[0]}: expected a teacher without further modules, got some; leave them out")
     if dtype not in DTYPES:
         raise ValueError(f"expected a dtype out of {', '.join(DTYPES)}, got {dtype!r}")
     if views < 0:
@@ -127,12 +127,12 @@ def _check_recipe(recipe: Recipe, reads: Any, dtype: str, views: int) -> None:
 
 
 def _data(recipe: Recipe, experiment: Experiment, dataset_id: str | None) -> tuple[str, dict[str, Any]]:
-    """The data set's name, and the configuration of the loader that trains on it, or of the first one."""
+    """The name of the data set, and the configuration of its training loader, or else of the first loader."""
     loaders = [stage["train_data_loader"] for stage in stages(recipe.data).values() if "train_data_loader" in stage]
     names = list(dict.fromkeys(loader["dataset_id"] for loader in loaders))
     known = list(experiment.config["datasets"])
     if dataset_id is None and len(names) > 1:
-        raise ValueError(f"{recipe.path} trains on {', '.join(names)}, a bank is of one: name it with --data")
+        raise ValueError(f"{recipe.path}: expected one training data set, got {', '.join(names)}; name one with --data")
     name = dataset_id or names[0]
     if name not in known:
         raise ValueError(f"{recipe.path}: expected a data set out of {', '.join(known)}, got {name!r}")
@@ -142,7 +142,7 @@ def _data(recipe: Recipe, experiment: Experiment, dataset_id: str | None) -> tup
 def _reader(
     experiment: Experiment, teacher: nn.Module, reads: dict[tuple[str, str], set[Any]], first: Tensor
 ) -> tuple[Reader, list[dict[str, Any]]]:
-    """What turns a batch of images into rows of each array, and the arrays, found out with one image."""
+    """A function that computes the rows of each array for a batch of images, and the arrays, from one image."""
 
     @torch.no_grad()
     def values_of(images: Tensor) -> list[Any]:
@@ -159,8 +159,8 @@ def _reader(
         names = {None if way is None else pooling(value, way) for way in ways}
         if value.ndim > 2 and (None in names or len(names) > 1):
             raise ValueError(
-                f"{where}: expected vectors for a bank, or maps that every loss pools alike, got "
-                f"{tuple(value.shape)} for a loss that reads maps; train that one with the teacher itself"
+                f"{where}: expected vectors for a bank, or maps that all losses pool in the same way, got "
+                f"{tuple(value.shape)} for a loss that reads maps; train with the teacher itself"
             )
         pool: Any = next(iter(names)) if value.ndim > 2 else None
         pools.append(pool or "auto")
@@ -173,7 +173,7 @@ def _reader(
 
 
 class _Rows(Dataset[tuple[int, Any]]):
-    """Rows of a bank, with the images that the teacher is to see."""
+    """Numbers of the rows of a bank, with the images for the teacher."""
 
     def __init__(self, dataset: Any, views: int, seed: int) -> None:
         self.dataset = dataset
@@ -189,15 +189,15 @@ class _Rows(Dataset[tuple[int, Any]]):
 
 
 def _is_new(folder: Path, header: dict[str, Any]) -> bool:
-    """Whether there is something to write; the files are then there, with room for all rows."""
+    """Whether rows must be written; if so, allocate the files."""
     is_done = (folder / HEADER).exists()
     if is_done or (folder / UNFINISHED).exists():
         held = read_header(folder) if is_done else read_json(folder / UNFINISHED)
         known = held if isinstance(held, dict) else {}
         if differing := [name for name, value in header.items() if known.get(name) != value]:
             raise FileExistsError(
-                f"{folder} holds another teacher bank, of other {', '.join(differing)}; give this one another folder, "
-                "or delete that one"
+                f"{folder} contains another teacher bank, which differs in {', '.join(differing)}; give another "
+                "folder, or delete that bank"
             )
     elif found := sorted(path.name for path in folder.glob("*.npy")):
         raise FileExistsError(f"expected no arrays in {folder}, found {found[0]}, of no bank; give another folder")
@@ -214,7 +214,7 @@ def _write(folder: Path, header: dict[str, Any], rows: _Rows, read: Reader, size
     step = max(size // layout.shard_rows, 1)
     batches = [range(start, min(start + step, layout.shards)) for start in range(0, layout.shards, step)]
     batches = batches[distributed.rank() :: distributed.world_size()]
-    # A batch is computed as a whole: its rows would be rounded otherwise in a smaller one.
+    # Whole batches are computed: rounding depends on the batch size.
     todo = [
         range(layout.shard(batch[0]).start, layout.shard(batch[-1]).stop)
         for batch in batches
@@ -225,7 +225,7 @@ def _write(folder: Path, header: dict[str, Any], rows: _Rows, read: Reader, size
     with tqdm(
         total=count,
         initial=count - sum(map(len, todo)),
-        desc=f"embedding into {folder}",
+        desc=printable(f"embedding into {folder}"),
         unit="row",
         disable=distributed.rank() > 0,
     ) as bar:
@@ -233,10 +233,10 @@ def _write(folder: Path, header: dict[str, Any], rows: _Rows, read: Reader, size
             first, last = int(numbers[0]), int(numbers[-1])
             blocks = [encoded(tensor, header["dtype"]) for tensor in read(images)]
             for number, block in enumerate(blocks):
-                if not bool(decoded(block).isfinite().all()):  # float16 ends at 65504
+                if not bool(decoded(block).isfinite().all()):  # the largest float16 is 65504
                     raise ValueError(
                         f"expected finite vectors, got NaN or Inf in array {number}, rows {first} to {last}, as "
-                        f"{header['dtype']}; take --dtype bfloat16 or float32, or another teacher"
+                        f"{header['dtype']}; use --dtype bfloat16 or float32, or another teacher"
                     )
             writer.write(first, blocks)
             bar.update(len(numbers))
@@ -244,13 +244,13 @@ def _write(folder: Path, header: dict[str, Any], rows: _Rows, read: Reader, size
 
 
 def _finish(folder: Path, header: dict[str, Any], where: dict[str, Any]) -> None:
-    """Check the shards of all processes, and write the header that makes them a bank."""
+    """Check the shards of all ranks, and write the header, which completes the bank."""
     layout = Layout.of(header)
     held = ShardReader(folder, layout)
     for shard in range(layout.shards):
         if not held.is_whole(shard):
             rows = layout.shard(shard)
-            raise ValueError(f"rows {rows.start} to {rows.stop - 1} of {folder} were not written; run this again")
+            raise ValueError(f"rows {rows.start} to {rows.stop - 1} of {folder} were not written; start again")
     ShardWriter(folder, layout).flush()
     whole = {**header, "environment": where, "checksums": digest(held.sums)}
     write_json(folder / HEADER, {**whole, "checksum": digest(whole)})
@@ -258,9 +258,9 @@ def _finish(folder: Path, header: dict[str, Any], where: dict[str, Any]) -> None
 
 
 def verify(path: Path) -> Iterator[int]:
-    """See `Bank.verify`, with a progress bar."""
+    """`Bank.verify` with a progress bar."""
     bank = Bank(path)
-    with tqdm(total=max(bank.views, 1) * bank.count, desc=f"verifying {path}", unit="row") as bar:
+    with tqdm(total=max(bank.views, 1) * bank.count, desc=printable(f"verifying {path}"), unit="row") as bar:
         for done in bank.verify():
             bar.update(done)
             yield done

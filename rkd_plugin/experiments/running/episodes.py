@@ -1,4 +1,4 @@
-"""How a few-shot model is tested: episodes that all models share, their accuracies and intervals."""
+"""The test of few-shot models: episodes that are equal for all models, accuracies and confidence intervals."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from rkd_plugin.components.few_shot import is_right, squared_distances
 from rkd_plugin.teacher_bank.labels import check_labels
 
-BLOCK = 2**24  # numbers at once, 128 MiB in float64
-Z_95 = 1.96  # standard errors to either side
+NUMBERS_AT_ONCE = 2**24  # 128 MiB in float64
+Z_95 = 1.96  # standard errors of half of a 95 % confidence interval
 
 
 @torch.no_grad()
@@ -26,16 +26,16 @@ def episode_accuracies(
     test_queries: int = 15,
     test_episodes: int = 1000,
 ) -> dict[str, Tensor]:
-    """Percentage of queries nearest to their own prototype, of each episode; each row is embedded only once before.
+    """The percentage of queries that are nearest to their own prototype, for each episode.
 
-    The episodes depend on the seed, the labels and the task alone, so that two models are tested on the same ones.
+    The episodes depend only on the seed, the labels and the task, so that two models are tested on the same episodes.
 
     Args:
         outputs: embeddings ``(M, D)``.
         labels: classes ``(M,)``.
-        seed: of the episodes.
+        seed: seed of the episodes.
         test_tasks: pairs of way and shot.
-        test_queries: rows of a class that are asked for.
+        test_queries: number of queries of each class.
         test_episodes: number of episodes.
 
     Returns:
@@ -55,7 +55,7 @@ def episode_accuracies(
     for way, shot in test_tasks:
         blocks = []
         episodes = _episodes(labels.cpu(), seed, way, shot, test_queries, test_episodes)
-        for block in torch.split(episodes, max(BLOCK // (episodes[0].numel() * rows.shape[1]), 1)):
+        for block in torch.split(episodes, max(NUMBERS_AT_ONCE // (episodes[0].numel() * rows.shape[1]), 1)):
             drawn = rows[block.to(rows.device)]
             prototypes, queries = drawn[:, :, :shot].mean(2), drawn[:, :, shot:].flatten(1, 2)
             own = torch.arange(way, device=rows.device).repeat_interleave(test_queries).expand(len(drawn), -1)
@@ -64,14 +64,14 @@ def episode_accuracies(
     return accuracies
 
 
-@wraps(episode_accuracies, assigned=())  # its arguments, for who asks
+@wraps(episode_accuracies, assigned=())  # its signature, which `Experiment.measure` reads
 def few_shot(*args: Any, **kwargs: Any) -> dict[str, float]:
-    """Accuracy over episodes in percent, and half of its 95 % interval over them.
+    """The mean accuracy over episodes in percent, and half of its 95 % confidence interval.
 
     Arguments and errors: see `episode_accuracies`.
 
     Returns:
-        For each task ``<way>way_<shot>shot`` and ``<way>way_<shot>shot_ci95``.
+        ``<way>way_<shot>shot`` and ``<way>way_<shot>shot_ci95`` for each task.
 
     Example:
         >>> embeddings = torch.tensor([[0.], [1.], [5.], [6.]])
@@ -85,16 +85,16 @@ def few_shot(*args: Any, **kwargs: Any) -> dict[str, float]:
 
 
 def interval(values: Tensor) -> tuple[float, float]:
-    """Mean of independent values ``(E,)``, such as of episodes, and half of its 95 % interval.
+    """The mean of independent values ``(E,)``, such as those of episodes, and half of its 95 % confidence interval.
 
-    Of two models' differences on the same episodes it is the paired interval.
+    For the differences of two models on the same episodes it is the paired interval.
     """
     spread = float(values.std()) if len(values) > 1 else math.nan
     return float(values.mean()), Z_95 * spread / math.sqrt(len(values))
 
 
 def _episodes(labels: Tensor, seed: int, way: int, shot: int, queries: int, episodes: int) -> Tensor:
-    """``(episodes, way, shot + queries)``: indices of rows, whose labels are one class along the last dimension."""
+    """``(episodes, way, shot + queries)``: indices of rows; those along the last dimension have one class."""
     size = shot + queries
     order = labels.argsort(stable=True)
     _, counts = torch.unique_consecutive(labels[order], return_counts=True)
@@ -108,7 +108,7 @@ def _episodes(labels: Tensor, seed: int, way: int, shot: int, queries: int, epis
         )
     first, counts = first[enough], counts[enough]
     generator = torch.Generator().manual_seed(seed)
-    # The places of the highest of independent random numbers are drawn without repetition.
+    # The positions of the largest of independent random numbers are a draw without repetition.
     classes = torch.rand(episodes, len(first), generator=generator).topk(way).indices
     draws = torch.rand(episodes, way, int(counts.max()), generator=generator)
     is_row = torch.arange(draws.shape[2]) < counts[classes][..., None]

@@ -1,4 +1,4 @@
-"""The features of an image classifier that pictures show beside its scores."""
+"""The features of an image classifier that pictures show in addition to its logits."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from rkd_plugin.experiments.running.metrics import Layer
 
 
 def compared(config: Mapping[str, Any], model: nn.Module, side: str) -> Layer | None:
-    """The output that the recipe's relational loss reads, else that of the ``backbone``, else the scores.
+    """The layer that the relational loss of a recipe reads; without one, the ``backbone``.
 
     Args:
-        config: a recipe, as torchdistill loads it.
-        model: one of its models.
+        config: a recipe as torchdistill loads it.
+        model: student or teacher of the recipe.
         side: ``"student"`` or ``"teacher"``.
 
     Returns:
-        The layer, pooled and L2-normalised as by the last such loss of the recipe, so that pictures of relations show
-        what the loss compared; a backbone's maps are averaged. None for the outputs themselves, and for other tasks.
+        The layer, pooled and L2-normalised as in the last relational loss of the recipe, so that pictures show what the
+        loss compares; maps of a backbone are averaged. None stands for the outputs of the model, as for other tasks.
     """
     if config["recipe"]["task"] != "classification":
         return None
     modules = {**dict(model.named_modules()), ".": model}
     for loss in _relational(config):
         path = loss.paths[side]
-        if path in modules:  # a loss may also read what wraps the model in training, and is gone now
+        if path in modules:  # a loss can also read a wrapper of the model, which exists in training only
             return Layer(modules[path], loss.ios[side], partial(loss.embeddings, side))
     return (
         Layer(modules["backbone"], "output", partial(RKDDALoss().embeddings, side)) if "backbone" in modules else None

@@ -1,4 +1,4 @@
-"""How each task is measured: the only thing in which the tasks differ once a recipe is built."""
+"""The metrics of each task, and the embedding of test data."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rkd_plugin.experiments.support.processes import all_gather_in_turn
 from rkd_plugin.kernels.pairwise import rescale
 from rkd_plugin.teacher_bank.labels import check_labels
 
-BLOCK = 2**24  # distances at once, 128 MiB in float64
-# Squared distances from the Gram matrix have errors in proportion to the squared norms; in units of the machine epsilon
-# the largest seen are 24 for 512 dimensions and 92 for 8192, and a comparison has two of them.
+DISTANCES_AT_ONCE = 2**24  # 128 MiB in float64
+# Squared distances from the Gram matrix have errors in proportion to the squared norms. The largest measured errors are
+# 24 machine epsilons for 512 dimensions and 92 for 8192; a comparison has two such errors.
 TIE = 256
 
 
@@ -25,7 +25,7 @@ _CHANNELS = re.compile(r"to have (\d+) channels, but got (\d+) channels")
 
 
 class Layer(NamedTuple):
-    """A module inside a model, ``"input"`` or ``"output"`` of it, and how that becomes features ``(N, E)``."""
+    """A module of a model, its ``"input"`` or ``"output"``, and the function that makes features ``(N, E)`` of it."""
 
     module: nn.Module
     io: str
@@ -34,7 +34,7 @@ class Layer(NamedTuple):
 
 @contextmanager
 def in_eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Models in eval mode in the block; afterwards each of their modules is in its own mode again."""
+    """Set models to eval mode in the block; restore the mode of each module afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -47,7 +47,7 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def named_channels(images: Any, where: str) -> Iterator[None]:
-    """Images ``(N, C, H, W)`` of another number of channels than a model takes raise a ValueError in the block."""
+    """Raise ValueError in the block if images ``(N, C, H, W)`` have another number of channels than the model takes."""
     try:
         yield
     except RuntimeError as error:
@@ -56,7 +56,7 @@ def named_channels(images: Any, where: str) -> Iterator[None]:
             raise
         remedy = {"1": "Grayscale()", "3": "RGB()"}.get(found[1])
         raise ValueError(
-            f"{where}: expected images of {found[1]} channels, which the model takes, got {found[2]}; "
+            f"{where}: expected images of {found[1]} channels, as the model takes, got {found[2]}; "
             + (f"add torchvision.transforms.v2.{remedy} to the data set's transform, or " if remedy else "")
             + "change the model"
         ) from error
@@ -66,16 +66,16 @@ def named_channels(images: Any, where: str) -> Iterator[None]:
 def embed(
     model: nn.Module, batches: Iterable[Sequence[Any]], device: torch.device, layer: Layer | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The outputs of ``model`` in eval mode for all batches of images and labels, in one pass.
+    """Compute the outputs of ``model`` in eval mode for all batches of images and labels, in one pass.
 
-    Processes that train together take turns with whole batches, as `SharedBatches` deals them out, so that each is
-    computed as one process alone would do it; all have the result.
+    The ranks of a process group take turns with whole batches, as in `SharedBatches`, so that the results are those of
+    a single process. All ranks have the result.
 
     Returns:
-        Outputs ``(M, D)``, labels ``(M,)``, and features ``(M, E)`` of ``layer``, without one the outputs again.
+        Outputs ``(M, D)``, labels ``(M,)``, and features ``(M, E)`` of ``layer``; without a layer, the outputs again.
 
     Raises:
-        ValueError: if labels are no whole numbers, or images have another number of channels than the model takes.
+        ValueError: if labels are not whole numbers, or images have another number of channels than the model takes.
     """
     seen: dict[str, Tensor] = {}
 
@@ -98,25 +98,25 @@ def embed(
 
 @torch.no_grad()
 def retrieval(outputs: Tensor, labels: Tensor, recall_at: Sequence[int] = (1,)) -> dict[str, float]:
-    """Recall@K and MAP@R in percent: every row is a query, and looks for its class among all other rows.
+    """Recall@K and MAP@R in percent; every row is a query, and all other rows are the gallery.
 
-    Recall@K: how often one of the K nearest is of the query's class. MAP@R: the mean over queries of
-    ``1/R sum over i = 1..R of P(i)``, with R the number of others of the class, and P(i) the share of the class among
-    the i nearest if the i-th is of the class, else 0 (Musgrave, Belongie, Lim, "A Metric Learning Reality Check",
-    ECCV 2020).
+    Recall@K is the share of queries with a row of their class among the K nearest. MAP@R is the mean over queries of
+    ``1/R sum over i = 1..R of P(i)``, where R is the number of further rows of the class, and P(i) is the precision
+    among the i nearest if the i-th row has the class, and 0 otherwise (Musgrave, Belongie, Lim, "A Metric Learning
+    Reality Check", ECCV 2020).
 
-    Exact, by Euclidean distance in float64, in blocks of queries: no ``(M, M)`` matrix. Of two rows at one distance the
-    one of another class counts as nearer, so that a model that has collapsed gets 0; squared distances count as one
-    within rounding, about 1e-13 of their size and of the query's squared distance from the mean row. A row whose class
-    has no other is no query, but stays among the rows that the others look through.
+    The result is exact: Euclidean distances in float64, in blocks of queries without an ``(M, M)`` matrix. Of two rows
+    at equal distances, the row of another class counts as nearer, so that a collapsed model gets 0. Squared distances
+    are equal if they differ by rounding only: about 1e-13 of their size and of the squared distance of the query from
+    the mean row. A row without a further row of its class is no query, but is in the gallery.
 
     Args:
         outputs: embeddings ``(M, D)``, floating point.
         labels: classes ``(M,)``, whole numbers from 0.
-        recall_at: the values of K; one above M is as good as M.
+        recall_at: the values of K; values above M have the effect of M.
 
     Returns:
-        ``recall_at_<K>`` for each K in the given order, then ``map_at_r``; in percent.
+        ``recall_at_<K>`` for each K in this order, then ``map_at_r``; in percent.
 
     Raises:
         ValueError: if the shapes do not fit, a label is not a whole number from 0, a K is below 1, an output is not
@@ -126,9 +126,9 @@ def retrieval(outputs: Tensor, labels: Tensor, recall_at: Sequence[int] = (1,)) 
         >>> retrieval(torch.tensor([[0.], [1.], [5.], [1.6]]), torch.tensor([0, 0, 1, 1]), recall_at=[1, 2])
         {'recall_at_1': 50.0, 'recall_at_2': 75.0, 'map_at_r': 50.0}
     """
-    _check(outputs, labels, recall_at)
+    _check_retrieval(outputs, labels, recall_at)
     labels = labels.to(outputs.device)
-    # Sorted by class, the rows of a class stand side by side.
+    # Sorted by class, the rows of a class are adjacent.
     order = labels.argsort(stable=True)
     _, counts = torch.unique_consecutive(labels[order], return_counts=True)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
@@ -144,10 +144,10 @@ def retrieval(outputs: Tensor, labels: Tensor, recall_at: Sequence[int] = (1,)) 
     tie = TIE * torch.finfo(rows.dtype).eps
     nearer = torch.empty(len(queries), dtype=torch.long, device=rows.device)
     average_precision = 0.0
-    for part in torch.split(torch.arange(len(queries), device=rows.device), max(BLOCK // len(rows), 1)):
+    for part in torch.split(torch.arange(len(queries), device=rows.device), max(DISTANCES_AT_ONCE // len(rows), 1)):
         block = queries[part]
         squares = torch.addmm(norms, rows[block], rows.T, alpha=-2).add_(norms[block, None])
-        # The places of the query's class, as many as the largest class of the block has; others repeat the first place.
+        # The positions of the query's class, padded with the first one to the size of the largest class of the block.
         offsets = torch.arange(int(size[block].max()), device=rows.device)
         is_class = offsets < size[block, None]
         places = first[block, None] + offsets * is_class
@@ -165,7 +165,7 @@ def retrieval(outputs: Tensor, labels: Tensor, recall_at: Sequence[int] = (1,)) 
     return {**recalls, "map_at_r": 100 * average_precision / len(queries)}
 
 
-def _check(outputs: Tensor, labels: Tensor, recall_at: Sequence[int]) -> None:
+def _check_retrieval(outputs: Tensor, labels: Tensor, recall_at: Sequence[int]) -> None:
     if outputs.ndim != 2 or not outputs.is_floating_point():
         raise ValueError(
             f"retrieval: outputs must be (M, D) and floating point, got {tuple(outputs.shape)} {outputs.dtype}"
@@ -195,10 +195,10 @@ def collapsed(outputs: Tensor) -> bool:
 
 @torch.no_grad()
 def classification(outputs: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent: how often the label is the class of the highest score, or among the five.
+    """Top-1 and top-5 accuracy in percent.
 
     Args:
-        outputs: scores ``(M, C)``; of two equal ones that of the other class counts as higher.
+        outputs: logits ``(M, C)``; a class with the same logit as the label counts as higher.
         labels: classes ``(M,)``, from 0 to C - 1.
 
     Raises:
@@ -215,13 +215,13 @@ def classification(outputs: Tensor, labels: Tensor) -> dict[str, float]:
         )
     check_classes(outputs.shape[1], labels)
     own = outputs.gather(1, labels[:, None])
-    # A score that is NaN is never above another one, and must not count as right either.
+    # Comparisons with NaN are False; such a row is wrong.
     place = outputs.shape[1] - (outputs < own).sum(1)
     return {f"top{k}": 100 * int((place <= k).sum()) / len(labels) for k in (1, 5)}
 
 
 def check_classes(count: int, labels: Tensor, where: str = "classification") -> None:
-    """Raise ValueError, which begins with ``where``, if a label is not one of ``count`` classes."""
+    """Raise ValueError if a label is not one of ``count`` classes; the message begins with ``where``."""
     if labels.is_floating_point() or labels.dtype == torch.bool:
         check_labels(labels, where)
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < count:
@@ -233,7 +233,7 @@ def check_classes(count: int, labels: Tensor, where: str = "classification") -> 
 
 Evaluator = Callable[..., dict[str, float]]
 
-# Task -> what it measures; the first metric is the one that a better model has higher, and that `best` goes by.
+# Task -> function of its metrics; the first metric is higher for a better model, and chooses `best`.
 EVALUATORS: dict[str, Evaluator] = {
     "metric_learning": retrieval,
     "classification": classification,

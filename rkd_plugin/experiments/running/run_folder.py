@@ -1,4 +1,4 @@
-"""The recipe that a run keeps in its folder, and which folder that is."""
+"""The folder of a run, and the recipe in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RUNS = Path("runs")
 
 
 def default_folder(name: str | Path) -> Path:
-    """``runs/`` and the last two parts of a recipe's name or path; never a folder outside of ``runs/``.
+    """``runs/`` and the last two parts of the name or path of a recipe; never a folder outside of ``runs/``.
 
     Example:
         >>> [default_folder(name).as_posix() for name in ("quickstart/rkd_da", "../mine.yaml", "/data/mine.yaml")]
@@ -29,15 +29,15 @@ def default_folder(name: str | Path) -> Path:
 
 
 def write_recipe(folder: Path, resolved: str) -> None:
-    """Keep a resolved recipe in the folder of its run, with the digest that `recipe_of_run` compares."""
+    """Write a resolved recipe to the folder of its run, with the digest that `recipe_of_run` compares."""
     write_text(folder / RECIPE, _head(resolved) + resolved)
 
 
 def check_recipe(folder: Path, recipe: Recipe) -> None:
-    """Check that a folder holds a run of this recipe, or none.
+    """Check that a folder contains a run of this recipe, or no run.
 
     Raises:
-        FileExistsError: if it holds a run of another recipe; it says what differs.
+        FileExistsError: if it contains a run of another recipe; the message has the difference.
     """
     path = folder / RECIPE
     if not path.is_file():
@@ -51,11 +51,11 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def recipe_of_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a run, as it was resolved; nothing that it names is imported.
+    """The resolved recipe of a run; nothing that it names is imported.
 
     Raises:
-        FileNotFoundError: if the folder holds no run.
-        ValueError: if the recipe was changed since the run wrote it.
+        FileNotFoundError: if the folder contains no run.
+        ValueError: if the recipe was changed after the run wrote it.
     """
     path = folder / RECIPE
     if not path.is_file():
@@ -63,7 +63,7 @@ def recipe_of_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     head, resolved = _parts(path)
     if head != _head(resolved):
         raise ValueError(
-            f"{path}: expected the recipe that the run wrote, got a changed one, which may execute other code and "
+            f"{path}: expected the recipe that the run wrote, got a changed one, which can execute other code and "
             f"measure another model; read it, then give it as a recipe: rkd eval {shlex.quote(str(path))} --checkpoint "
             f"{shlex.quote(str(folder / 'last.pt'))}"
         )
@@ -76,7 +76,7 @@ def _head(resolved: str) -> str:
 
 
 def _parts(path: Path) -> tuple[str, str]:
-    """The first line, and what follows it."""
+    """The first line, and the rest."""
     text = path.read_text(encoding="utf-8", errors="replace")
     head, newline, resolved = text.partition("\n")
     return head + newline, resolved

@@ -1,4 +1,4 @@
-"""A run that learns from a teacher bank in place of its teacher."""
+"""Training from a teacher bank instead of a teacher."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Any
 
 from rkd_plugin.experiments.recipe.schema import stages
 from rkd_plugin.experiments.recipe.teacher_bank import teacher_reads
-from rkd_plugin.experiments.running.checkpoints import read_weights
+from rkd_plugin.experiments.running.weights import read_weights
 from rkd_plugin.teacher_bank import Bank
 from rkd_plugin.teacher_bank.fingerprint import of_weights
 
 
 def learn_from_bank(config: dict[str, Any], data: Mapping[Any, Any]) -> None:
-    """Put the bank that a recipe names into what torchdistill loaded of it, in place of the teacher.
+    """Replace the teacher in a recipe by the bank that it names.
 
     Args:
-        config: as torchdistill's loader made it; changed.
-        data: the same as plain data, without `problems`.
+        config: the recipe as torchdistill loads it; it is changed in place.
+        data: the recipe as plain data, for which `problems` finds none.
 
     Raises:
-        ValueError: if the teacher's checkpoint is there, and holds other weights than the bank was written with.
+        ValueError: if the checkpoint of the teacher exists, and has other weights than those of the bank.
     """
     path = data["recipe"]["teacher_bank"]
     bank = Bank(path)
     checkpoint = config["models"]["teacher_model"].get("src_ckpt")
-    # Without it the bank is taken at its word: whoever has the vectors need not have the network.
+    # Without a checkpoint the weights are not compared: a bank can be used without the network.
     if bank.header and checkpoint and Path(checkpoint).is_file():
         found = of_weights(read_weights(Path(checkpoint)))
         if found != bank.header["teacher"]["weights"]:
             raise ValueError(
                 f"the teacher bank {path} is of another teacher: its weights are not those of {checkpoint}; write one "
-                "of that checkpoint with `rkd embed`, or give its own"
+                "for that checkpoint with `rkd embed`, or give the checkpoint of the bank"
             )
     place = (
         dict(zip(("module_path", "module_io"), next(iter(teacher_reads(data))), strict=True)) if not bank.arrays else {}

@@ -1,1 +1,1 @@
-"""What experiments need of the system: processes, files, signals, memory, threads and the terminal."""
+"""Parts of experiments that know nothing of recipes: processes, files, signals, memory, threads and errors."""

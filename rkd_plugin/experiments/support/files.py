@@ -1,4 +1,4 @@
-"""Folders that one run has to itself, and small files that are written in one piece."""
+"""Folders that only one run uses at a time, and small files that are written as a whole."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from filelock import FileLock, Timeout
 
 from rkd_plugin.storage import one_sentence, replacing, sweep
 
-LOCK = ".rkd.lock"  # in a folder while a run is at work there
-PATIENCE = 1.0  # seconds until a process that a run forked just when it was killed has surely released its lock
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # of a file system without locks
+LOCK = ".rkd.lock"  # in a folder that a run uses
+PATIENCE = 1.0  # seconds after which a worker of a killed run has released its lock
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # on a file system without locks
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Lock ``folder`` for the block, and create it if needed; it is removed again if it stays empty.
+    """Lock ``folder`` in the block; a folder that is created for it, and stays empty, is removed.
 
-    The lock ends with the process, however that ends. Temporary files of a killed run are deleted. On a file system
-    without locks, no run is refused.
+    The lock ends with the process, also if that is killed. Temporary files of a killed run are deleted. A file system
+    without locks allows every run.
 
     Raises:
         BlockingIOError: if another run holds the lock.
@@ -40,7 +40,9 @@ def alone_in(folder: Path) -> Iterator[None]:
     finally:
         if lock.is_locked:
             with suppress(OSError):
-                (folder / LOCK).unlink()  # before the release: who waits for this file sees that it is gone
+                (
+                    folder / LOCK
+                ).unlink()  # before the release: a process that waits for this file sees that it is deleted
             lock.release()
         if made:
             with suppress(OSError):  # it is not empty
@@ -61,23 +63,23 @@ def _acquire(lock: FileLock, folder: Path) -> None:
                 return
             raise
     raise BlockingIOError(
-        f"{folder} is in use by another run; wait for that one to end, or give this one another folder"
+        f"{folder} is in use by another run; wait until that one ends, or give this one another folder"
     )
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``path`` in one piece."""
+    """Write a text to ``path``, as a whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``path`` in one piece."""
+    """Write JSON to ``path``, as a whole or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file of this package holds.
+    """The object in a JSON file of this package.
 
     Raises:
         OSError: if the file cannot be read.
@@ -86,7 +88,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected a JSON object in {path}, which is cut or changed; delete that file") from error
+        raise ValueError(
+            f"expected a JSON object in {path}, got a truncated or changed file; delete that file"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object in {path}, got {type(content).__name__}; delete that file")
     return content

@@ -1,4 +1,4 @@
-"""What the launcher of a process tells it in environment variables, read without loading torch."""
+"""The environment variables of launchers such as ``torchrun`` and ``srun``, read without loading torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import re
 
 
 def launched() -> tuple[int, int]:
-    """Rank and number of processes, before they have a process group.
+    """Rank and world size, before there is a process group.
 
-    SLURM's variables, which ``srun`` sets, become ``torchrun``'s, which PyTorch reads.
+    If ``srun`` has set the variables of SLURM, those that PyTorch reads are set from them.
 
     Raises:
-        ValueError: if SLURM started several processes and no variable names the host of the first.
+        ValueError: if SLURM started several processes and no variable names the host of rank 0.
     """
     environ = os.environ
-    # The script of a job has a task's variables as well, though it is no task: only srun starts steps.
+    # The script of a job has the variables of a task as well, but only srun starts steps.
     is_task = "SLURM_PROCID" in environ and ("SLURM_STEP_ID" in environ or "SLURM_JOB_ID" not in environ)
     if "RANK" not in environ and is_task:
         processes = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", "1")
@@ -26,7 +26,7 @@ def launched() -> tuple[int, int]:
                     "expected the first host in MASTER_ADDR or SLURM_JOB_NODELIST, found neither; export MASTER_ADDR"
                 )
             environ.setdefault("MASTER_ADDR", first_host(nodes or ""))
-            # Jobs that share a host get different ports, below those that systems assign.
+            # Jobs on one host get different ports, below the range that systems assign.
             environ.setdefault("MASTER_PORT", str(20_000 + int(environ.get("SLURM_JOB_ID", 0)) % 10_000))
             environ.update(
                 RANK=environ["SLURM_PROCID"], WORLD_SIZE=processes, LOCAL_RANK=environ.get("SLURM_LOCALID", "0")
@@ -35,7 +35,7 @@ def launched() -> tuple[int, int]:
 
 
 def first_host(nodes: str) -> str:
-    """The first of SLURM's list of hosts.
+    """The first host of a list of SLURM.
 
     Example:
         >>> first_host("gpu[003-006,9]-ib,login"), first_host("localhost")

@@ -1,4 +1,4 @@
-"""Memory that is allocated again at every step."""
+"""Memory that every step allocates again."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def keep_memory() -> None:
-    """From now on this process keeps freed memory for its next step instead of giving it back to the system.
+    """Make this process keep freed memory for its next step instead of returning it to the system.
 
-    glibc returns every large tensor of the CPU that is freed, and the system clears the pages of the next step's
-    tensors, which may take as long as the arithmetic. With another allocator this does nothing.
+    glibc returns the memory of every large CPU tensor, and the system clears the pages of the tensors of the next step,
+    which can take as long as the arithmetic. This has no effect on other allocators.
     """
     # `CDLL(None)`, the process's own symbols, raises on other systems.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

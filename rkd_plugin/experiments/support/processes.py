@@ -1,11 +1,11 @@
-"""One run on many processes, in the words of `torch.distributed`: ranks, their group, and what they exchange.
+"""Data-parallel training with `torch.distributed`: the process group and its collectives.
 
-`torchrun`, `srun` and `accelerate launch` start them. Each loads its share of the data, and the mean of the gradients
-is taken here, as torchdistill's boxes, hooks and wrappers then see the plain modules that they see in one process:
-its own ``DistributedDataParallel`` needs CUDA, hides the wrappers' second forward pass, and knows only of parameters
-that lie between a module's input and its output, not of those that a hook leads to.
+`torchrun`, `srun` and `accelerate launch` start the processes. Each rank loads its share of the data, and the gradients
+are averaged here. The boxes, hooks and wrappers of torchdistill then see plain modules, as in a single process.
+torchdistill's own ``DistributedDataParallel`` needs CUDA, hides the second forward pass of wrappers, and does not know
+parameters that are reached through hooks only.
 
-Every function works in a single process as well, where it exchanges nothing.
+In a single process every function works without communication.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ T = TypeVar("T")
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Within the block there is a process group of all launched processes: NCCL on GPUs, gloo on CPUs.
+    """Initialise a process group of all launched processes in the block: NCCL on GPUs, gloo on CPUs.
 
-    A single process that ``torchrun`` launched has one as well; one without a launcher has none.
+    A single process that ``torchrun`` launched has a group too; a process without a launcher has none.
 
     Raises:
-        ConnectionError: if another process ended early (gloo; NCCL waits until its own limit).
+        ConnectionError: if another process ended early (with gloo; NCCL waits until its timeout).
     """
     launched()
     if "RANK" not in os.environ or is_initialized():
         yield
         return
     if torch.cuda.is_available():
-        # Where each process sees its own GPU only, that one has number 0.
+        # If each process sees only its own GPU, that GPU has number 0.
         torch.cuda.set_device(_local_rank() % torch.cuda.device_count())
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     except RuntimeError as error:
-        # gloo has no class of its own for it, and a long message.
+        # gloo raises no special type, and a long message.
         if re.search("closed by peer|reset by peer", str(error)):
             raise ConnectionError(
-                "expected the other processes to go on, one has ended; see what that one printed, then start all again"
+                "expected the other processes to continue, got one that has ended; see its output, then start all again"
             ) from error
         raise
-    # Not after an error: the others may wait for what never comes, until the launcher ends them.
+    # Not after an error: the other ranks can wait for this one until the launcher ends them.
     distributed.destroy_process_group()
 
 
@@ -61,7 +61,7 @@ def _local_rank() -> int:
 
 
 def all_gather(value: T) -> list[T]:
-    """The values of all ranks, by rank."""
+    """The values of all ranks, in the order of the ranks."""
     values = [value] * world_size()
     if world_size() > 1:
         distributed.all_gather_object(values, value)
@@ -69,7 +69,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def all_reduce_max(number: int) -> int:
-    """The largest of all ranks' numbers."""
+    """The maximum over all ranks."""
     if world_size() == 1:
         return number
     largest = torch.tensor(number)
@@ -78,7 +78,7 @@ def all_reduce_max(number: int) -> int:
 
 
 def all_reduce_mean(loss: Tensor) -> float:
-    """The mean of all ranks' scalars."""
+    """The mean of a scalar over all ranks."""
     if world_size() == 1:
         return loss.item()
     total = loss.detach().double()
@@ -87,26 +87,26 @@ def all_reduce_mean(loss: Tensor) -> float:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has reached this call."""
     if world_size() > 1:
-        distributed.all_reduce(torch.zeros(()))  # unlike distributed.barrier, on the CPU also where there are GPUs
+        distributed.all_reduce(torch.zeros(()))  # unlike distributed.barrier, also on the CPU of a machine with GPUs
 
 
 def check_equal(values: Mapping[str, str]) -> None:
-    """Raise on every rank if some rank has other values than rank 0, and name both.
+    """Raise on every rank if some rank has other values than rank 0.
 
     Args:
-        values: by the name that the error gives them, such as the versions of packages, or digests.
+        values: name for the message -> value, such as the version of a package, or a digest.
 
     Raises:
-        ValueError: if they differ.
+        ValueError: if they differ; it names the rank and both values.
     """
     everywhere = all_gather(dict(values))
     for number, found in enumerate(everywhere):
         differing = [name for name, value in everywhere[0].items() if found.get(name) != value]
         if differing:
             name = differing[0]
-            with suppress(RuntimeError):  # raised by a rank that came too late; all have received the values
+            with suppress(RuntimeError):  # raised by a rank that is late; all ranks have received the values
                 barrier()
             raise ValueError(
                 f"rank {number} of {len(everywhere)}: expected the {', '.join(differing)} of rank 0, got another one "
@@ -117,9 +117,9 @@ def check_equal(values: Mapping[str, str]) -> None:
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """The block runs on rank 0 first, then on local rank 0 of every node, then on all others.
+    """Run the block on rank 0 first, then on local rank 0 of every node, then on all other ranks.
 
-    Whoever comes later finds the files that were downloaded or decoded before, on a disk of all nodes or of each.
+    Later ranks find the files that earlier ones downloaded or decoded, on a shared disk or on that of the node.
     """
     turn = 0 if rank() == 0 else 1 if _local_rank() == 0 else 2
     for at in range(3):
@@ -129,7 +129,7 @@ def rank_zero_first() -> Iterator[None]:
 
 
 def broadcast_weights(module: nn.Module) -> None:
-    """Give all ranks the weights and buffers of rank 0, such as the statistics of BatchNorm."""
+    """Broadcast parameters and buffers, such as the statistics of BatchNorm, from rank 0."""
     if world_size() > 1:
         for tensor in chain(module.parameters(), module.buffers()):
             whole = tensor.detach().contiguous()
@@ -138,14 +138,14 @@ def broadcast_weights(module: nn.Module) -> None:
 
 
 def average_gradients(loss: Tensor, parameters: Iterable[Tensor]) -> None:
-    """Have the backward pass from ``loss``, still to come, end with the mean of all ranks' gradients.
+    """Average the gradients over all ranks at the end of the next backward pass from ``loss``.
 
-    At its end, and not before the optimizer's step, so that clipping sees the mean. A parameter that this rank did
-    not use counts as 0 here; one that none used keeps its ``grad`` of None.
+    This is before clipping, which then sees the mean. The gradient of a parameter that this rank does not use is 0;
+    that of a parameter that no rank uses stays None.
     """
     if world_size() > 1:
         learning = list(parameters)
-        # As DistributedDataParallel and FSDP do it.
+        # As in DistributedDataParallel and FSDP.
         engine: Any = torch.autograd.Variable._execution_engine
         loss.register_hook(  # type: ignore[no-untyped-call]
             lambda _: engine.queue_callback(lambda: _average(learning))
@@ -170,9 +170,9 @@ def _average(parameters: Sequence[Tensor]) -> None:
 
 
 def all_gather_in_turn(own: Sequence[tuple[Tensor, ...]], device: torch.device) -> Sequence[tuple[Tensor, ...]]:
-    """All tuples of tensors in their order, of which this rank has every `world_size`-th, from `rank` on."""
+    """All tuples of tensors in order; ``own`` has every `world_size`-th of them, starting with the `rank`-th."""
     if world_size() == 1:
         return own
-    # A tensor comes back on the device that it was sent from, with all of what it is a view of.
+    # A tensor would arrive on the device of its sender, with the whole storage of a view.
     parts = all_gather([tuple(tensor.cpu().clone() for tensor in item) for item in own])
     return [tuple(tensor.to(device) for tensor in item) for turn in zip_longest(*parts) for item in turn if item]

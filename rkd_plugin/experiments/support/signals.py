@@ -1,4 +1,4 @@
-"""A run that a signal stops ends between two steps, and its checkpoint knows where that was."""
+"""Signals stop a run between two steps; the states of the random number generators are saved and restored."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rkd_plugin.experiments.support import processes
 
 @contextmanager
 def stopping() -> Iterator[list[int]]:
-    """Record SIGINT and SIGTERM in a list instead of ending at once; the block reads it, and ends where it can.
+    """Record SIGINT and SIGTERM in a list in the block, which reads the list and ends where it can.
 
-    After the block the signal does what it would have done. The same signal once more does so at once, but not the
-    other one: Ctrl-C sends SIGINT to all processes, and ``torchrun`` sends SIGTERM after it. Outside the main thread,
-    where Python does not set signal handlers, and for a signal that is ignored, as SIGINT behind ``nohup``, nothing
-    changes.
+    After the block the signal has its usual effect. If the same signal comes twice, it has its usual effect at once;
+    the other signal does not, as ``torchrun`` sends SIGTERM after Ctrl-C has sent SIGINT to all processes. Nothing
+    changes outside the main thread, in which alone Python sets signal handlers, and for a signal that is ignored, such
+    as SIGINT with ``nohup``.
     """
     signals: list[int] = []
     before: dict[int, Any] = {}
@@ -39,7 +39,7 @@ def stopping() -> Iterator[list[int]]:
     try:
         yield signals
     except RuntimeError as error:
-        # A terminal sends its signal to the loader's processes as well, and PyTorch raises that they are gone.
+        # A terminal sends its signal to the workers of the DataLoader as well, and PyTorch raises that they have ended.
         if not signals or "DataLoader worker" not in str(error):
             raise
     finally:
@@ -47,11 +47,11 @@ def stopping() -> Iterator[list[int]]:
             signal.signal(number, does)
     if signals:
         signal.raise_signal(signals[0])
-        raise SystemExit(128 + signals[0])  # if that did nothing
+        raise SystemExit(128 + signals[0])  # if the signal had no effect
 
 
 def is_stopping(signals: list[int]) -> bool:
-    """Whether any rank has recorded a signal, which all then have, so that all stop after the same step."""
+    """Whether any rank has recorded a signal; all ranks then record it, and stop after the same step."""
     number = processes.all_reduce_max(signals[0] if signals else 0)
     if number and not signals:
         signals.append(number)
@@ -59,7 +59,7 @@ def is_stopping(signals: list[int]) -> bool:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of the random numbers of Python, NumPy and PyTorch, as plain values and tensors."""
+    """The states of the random number generators of Python, NumPy and PyTorch, as plain values and tensors."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -70,7 +70,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Set the states that `random_state` returned; that of a GPU as well, if there is one."""
+    """Restore the states that `random_state` returned, including that of a GPU if there is one."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

@@ -1,13 +1,12 @@
-"""How many threads PyTorch uses on CPUs, and how long they spin.
+"""The number of CPU threads of PyTorch, and how long they spin.
 
-PyTorch starts as many threads as the machine has cores, whatever share of them a container, or other processes of the
-same run, leave to this one; and OpenMP's threads spin for milliseconds after each of the thousands of small parallel
-regions of a step, on cores that other work needs. So `rkd` limits both, as long as the environment sets neither, as
-``torchrun`` does with OMP_NUM_THREADS=1 for several processes; the losses and the adapters change nothing.
+PyTorch starts one thread per core of the machine, even if a container, or other processes of the same run, leave fewer
+cores to this process. The threads of OpenMP spin for milliseconds after each of the thousands of small parallel regions
+of a step, on cores that other processes need. `rkd` limits both, unless the environment does, as ``torchrun`` with
+OMP_NUM_THREADS=1 for several processes. The losses and the adapters change neither.
 
-``rkd bench RECIPE`` measures it: rows with one and with all threads, on a quiet machine, and with ``--busy K`` beside K
-processes that compute. ``OMP_WAIT_POLICY=ACTIVE rkd bench RECIPE`` and ``GOMP_SPINCOUNT=300000`` (OpenMP's default)
-are what to compare with.
+``rkd bench RECIPE`` measures this with one thread and with all threads; ``--busy K`` runs K processes that compute at
+the same time. To compare, use ``OMP_WAIT_POLICY=ACTIVE`` or ``GOMP_SPINCOUNT=300000`` (OpenMP's default).
 """
 
 from __future__ import annotations
@@ -26,26 +25,26 @@ if TYPE_CHECKING:
 
 COUNT = "OMP_NUM_THREADS", "MKL_NUM_THREADS"
 SPINNING = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"
-# A few tens of microseconds: longer than the gap between two operators, and 300 times shorter than the default.
+# Tens of microseconds: longer than the gap between two operators, 300 times shorter than the default.
 SPINS = "1000"
-# Of a forward pass of a batch: below that, handing an operator to several threads takes as long as the operator.
+# Operations of a forward pass of a batch; with fewer, starting several threads takes as long as an operator.
 SMALL = 2**27
 
 
 def limit_spinning() -> None:
-    """Let OpenMP's threads sleep soon after a parallel region, unless the user decides; call it before torch loads."""
+    """Let OpenMP's threads sleep soon after a parallel region, unless the user sets it; call before torch loads."""
     if "torch" not in sys.modules and not any(name in os.environ for name in SPINNING):
         os.environ["GOMP_SPINCOUNT"] = SPINS
         os.environ["KMP_BLOCKTIME"] = "1"  # of Intel's and LLVM's OpenMP, in milliseconds, instead of 200
 
 
 def share(cores: int, own: tuple[str, frozenset[int]], everyone: Sequence[tuple[str, frozenset[int]]]) -> int:
-    """How many threads one of several processes on a machine uses, so that together they use each core once.
+    """The number of threads with which all processes on a machine together use each core once.
 
     Args:
-        cores: that this process may use.
-        own: its machine and the numbers of its cores.
-        everyone: the same of all processes, this one included.
+        cores: number of cores of this process.
+        own: its machine and the set of its cores.
+        everyone: machine and cores of every process, this one included.
 
     Example:
         >>> both, first = frozenset({0, 1}), frozenset({0})
@@ -58,14 +57,14 @@ def share(cores: int, own: tuple[str, frozenset[int]], everyone: Sequence[tuple[
 
 
 def flops(model: nn.Module, images: Tensor) -> int | None:
-    """Floating-point operations of a forward pass in eval mode; None of a model that takes more than images."""
+    """Floating-point operations of a forward pass in eval mode; None if the model needs other inputs than images."""
     from torch import no_grad
     from torch.utils.flop_counter import FlopCounterMode
 
     training = model.training
     try:
         with no_grad(), FlopCounterMode(display=False) as counter:
-            model.eval().forward(images)  # compiled models are compiled where they are called, not here
+            model.eval().forward(images)  # `forward`, as a call would compile the model
         return int(counter.get_total_flops())
     except TypeError:
         return None
@@ -75,13 +74,13 @@ def flops(model: nn.Module, images: Tensor) -> int | None:
 
 @contextmanager
 def fitted(work: Callable[[], int | None] = lambda: None) -> Iterator[None]:
-    """Within the block PyTorch uses the threads that this process's share of the cores allows, and one for small work.
+    """Set the number of threads in the block to this process's share of the cores, or to 1 for a small model.
 
-    The number depends on the work and the machine only, never on its load, so that a run gives the same numbers again.
-    All ranks of a process group call this together.
+    The number depends on model and machine, not on its load, so that a run is reproducible. All ranks of a process
+    group call this together.
 
     Args:
-        work: floating-point operations of a forward pass of a batch; None if they are not known.
+        work: returns the floating-point operations of a forward pass of a batch; None if they are unknown.
     """
     import torch
 
@@ -100,7 +99,7 @@ def fitted(work: Callable[[], int | None] = lambda: None) -> Iterator[None]:
 
 @contextmanager
 def exactly(count: int) -> Iterator[None]:
-    """Within the block PyTorch uses that many threads."""
+    """Set the number of threads in the block."""
     import torch
 
     before = torch.get_num_threads()

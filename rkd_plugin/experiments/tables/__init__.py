@@ -1,1 +1,1 @@
-"""Many runs: suites, their tables and pictures, and the time of a step."""
+"""Tables of runs: suites, their tables and pictures, and the time of training steps."""

@@ -1,6 +1,6 @@
-"""Pictures of embeddings, as figures of matplotlib, which the extra ``rkd-plugin[report]`` installs.
+"""Figures of embeddings, with matplotlib from the extra ``rkd-plugin[report]``.
 
-The same input gives the same picture: of many rows an evenly spaced or seeded part is drawn.
+Figures are reproducible: of many rows, an evenly spaced or seeded part is drawn.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rkd_plugin.experiments.support.printing import printable
 from rkd_plugin.functional import rkd_angle_loss, rkd_distance_loss
+from rkd_plugin.printing import printable
 from rkd_plugin.storage import replacing
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ History = Sequence[Mapping[str, float]]
 
 
 def save(figures: Mapping[str, Figure], folder: Path, events: Any = None) -> list[Path]:
-    """Write ``<name>.png`` for each figure, and add it to a TensorBoard writer if there is one."""
+    """Write ``<name>.png`` for each figure, and add it to a TensorBoard writer; return the files."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     paths = []
@@ -46,7 +46,7 @@ def save(figures: Mapping[str, Figure], folder: Path, events: Any = None) -> lis
 
 
 def learning_curves(runs: Mapping[str, Sequence[History]], metric: str, metric_label: str, title: str) -> Figure:
-    """The mean of ``metric`` by epoch and its range over the seeds, a line for each label of ``runs``."""
+    """The mean and range of a metric over the seeds, by epoch, with one line for each label of ``runs``."""
     figure = _figure(8, 5)
     axes = figure.add_subplot()
     for index, (label, histories) in enumerate(runs.items()):
@@ -65,14 +65,14 @@ def learning_curves(runs: Mapping[str, Sequence[History]], metric: str, metric_l
 def retrieval_panel(
     models: Mapping[str, Tensor], labels: Tensor, image: Callable[[int], Tensor], queries: int = 8, neighbours: int = 6
 ) -> Figure:
-    """A query in each row and its nearest others by every model, with a green frame if of its class, else red.
+    """One query per row with its nearest neighbours under each model; frames are green for its class, otherwise red.
 
     Args:
         models: label -> embeddings ``(M, D)``.
         labels: classes ``(M,)``.
-        image: index -> ``(C, H, W)``, of any range.
-        queries: number of classes, evenly spaced, whose first images are the queries.
-        neighbours: how many are shown.
+        image: index -> image ``(C, H, W)`` of any range.
+        queries: number of evenly spaced classes; the first image of each is a query.
+        neighbours: number of neighbours.
     """
     figure = _figure(3.6 * len(models), 0.6 + 0.55 * queries)
     classes = torch.unique(labels)
@@ -101,7 +101,7 @@ def retrieval_panel(
 
 
 def embedding_map(models: Mapping[str, Tensor], labels: Tensor, limit: int = 2000, coloured: int = 10) -> Figure:
-    """Each model's embeddings in two dimensions by t-SNE: the largest classes in colour, all others grey."""
+    """The embeddings of each model in two dimensions by t-SNE; the largest classes in colour, all others in grey."""
     figure = _figure(5 * len(models), 5)
     chosen = _even(len(labels), limit)
     shown = labels[chosen].cpu()
@@ -109,7 +109,7 @@ def embedding_map(models: Mapping[str, Tensor], labels: Tensor, limit: int = 200
     largest = classes[counts.argsort(descending=True, stable=True)[:coloured]].sort().values.tolist()
     for axes, (label, outputs) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
         rows = outputs[chosen].double().cpu().numpy()
-        # t-SNE needs some rows that differ; fewer are shown as they are.
+        # t-SNE needs several distinct rows; fewer are plotted directly.
         if len(np.unique(rows, axis=0)) > 4:
             perplexity = min(30.0, (len(rows) - 1) / 3)
             places = TSNE(init="random", random_state=0, perplexity=perplexity).fit_transform(rows)
@@ -125,7 +125,7 @@ def embedding_map(models: Mapping[str, Tensor], labels: Tensor, limit: int = 200
 
 
 def distance_histograms(student: Tensor, teacher: Tensor | None, labels: Tensor, limit: int = 2000) -> Figure:
-    """Distances of pairs of one class and of two, in units of the mean distance, as RKD-D sees them."""
+    """Distances within classes and between classes, divided by the mean distance as in RKD-D."""
     sides = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
     figure = _figure(5 * len(sides), 4)
     chosen = _even(len(labels), limit)
@@ -135,15 +135,19 @@ def distance_histograms(student: Tensor, teacher: Tensor | None, labels: Tensor,
     for axes, (side, outputs) in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides.items(), strict=True):
         distances = _distances(outputs[chosen])
         bins = np.linspace(0, max(float(distances.max()), 1.0) if len(distances) else 1.0, 60)
-        for of, name in ((same, "one class"), (~same, "two classes")):
-            if of.any():
+        for chosen_pairs, name in ((same, "one class"), (~same, "two classes")):
+            if chosen_pairs.any():
                 axes.hist(
-                    distances[of].numpy(), bins, density=True, alpha=0.5, label=f"{name}, {int(of.sum()):,} pairs"
+                    distances[chosen_pairs].numpy(),
+                    bins,
+                    density=True,
+                    alpha=0.5,
+                    label=f"{name}, {int(chosen_pairs.sum()):,} pairs",
                 )
         title = side
         if same.any() and (~same).any():
             nearer = float((distances[~same] < distances[same].median()).double().mean())
-            title += f"\n{100 * nearer:.1f} % of the pairs of two classes nearer than the median pair of one"
+            title += f"\n{100 * nearer:.1f} % of the pairs of two classes are nearer than the median pair of one class"
         axes.set(xlabel="distance / mean distance", ylabel="density")
         axes.set_title(title, fontsize=9)
         axes.legend(fontsize=8)
@@ -151,10 +155,9 @@ def distance_histograms(student: Tensor, teacher: Tensor | None, labels: Tensor,
 
 
 def relations(student: Tensor, teacher: Tensor, limit: int = 1000, triplets: int = 200_000) -> Figure:
-    """What RKD compares: the teacher's distances against the student's, and the cosines of triplets likewise.
+    """What RKD compares: distances, and cosines of triplets, of the student over those of the teacher.
 
-    Both losses, of the rows shown, stand in the titles with the correlation; a student with the teacher's relations
-    lies on the diagonal.
+    The titles have both losses of the plotted rows, and the correlation. Equal relations are on the diagonal.
     """
     figure = _figure(11, 5)
     chosen = _even(len(student), limit)
@@ -180,17 +183,17 @@ def relations(student: Tensor, teacher: Tensor, limit: int = 1000, triplets: int
 
 
 def confusion(scores: Tensor, labels: Tensor, names: Mapping[int, str], limit: int = 15, listed: int = 5) -> Figure:
-    """The classes that are mistaken for each other most often: the share of each that is taken for each other one.
+    """The confusion matrix of the classes that are confused most often, in percent of the images of the true class.
 
-    In percent of a true class's images, which add up to 100 in every row; the last column is all other classes. Of two
-    equal scores that of another class counts as higher, as in `metrics.classification`.
+    Every row adds up to 100; the last column is all other classes. A class with the same logit as the label counts as
+    higher, as in `metrics.classification`.
 
     Args:
-        scores: ``(M, C)``.
+        scores: logits ``(M, C)``.
         labels: classes ``(M,)``, below C.
-        names: label -> name; a class without one is shown as its label.
-        limit: classes that are shown: those of the most frequent mistakes.
-        listed: mistakes that the title counts.
+        names: label -> name; a class without a name is shown as its label.
+        limit: number of classes: those of the most frequent mistakes.
+        listed: number of mistakes in the title.
     """
     scores, labels = scores.cpu(), labels.cpu().long()
     own, others = scores.gather(1, labels[:, None]), scores.scatter(1, labels[:, None], -torch.inf).max(1)
@@ -200,7 +203,7 @@ def confusion(scores: Tensor, labels: Tensor, names: Mapping[int, str], limit: i
     frequent = counts.argsort(descending=True, stable=True)
     ranked = list(zip(pairs[frequent].tolist(), counts[frequent].tolist(), strict=True))
     classes = list(dict.fromkeys(label for pair, _ in ranked for label in pair))[:limit]
-    classes = classes or torch.unique(labels)[:limit].tolist()  # no mistakes: nothing to choose by
+    classes = classes or torch.unique(labels)[:limit].tolist()  # without mistakes there is no order of classes
     place = torch.full((scores.shape[1],), len(classes))
     place[classes] = torch.arange(len(classes))
     shares = torch.zeros(len(classes), len(classes) + 1)
@@ -218,22 +221,22 @@ def confusion(scores: Tensor, labels: Tensor, names: Mapping[int, str], limit: i
     mistaken[:, -1] = False
     for colours, cells in (("Greens", right), ("Reds", mistaken)):
         shown: Any = np.ma.masked_array(shares.numpy(), ~(cells & (shares > 0)).numpy())
-        # Never the darkest colours, on which no number could be read.
+        # Without the darkest colours, on which numbers are not readable.
         axes.imshow(shown, cmap=colours, vmin=0, vmax=1.5 * max([1.0, *shares[cells].tolist()]), aspect="auto")
     for row, column in (shares > 0).nonzero().tolist():
         axes.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", fontsize=8)
     axes.axvline(len(classes) - 0.5, color="black", linewidth=1)
     axes.set_xticks(range(len(classes) + 1), [*map(name, classes), "any other"], rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(len(classes)), [name(label) for label in classes], fontsize=8)
-    axes.set(xlabel="taken for", ylabel="true class, 100 % a row")
-    mistakes = [f"{count} x {name(true)} taken for {name(taken)}" for (true, taken), count in ranked[:listed]]
-    heading = f"{len(wrong):,} of {len(labels):,} are mistaken" + (", most often:" if mistakes else "")
+    axes.set(xlabel="predicted class", ylabel="true class, 100 % per row")
+    mistakes = [f"{count} x {name(true)} predicted as {name(taken)}" for (true, taken), count in ranked[:listed]]
+    heading = f"{len(wrong):,} of {len(labels):,} are wrong" + (", most often:" if mistakes else "")
     axes.set_title("\n".join([heading, *mistakes]), fontsize=9)
     return figure
 
 
 def _plain(text: str) -> str:
-    """A name from a recipe or a data set as it is: printable, and no formula of matplotlib's."""
+    """A name from a recipe or a data set, escaped so that matplotlib does not read it as a formula."""
     return printable(text).replace("$", r"\$")
 
 
@@ -253,7 +256,7 @@ def _even(count: int, limit: int) -> Tensor:
 
 
 def _distances(outputs: Tensor) -> Tensor:
-    """Of all pairs, divided by their mean."""
+    """The distances of all pairs, divided by their mean."""
     distances = torch.pdist(outputs.double().cpu())
     mean = distances.mean() if len(distances) else distances.sum()
     return distances / mean if mean > 0 else distances

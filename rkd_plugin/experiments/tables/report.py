@@ -1,4 +1,4 @@
-"""Tables of runs, and the pictures that belong to a suite and to an evaluation; `pictures` draws them."""
+"""The Markdown table of a suite, and the pictures of suites and evaluations; `pictures` draws the figures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rkd_plugin import markdown
-from rkd_plugin.experiments.running.experiment import Evaluation, evaluate
+from rkd_plugin.experiments.running.evaluation import Evaluation, evaluate
 from rkd_plugin.experiments.running.features import compared
 from rkd_plugin.experiments.running.run_folder import recipe_of_run
 from rkd_plugin.experiments.running.runner import events_in
@@ -20,10 +20,10 @@ WHEN = {"final": "last epoch", "best": "best test epoch"}
 
 
 def table(suite: Result, rows: list[Result], results: dict[str, list[Result]]) -> str:
-    """Markdown: a line for each row and metric, with the paper's number beside ours, and the conditions below.
+    """A Markdown table with a line for each row and metric, the numbers of the paper, and the conditions.
 
-    The *last epoch* involves no choice. The *best test epoch* is what the authors' code reports: the highest value of
-    the first metric over all epochs on the data that it is measured on, which is optimistic for every row.
+    The *last epoch* involves no choice. The *best test epoch* is what the authors' code reports: the epoch with the
+    highest first metric on the test data, which is optimistic for every row.
     """
     lines = [line for row in rows for line in _lines(suite, row, rows)]
     heads = max(lines, key=len)
@@ -38,7 +38,7 @@ def table(suite: Result, rows: list[Result], results: dict[str, list[Result]]) -
         "",
         f"{', '.join(suite['metrics'].values())}. Mean ± standard deviation over the seeds {seeds}{changed}; "
         f"{len(runs)} runs, {sum(run['seconds'] for run in runs):.0f} s of training and measuring. The last epoch is "
-        "no choice; the best test epoch is chosen on the data that it is measured on, as the authors' code does. "
+        "not chosen; the best test epoch is chosen on the data on which it is measured, as in the authors' code. "
         + " ".join(suite.get("notes", "").split()),
         "",
         *(f"Measured with {condition}." for condition in sorted(conditions)),
@@ -48,7 +48,7 @@ def table(suite: Result, rows: list[Result], results: dict[str, list[Result]]) -
 
 
 def _lines(suite: Result, row: Result, rows: list[Result]) -> Iterator[dict[str, str]]:
-    """Cells by the head of their column, a line for each metric or set of test data."""
+    """Head of a column -> cell, for each metric or set of test data."""
     labels: dict[str, str] = suite["test_sets"] if "test_sets" in suite else suite["metrics"]
     digits = suite.get("decimals", 1)
     has_paper = any(other["paper"] for other in rows)
@@ -84,16 +84,16 @@ def _lines(suite: Result, row: Result, rows: list[Result]) -> Iterator[dict[str,
 
 
 def suite_pictures(suite: Result, stem: Path, results: dict[str, list[Result]], shown: dict[str, Path]) -> list[Path]:
-    """``<stem>_learning_curves.png``, and ``<stem>_retrieval.png`` for the runs that the suite lists as its panels.
+    """``<stem>_learning_curves.png``, and ``<stem>_retrieval.png`` for the rows that the suite lists as panels.
 
     Args:
-        suite: as `read_suite` gives it.
+        suite: from `read_suite`.
         stem: folder and beginning of the names.
-        results: by row, of each seed.
-        shown: by row, the folder of one run.
+        results: row -> results of each seed.
+        shown: row -> folder of one run.
 
     Returns:
-        The files; none without matplotlib, which the extra ``rkd-plugin[report]`` installs.
+        The files; an empty list without matplotlib, which the extra ``rkd-plugin[report]`` installs.
     """
     if find_spec("matplotlib") is None:
         return []
@@ -112,14 +112,13 @@ def suite_pictures(suite: Result, stem: Path, results: dict[str, list[Result]], 
 
 
 def evaluation_pictures(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """Draw a model's outputs on its test data, as PNG and TensorBoard events in ``folder``.
+    """Plot the outputs of a model on test data, as PNG and TensorBoard events in ``folder``.
 
-    ``retrieval``, or of image classification ``confusion``; ``embedding_map`` and ``distances``; with a teacher in the
-    recipe also ``relations``: the teacher's distances and angles against the student's. All but the first show what
-    RKD compares, which of a classifier is not its scores; see `compared`.
+    The pictures are ``retrieval`` (``confusion`` for image classification), ``embedding_map`` and ``distances``, and
+    ``relations`` if the recipe has a teacher. All but the first show what RKD compares; see `compared`.
 
     Raises:
-        ModuleNotFoundError: without matplotlib.
+        ModuleNotFoundError: if matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
         raise ModuleNotFoundError("expected matplotlib for pictures, found none; install rkd-plugin[report]")

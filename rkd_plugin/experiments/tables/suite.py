@@ -1,4 +1,4 @@
-"""A table of runs: what is missing is run, the rest is read."""
+"""Running a suite: missing runs are trained, the others are read."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rkd_plugin.experiments.recipe.errors import suggest
 from rkd_plugin.experiments.running import runner
 from rkd_plugin.experiments.running.checkpoints import read_measured
 from rkd_plugin.experiments.running.episodes import episode_accuracies, interval
-from rkd_plugin.experiments.running.experiment import evaluate
+from rkd_plugin.experiments.running.evaluation import evaluate
 from rkd_plugin.experiments.running.run_folder import RUNS, default_folder, recipe_of_run
 from rkd_plugin.experiments.support.files import write_json, write_text
-from rkd_plugin.experiments.support.printing import printable
 from rkd_plugin.experiments.tables import report
+from rkd_plugin.printing import printable
 
 Result = dict[str, Any]
 
@@ -34,31 +34,29 @@ def reproduce(
     overrides: Sequence[str] = (),
     fast: bool = False,
 ) -> tuple[Path, str]:
-    """Run the rows of a suite for every seed, and write ``<suite>.md``, ``<suite>.json`` and pictures.
+    """Run the rows of a suite with every seed, and write ``<suite>.md``, ``<suite>.json`` and pictures.
 
-    A row that names a ``teacher`` learns from the last checkpoint of that row, of the same seed; one with ``epochs_of``
-    trains for as many epochs as that row's best one, for early stopping on validation data. Runs that have ended are
-    read, and one that was stopped goes on. A run's folder is named by its row and seed, so that suites that write into
-    one folder share the rows with equal names.
+    A row with ``teacher`` learns from the last checkpoint of that row with the same seed. A row with ``epochs_of``
+    trains for the number of the best epoch of that row, for early stopping on validation data. Runs that have ended are
+    read, and stopped runs continue. The folder of a run is named after row and seed, so that suites with one output
+    folder share the rows with equal names.
 
     Args:
-        name: the suite's name or path.
-        out: folder for runs and tables; ``runs/`` and the suite's folder if not given.
-        seeds: instead of the suite's own.
-        rows: names of some of the rows, which are run with the rows that they need; all rows if not given.
-        overrides: of every recipe, such as ``recipe.data_root=/data``; the table names them.
-        fast: run the shorter schedule that the suite states under ``fast``, in a folder of that name; the table's title
-            names it.
+        name: name or path of the suite.
+        out: folder for runs and tables; None for ``runs/`` and the folder of the suite.
+        seeds: seeds; None for those of the suite.
+        rows: names of rows to run, together with the rows that they need; None for all rows.
+        overrides: overrides of every recipe, such as ``recipe.data_root=/data``; the table names them.
+        fast: whether to use the shorter schedule of the suite, in a folder ``fast``; the title of the table names it.
 
     Returns:
         The folder, and the table in Markdown.
 
     Raises:
-        RecipeError: before the first run, if the suite or any of its recipes has problems, or it states no fast
-            schedule.
+        RecipeError: before the first run, if the suite or a recipe of it has problems, or it has no fast schedule.
     """
     own = default_folder(name)
-    shared = own if own.parent == RUNS else own.parent  # with the suites beside it
+    shared = own if own.parent == RUNS else own.parent  # the folder in which the suite is
     folder = (out or shared).absolute()
     plan = _plan(name, folder / "fast" if fast else folder, seeds, rows, overrides, fast)
     results = _results(plan)
@@ -76,7 +74,7 @@ class _Run(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What a call of `reproduce` runs and reads, after all of it was checked."""
+    """The checked runs of a call of `reproduce`."""
 
     suite: Result
     folder: Path
@@ -89,7 +87,7 @@ def _plan(
     name: str, folder: Path, seeds: Sequence[int] | None, rows: Sequence[str] | None, overrides: Sequence[str],
     fast: bool,
 ) -> _Plan:  # fmt: skip
-    """Read and check every recipe before the first of them is run."""
+    """Read and check all recipes before the first run."""
     suite = read_suite(name)
     suite["rows"] = _chosen(suite["rows"], rows, fast)
     common = suite.pop("overrides", [])
@@ -98,7 +96,9 @@ def _plan(
     schedule = None
     if fast:
         if "fast" not in suite:
-            raise RecipeError(name, [("suite.fast", "no fast schedule is stated here: run the suite without --fast")])
+            raise RecipeError(
+                name, [("suite.fast", "expected a fast schedule, found none; run the suite without --fast")]
+            )
         suite["title"] += f" ({suite['fast']['label']})"
         schedule = suite["fast"]["overrides"]
     tests = {key: read(recipe) for key, recipe in suite.get("test_sets", {}).items()}
@@ -112,13 +112,13 @@ def _plan(
     for run in runs:
         if "against" in run.row and run.recipe.settings["task"] != "few_shot":
             task = run.recipe.settings["task"]
-            problem = f"a few_shot recipe was expected, whose test episodes are paired, got {task}"
+            problem = f"expected a few_shot recipe, whose test episodes are paired, got {task}"
             raise RecipeError(name, [(f"{run.row['name']}.against", problem)])
     return _Plan(suite, folder, runs, tests, searches=not fast)
 
 
 def _results(plan: _Plan) -> dict[str, list[Result]]:
-    """Train what is missing and read the rest: the results by row, of each seed."""
+    """Train missing runs and read the others; return row -> results of each seed."""
     results: dict[str, list[Result]] = {row["name"]: [] for row in plan.suite["rows"]}
     for planned in tqdm(plan.runs, desc=printable(plan.suite["title"]), unit="run"):
         row, recipe = planned.row, planned.recipe
@@ -139,7 +139,7 @@ def _results(plan: _Plan) -> dict[str, list[Result]]:
 
 
 def _write(plan: _Plan, name: str, results: dict[str, list[Result]]) -> str:
-    """Write the table, as Markdown and JSON, and the pictures; returns the table."""
+    """Write the table as Markdown and JSON, and the pictures; return the table."""
     suite = plan.suite
     columns = list(plan.tests or suite["metrics"])
     summaries = [_summary(row, results[row["name"]], columns) for row in suite["rows"]]
@@ -153,8 +153,8 @@ def _write(plan: _Plan, name: str, results: dict[str, list[Result]]) -> str:
 
 
 def _chosen(rows: list[Result], names: Sequence[str] | None, fast: bool) -> list[Result]:
-    """The rows of these names and those that they need, in the suite's order."""
-    if fast:  # its schedule tells how many epochs there are
+    """The rows with these names and those that they need, in the order of the suite."""
+    if fast:  # the fast schedule sets the number of epochs
         searches = {row.get("epochs_of") for row in rows}
         rows = [row for row in rows if row["name"] not in searches]
     by_name = {row["name"]: row for row in rows}
@@ -183,7 +183,7 @@ def _overrides(
 
 
 def _on_other_data(recipe: Recipe, folder: Path, tests: dict[str, Recipe], metric: str, trained: bool) -> Result:
-    """``final`` and ``best`` with a value for each set of test data, measured once and kept beside the run."""
+    """``final`` and ``best`` with a value for each set of test data, which are saved in the folder of the run."""
     measured: Result = {"final": {}, "best": {}}
     for key, data in tests.items():
         kept = folder / f"test_{key}.json"
@@ -202,21 +202,24 @@ def _on_other_data(recipe: Recipe, folder: Path, tests: dict[str, Recipe], metri
 
 
 def _paired(folder: Path, other: Path) -> Result:
-    """By task, the mean difference of two runs' accuracies on the same episodes, and half of its 95 % interval."""
+    """Task -> mean difference of the accuracies of two runs on the same episodes, and half of its 95 % interval."""
     first, second = (_episodes(path) for path in (folder, other))
     return {task: interval(first[task] - second[task]) for task in first}
 
 
 def _episodes(folder: Path) -> dict[str, Tensor]:
-    """By task, the accuracy of each test episode after the last epoch, measured once and kept beside the run."""
+    """Task -> accuracy of each test episode after the last epoch, which are saved in the folder of the run."""
     kept, recipe = folder / "episodes.json", recipe_of_run(folder)
     found = read_measured(kept, recipe.resolved(), {"final": {}})
     if found is None:
         evaluation = evaluate(recipe, folder / "last.pt")
         accuracies = evaluation.experiment.measure(evaluation.outputs, evaluation.labels, episode_accuracies)
-        found = {"described": recipe.resolved(), "final": {task: of.tolist() for task, of in accuracies.items()}}
+        found = {
+            "described": recipe.resolved(),
+            "final": {task: values.tolist() for task, values in accuracies.items()},
+        }
         write_json(kept, found)
-    return {task: torch.tensor(of, dtype=torch.float64) for task, of in found["final"].items()}
+    return {task: torch.tensor(values, dtype=torch.float64) for task, values in found["final"].items()}
 
 
 def _summary(row: Result, results: list[Result], columns: Sequence[str]) -> Result:
@@ -226,7 +229,7 @@ def _summary(row: Result, results: list[Result], columns: Sequence[str]) -> Resu
         return {"values": values, "mean": statistics.mean(values), "std": std}
 
     def against(other: str, column: str) -> Result:
-        # Each seed has episodes of its own.
+        # Seeds have different episodes, so that their intervals are independent.
         means, halves = zip(*(result["against"][other][column] for result in results), strict=True)
         return {"mean": statistics.mean(means), "ci95": math.hypot(*halves) / len(halves)}
 

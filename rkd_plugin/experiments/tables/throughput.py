@@ -1,4 +1,4 @@
-"""Training steps a second: our loop beside torchdistill's own on the same recipe, and the data alone."""
+"""The time of training steps: the loop of `rkd run`, torchdistill's loop on the same recipe, and data loading."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rkd_plugin import markdown
 from rkd_plugin.environment import environment
 from rkd_plugin.experiments.recipe import Recipe
 from rkd_plugin.experiments.running.experiment import Experiment
-from rkd_plugin.experiments.running.runner import models_of, steps_of
+from rkd_plugin.experiments.running.steps import models_of, steps_of
 from rkd_plugin.experiments.support import threads
 from rkd_plugin.experiments.support.memory import keep_memory
 
@@ -40,25 +40,24 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 
 Contender = Callable[[int], list[float]]
-"""Seconds of each of that many steps."""
+"""Number of steps -> seconds of each step."""
 
 
 def throughput(recipe: Recipe, steps: int, busy: int = 0) -> str:
-    """A Markdown table of the median time of a training step, data loading included.
+    """A Markdown table of the median time of a training step, including data loading.
 
-    First torchdistill's boxes in the loop of its example scripts, and the data loader alone, which take turns; then,
-    in memory that is kept as `rkd run` keeps it, `runner`'s loop with each switch (compiled, if the recipe has that
-    switch), and with one and with all threads of the CPU, which take turns as well. Memory that was kept once stays
-    so, therefore this order.
+    First, torchdistill's boxes in the loop of its example scripts and the data loader alone take turns. Then, with
+    memory kept as in `rkd run`, the loop of `rkd run` takes turns with each switch (compiled, if the recipe has that
+    switch), and with one thread and all threads of the CPU. The order is fixed, as `keep_memory` cannot be undone.
 
     Args:
-        recipe: what is trained; nothing is written.
-        steps: of each contender in each of three rounds.
-        busy: processes that compute beside it meanwhile, as on a machine that does other work.
+        recipe: the recipe to train; nothing is written.
+        steps: number of steps of each row in each of three rounds.
+        busy: number of other processes that compute at the same time.
 
     Raises:
         RecipeError: if the recipe has problems.
-        ValueError: if it has fewer steps in an epoch than are requested.
+        ValueError: if an epoch has fewer steps than requested.
     """
     recipe.validate()
     plain = _switched(recipe, PLAIN)
@@ -70,7 +69,7 @@ def throughput(recipe: Recipe, steps: int, busy: int = 0) -> str:
         **{
             name: _as_run(_built(_switched(recipe, switches)))
             for name, switches in SWITCHES.items()
-            if not switches["compile"] or "compile" in recipe.settings  # it takes a minute, and a recipe may lack it
+            if not switches["compile"] or "compile" in recipe.settings  # compiling takes a minute
         },
         "data alone": _loop(first, lambda _, box: iter(box.train_data_loader), nullcontext),
     }
@@ -101,13 +100,13 @@ def _switched(recipe: Recipe, switches: dict[str, Any]) -> Recipe:
 
 
 def _built(recipe: Recipe) -> tuple[Experiment, Any]:
-    """The recipe and its box."""
+    """The experiment of a recipe, and its box."""
     experiment = Experiment(recipe)
     return experiment, experiment.box()
 
 
 def _as_run(built: tuple[Experiment, Any]) -> Contender:
-    """The loop of `rkd run`, with the threads that it uses."""
+    """The loop of `rkd run` with its number of threads."""
     experiment, box = built
     return _loop(built, steps_of, lambda: experiment.threads(box.train_data_loader, *models_of(experiment, box)))
 
@@ -117,7 +116,7 @@ def _loop(
     loop: Callable[[Experiment, Any], Iterator[Any]],
     context: Callable[[], AbstractContextManager[Any]],
 ) -> Contender:
-    """What times the first steps of an epoch."""
+    """A function that measures the first steps of an epoch."""
     experiment, box = built
 
     def times(count: int) -> list[float]:
@@ -131,7 +130,7 @@ def _loop(
 
 @contextmanager
 def _busy(count: int) -> Iterator[None]:
-    """Within the block that many processes compute, one core each."""
+    """Run a number of processes in the block, each of which keeps a core busy."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -156,7 +155,7 @@ def _times(steps: Iterator[Any], count: int) -> list[float]:
 
 
 def _as_torchdistill(experiment: Experiment, box: Any) -> Iterator[float]:
-    """What torchdistill's example scripts do in a step, its log included, which is not printed."""
+    """The training step of torchdistill's example scripts, including its log, which is not printed."""
     log = MetricLogger(delimiter="  ")
     log.add_meter("lr", SmoothedValue(window_size=1, fmt="{value}"))
     log.add_meter("img/s", SmoothedValue(window_size=10, fmt="{value}"))

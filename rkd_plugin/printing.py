@@ -1,4 +1,4 @@
-"""The one way in which text reaches a terminal; what comes from files and recipes is in it."""
+"""Printing of text that can come from files and recipes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 
 
 def printable(text: str, limit: int | None = None) -> str:
-    r"""Text as one line that cannot move a terminal's cursor: what is not printable is escaped.
+    r"""Text as one line without control characters: characters that are not printable are escaped.
 
     Args:
-        text: such as the name of a tensor.
-        limit: the number of characters, after which the rest is cut.
+        text: any text, such as the name of a tensor in a file.
+        limit: number of characters after which the text is cut; None for no limit.
 
     Example:
         >>> print(printable("a\x1b[2Jb\nc"), printable("µ #"), printable("backbone.layer4", limit=8))
@@ -22,12 +22,12 @@ def printable(text: str, limit: int | None = None) -> str:
 
 
 def show(text: object) -> None:
-    """Print a result, each of its lines printable, to stdout."""
+    """Print a result to stdout, each of its lines escaped by `printable`."""
     print("\n".join(map(printable, str(text).split("\n"))))
 
 
 def report(text: object) -> None:
-    """Print what happened, each line printable, to stderr; progress bars stay whole."""
+    """Print an event to stderr, each of its lines escaped by `printable`, above the progress bars."""
     lines = "\n".join(map(printable, str(text).split("\n")))
     if "tqdm" in sys.modules:
         from tqdm import tqdm
