@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rkd_plugin.functional import Gather, Impl, Options, Reduction, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
+from rkd_plugin.functional import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
+from rkd_plugin.options import Gather, Impl, Options, Reduction
 
 
 class _OptionsModule(nn.Module):

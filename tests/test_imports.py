@@ -27,7 +27,7 @@ FLOORS = [
     ["kernels"],
     ["environment", "storage", "markdown"],
 ]
-CORE = ["functional", "losses", "distributed"]
+CORE = ["options", "functional", "losses", "distributed"]
 FOREIGN = [
     "yaml", "triton", "torchdistill", "pytorch_metric_learning", "torchvision", "matplotlib", "sklearn", "tqdm",
     "tensorboard", "rkd_plugin.adapters", "rkd_plugin.experiments", "rkd_plugin.bench", "rkd_plugin.cli",

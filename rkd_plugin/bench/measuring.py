@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from rkd_plugin.functional import Impl, rkd_da_loss
+from rkd_plugin.functional import rkd_da_loss
 from rkd_plugin.kernels import compiled
+from rkd_plugin.options import Impl
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -15,7 +15,8 @@ from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch import Tensor
 
 from rkd_plugin.adapters.pml.tensors import TensorWithTeacher, embeddings_of, plain
-from rkd_plugin.functional import Gather, Impl, Options, Pairs, Triplets, relation_terms
+from rkd_plugin.functional import relation_terms
+from rkd_plugin.options import Gather, Impl, Options, Pairs, Triplets
 
 
 class _RelationalLoss(BaseMetricLossFunction):
