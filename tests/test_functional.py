@@ -362,33 +362,59 @@ def test_indices_are_checked_in_a_compiled_function():
         compiled(student, teacher, pairs=(torch.tensor([0]), torch.tensor([7])))
 
 
-@pytest.mark.parametrize(
-    ("backend", "sizes"), [("aot_eager", (7, 12)), pytest.param("inductor", (7,), marks=pytest.mark.slow)]
-)
-def test_compile_backends(backend, sizes, device):
-    """With the batch size left open, and once through the backend that users get."""
+@pytest.mark.slow
+def test_inductor(device):
+    """The default backend of torch.compile."""
     torch._dynamo.reset()
-    compiled = torch.compile(rkd_da_loss, fullgraph=True, backend=backend, dynamic=len(sizes) > 1)
-    for rows in sizes:
+    student, teacher = batch(dtype=torch.float32, device=device)
+    compiled = torch.compile(rkd_da_loss, fullgraph=True)
+    ours, eager = (value_and_gradient(f, student, teacher) for f in (compiled, rkd_da_loss))
+    torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize(
+    ("impl", "options"),
+    [
+        ("chunked", {}),
+        *(
+            pytest.param(impl, options, marks=pytest.mark.slow)
+            for impl, options in (
+                ("chunked", {"reduction": "tuple_mean", "anchors": 0.5}),
+                ("chunked", {"reduction": "anchor", **mined(rkd_da_loss)}),
+                ("reference", {}),
+                ("reference", mined(rkd_da_loss)),
+            )
+        ),
+    ],
+)
+def test_one_compilation_serves_every_batch_size(impl, options, device):
+    torch._dynamo.reset()
+    compiled = torch.compile(rkd_da_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (7, 12, 30, 8):
         student, teacher = batch(rows, dtype=torch.float32, device=device)
-        ours, eager = (value_and_gradient(f, student, teacher) for f in (compiled, rkd_da_loss))
+        eager = at_seed(value_and_gradient, rkd_da_loss, student, teacher, impl=impl, **options)
+        with torch.compiler.set_stance("default" if rows == 7 else "fail_on_recompile"):
+            ours = at_seed(value_and_gradient, compiled, student, teacher, impl=impl, **options)
         torch.testing.assert_close(ours, eager)
 
 
 @every_kernel
 def test_export(impl):
+    """One program for batches of any size."""
     options = {"impl": impl, "anchors": 3, "pairs": mined(rkd_distance_loss)["pairs"]}
 
     class Model(torch.nn.Module):
         def forward(self, student, teacher):
             return rkd_da_loss(student, teacher, **options)
 
-    student, teacher = batch(dtype=torch.float32)
-    exported = torch.export.export(Model(), (student.detach(), teacher)).module()
-    other = torch.randn_like(teacher)
-    torch.testing.assert_close(
-        at_seed(exported, student.detach(), other), at_seed(rkd_da_loss, student.detach(), other, **options)
-    )
+    rows = torch.export.Dim("rows", min=7)
+    shapes = {"student": {0: rows}, "teacher": {0: rows}}
+    exported = torch.export.export(Model(), tuple(x.detach() for x in batch()), dynamic_shapes=shapes).module()
+    for other in (7, 12):
+        student, teacher = (x.detach() for x in batch(other))
+        torch.testing.assert_close(
+            at_seed(exported, student, teacher), at_seed(rkd_da_loss, student, teacher, **options)
+        )
 
 
 @every_kernel

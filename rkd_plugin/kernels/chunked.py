@@ -69,7 +69,7 @@ def distance(
         return sums
     student_psi, teacher_psi = normalise(safe_sqrt(student.squares)), normalise(safe_sqrt(teacher.squares))
     losses = huber_loss(student_psi[pairs], teacher_psi[pairs], reduction="none", delta=huber_delta)
-    return losses.new_zeros(len(student_psi)).index_add(0, pairs[0], losses)
+    return losses.new_zeros(student_psi.shape[0]).index_add(0, pairs[0], losses)
 
 
 @torch.library.custom_op("rkd_plugin::distance", mutates_args=())
@@ -81,7 +81,7 @@ def _distance(student: Tensor, teacher: Tensor, huber_delta: float) -> Tensor:
 
 @_distance.register_fake
 def _(student: Tensor, teacher: Tensor, huber_delta: float) -> Tensor:
-    return student.new_empty(len(student))
+    return student.new_empty(student.shape[0])
 
 
 @torch.library.custom_op("rkd_plugin::distance_backward", mutates_args=())
@@ -124,7 +124,7 @@ def angle(
     huber_delta = min(huber_delta, NO_LIMIT)
     if triplets is None:
         needs_gradient = torch.is_grad_enabled() and student.squares.requires_grad
-        vertices = len(student.squares) if vertices is None else vertices
+        vertices = student.squares.shape[0] if vertices is None else vertices
         sides = student.squares, teacher.squares, student.rows, teacher.rows
         sums: Tensor = _angle(*sides, huber_delta, student.dtype, vertices, needs_gradient)[0]
         return sums
@@ -138,7 +138,7 @@ def angle(
         return cosines.to(side.dtype)
 
     losses = huber_loss(psi(student), psi(teacher), reduction="none", delta=huber_delta).masked_fill(b == c, 0)
-    return losses.new_zeros(len(student.squares)).index_add(0, a, losses)
+    return losses.new_zeros(student.squares.shape[0]).index_add(0, a, losses)
 
 
 def _numerators(h_ab: Tensor, h_ac: Tensor, h_bc: Tensor, out: Tensor | None = None) -> Tensor:

@@ -301,7 +301,7 @@ def angle(
     if triplets is not None:
         return chunked.angle(student, teacher, huber_delta, triplets)
     needs_gradient = torch.is_grad_enabled() and student.squares.requires_grad
-    vertices = len(student.squares) if vertices is None else vertices
+    vertices = student.squares.shape[0] if vertices is None else vertices
     sides = student.squares, teacher.squares, student.rows, teacher.rows
     sums: Tensor = _angle(*sides, min(huber_delta, NO_LIMIT), student.dtype, vertices, needs_gradient)[0]
     return sums
@@ -317,7 +317,7 @@ def _columns(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("rkd_plugin::fused_squared_distances", mutates_args=())
 def _squared_distances(x: Tensor) -> Tensor:
-    squares = x.new_empty(len(x), len(x))
+    squares = x.new_empty(x.shape[0], x.shape[0])
     columns = _columns(x)
     tiles = columns.shape[1] // TILE
     if tiles:
@@ -330,7 +330,7 @@ def _squared_distances(x: Tensor) -> Tensor:
 
 @_squared_distances.register_fake
 def _(x: Tensor) -> Tensor:
-    return x.new_empty(len(x), len(x))
+    return x.new_empty(x.shape[0], x.shape[0])
 
 
 @torch.library.custom_op("rkd_plugin::fused_squared_distances_backward", mutates_args=())

@@ -93,7 +93,7 @@ def _squared_distances(x: Tensor) -> Tensor:
 
 @_squared_distances.register_fake
 def _(x: Tensor) -> Tensor:
-    return x.new_empty(len(x), len(x))
+    return x.new_empty(x.shape[0], x.shape[0])
 
 
 @torch.library.custom_op("rkd_plugin::squared_distances_backward", mutates_args=())
@@ -143,7 +143,8 @@ def inverse_lengths(squares: Tensor) -> Tensor:
 
 def mean_distance(distances: Tensor) -> Tensor:
     """Mean of an ``(N, N)`` matrix over pairs of distinct rows, duplicates included; 1 where all rows are equal."""
-    mean = distances.sum() / max(len(distances) * (len(distances) - 1), 1)
+    rows = distances.shape[0]
+    mean = distances.sum() / max(rows * (rows - 1), 1)
     return mean.masked_fill(mean == 0, 1)
 
 

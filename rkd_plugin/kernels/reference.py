@@ -35,7 +35,7 @@ def distance(
 
     losses = huber(psi(student), psi(teacher), huber_delta)
     if pairs is not None:
-        return losses.new_zeros(len(losses)).index_add(0, pairs[0], losses[pairs])
+        return losses.new_zeros(losses.shape[0]).index_add(0, pairs[0], losses[pairs])
     return losses.sum(1)
 
 
@@ -57,5 +57,5 @@ def angle(
     # An arm and itself span no angle; where only one side's arm has length 0 the formula would give 0 against 1.
     losses = losses.masked_fill(torch.eye(losses.shape[1], dtype=torch.bool, device=losses.device), 0)
     if triplets is not None:
-        return losses.new_zeros(len(losses)).index_add(0, triplets[0], losses[triplets])
+        return losses.new_zeros(losses.shape[0]).index_add(0, triplets[0], losses[triplets])
     return losses.sum((1, 2))
