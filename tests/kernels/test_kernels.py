@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from rkd_plugin.bench import Case, batch, peak_growth
 from rkd_plugin.functional import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
-from rkd_plugin.kernels import chunked, compiled
+from rkd_plugin.kernels import compiled, strips
 from rkd_plugin.kernels.choose import _KERNELS
 
 SIZES = [0, 1, 2, 3, 17, 64, 129]
@@ -490,11 +490,11 @@ def test_sides_of_different_dtypes(loss, impl, dtype, device):
             torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("rows", [chunked.STRIP - 1, chunked.STRIP, chunked.STRIP + 1, 2 * chunked.STRIP + 5])
+@pytest.mark.parametrize("rows", [strips.STRIP - 1, strips.STRIP, strips.STRIP + 1, 2 * strips.STRIP + 5])
 @pytest.mark.parametrize("elements", [1, 200, 5000, 10**6])
 def test_strips_and_chunks(monkeypatch, rows, elements):
     """Whole and broken strips, one vertex at a time, some at a time, all at once."""
-    monkeypatch.setattr(chunked, "ELEMENTS", elements)
+    monkeypatch.setattr(strips, "ELEMENTS", elements)
     student, teacher = distinct(rows)
     ours = evaluate(rkd_angle_loss, student, teacher, impl="chunked")
     torch.testing.assert_close(ours, evaluate(rkd_angle_loss, student, teacher, impl="reference"))
