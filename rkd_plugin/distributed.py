@@ -137,8 +137,8 @@ def gather(name: str, student: Tensor, teacher: Tensor, group: Any, draws: bool)
         if group is True and int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return None
         raise RuntimeError(
-            f"{name}: expected an initialised torch.distributed for gather, got none; call init_process_group, or start "
-            "with torchrun"
+            f"{name}: expected an initialised torch.distributed for gather, got none; call init_process_group, or "
+            "start with torchrun"
         )
     pg = None if isinstance(group, bool) else group
     outside = pg == distributed.GroupMember.NON_GROUP_MEMBER  # what new_group returns to a process without a rank
@@ -146,7 +146,7 @@ def gather(name: str, student: Tensor, teacher: Tensor, group: Any, draws: bool)
         raise TypeError(f"{name}: expected gather to be True, False or a process group, got {group!r}")
     if outside or distributed.get_rank(pg) < 0:
         raise RuntimeError(
-            f"{name}: expected a group in which this process has a rank for gather, got one without it; pass another group"
+            f"{name}: expected a group in which this process has a rank for gather, got another; pass one of its groups"
         )
     rank, world_size = distributed.get_rank(pg), distributed.get_world_size(pg)
     needs_gradient = torch.is_grad_enabled() and student.requires_grad

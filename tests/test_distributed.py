@@ -353,8 +353,8 @@ def test_disagreement_is_an_error_on_every_rank(everywhere, what, message):
 
 def test_a_group_in_which_a_process_has_no_rank(everywhere):
     error = (
-        "RuntimeError: rkd_da_loss: expected a group in which this process has a rank for gather, got one without it; "
-        "pass another group"
+        "RuntimeError: rkd_da_loss: expected a group in which this process has a rank for gather, got another; pass "
+        "one of its groups"
     )
     assert everywhere(errors_of, "outside") == [["True"], [error], [error]]
 

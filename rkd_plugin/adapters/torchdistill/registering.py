@@ -1,4 +1,4 @@
-"""torchdistill's registries, without overwriting what others registered."""
+"""Decorators that register in torchdistill without overwriting a name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 def keeping_others(register: Callable[[T], T], registry: Mapping[str, Any]) -> Callable[[T], T]:
-    """A host's decorator that refuses a name that something else holds; the host itself would overwrite it."""
+    """A decorator of torchdistill that raises if another component has the name; torchdistill overwrites it."""
 
     def decorate(component: T) -> T:
         held = registry.get(component.__name__, component)
