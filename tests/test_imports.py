@@ -1,4 +1,4 @@
-"""What each room of the package may import: along the arrows of the design, without circles, and lightly."""
+"""The imports between the rooms of the package: allowed arrows, no circles, and no heavy imports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import rkd_plugin
 
 PACKAGE = Path(rkd_plugin.__file__).parent
-# From top to bottom: a file imports from its own room and from lower ones. Rooms on one line do not know each other.
+# From top to bottom: a file imports from its own room and from lower ones, not from another room on the same line.
 FLOORS = [
     ["cli"],
     ["bench", "experiments.tables"],
@@ -71,7 +71,7 @@ def imports_of(path, modules):
 
 
 def room_of(module):
-    """Its room, and how high that is; None for files that belong to no room."""
+    """The room of a module and its floor; None for files without a room."""
     for floor, rooms in enumerate(FLOORS):
         for room in rooms:
             if module == room or module.startswith(f"{room}.") or (room == "core" and module in CORE):
@@ -184,7 +184,7 @@ def test_the_core_loads_nothing_but_torch(torch_alone):
         ),
     ],
 )
-def test_the_check_can_fail(torch_alone, statement, name):
+def test_foreign_imports_are_found(torch_alone, statement, name):
     assert name in foreign(loaded_by(statement) - torch_alone)
 
 

@@ -32,11 +32,13 @@ def choose(name: str, impl: str, device: torch.device) -> ModuleType:
     if impl != "fused":
         return _KERNELS[impl]
     if not _HAS_TRITON:
-        raise RuntimeError(f"{name}: impl 'fused' needs Triton, which is not installed; use impl='chunked'")
+        raise RuntimeError(f"{name}: expected Triton for impl 'fused', found none; use impl='chunked'")
     from rkd_plugin.kernels import fused
 
     if device.type != "cuda" and not (device.type == "cpu" and fused.INTERPRETED):
-        raise RuntimeError(f"{name}: impl 'fused' needs tensors on a CUDA device, got {device}; use impl='chunked'")
+        raise RuntimeError(
+            f"{name}: expected tensors on a CUDA device for impl 'fused', got {device}; use impl='chunked'"
+        )
     return fused
 
 

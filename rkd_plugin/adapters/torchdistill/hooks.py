@@ -24,11 +24,14 @@ def find_hooked(io_dict: Hooked, side: str, path: str, io: str) -> Tensor:
     if path not in io_dict or io not in io_dict[path]:
         there = ", ".join(f"{name!r} ({', '.join(kinds) or 'nothing'})" for name, kinds in io_dict.items()) or "nothing"
         raise ValueError(
-            f"the {side} has no {io} of module {path!r}, only {there}; list it under train.{side}.forward_hook.{io}"
+            f"expected the {side}'s {io} of module {path!r}, got only {there}; list it under "
+            f"train.{side}.forward_hook.{io}"
         )
     value = io_dict[path][io]
     if not isinstance(value, Tensor):
-        raise TypeError(f"the {side}'s {io} of module {path!r} must be one tensor, got {type(value).__name__}")
+        raise TypeError(
+            f"expected the {side}'s {io} of module {path!r} to be one tensor, got {type(value).__name__}; hook another"
+        )
     return value
 
 

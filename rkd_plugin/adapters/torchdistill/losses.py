@@ -41,20 +41,20 @@ class HookedLoss(nn.Module):
                 )
         super().__init__(**options)
         if options.get("reduction") == "anchor":
-            raise ValueError(f"{name}: torchdistill sums scalar terms, so reduction must not be 'anchor'")
+            raise ValueError(f"{name}: expected a scalar for torchdistill, got reduction 'anchor'; use 'mean'")
         sides = ("student", "teacher")
         if isinstance(pool, Mapping) and not set(pool) <= set(sides):
-            raise ValueError(f"{name}: pool must be for 'student' and 'teacher', got {', '.join(map(repr, pool))}")
+            raise ValueError(f"{name}: expected pool for 'student' and 'teacher', got {', '.join(map(repr, pool))}")
         self.pools = {side: pool.get(side, "auto") if isinstance(pool, Mapping) else pool for side in sides}
         for value in self.pools.values():
             if value not in get_args(Pool):
-                raise ValueError(f"{name}: pool must be one of {get_args(Pool)}, got {value!r}")
+                raise ValueError(f"{name}: expected pool to be one of {get_args(Pool)}, got {value!r}")
         self.l2_normalize = l2_normalize
         self.paths = {"student": student_module_path, "teacher": teacher_module_path}
         self.ios = {"student": student_module_io, "teacher": teacher_module_io}
         for side, io in self.ios.items():
             if io not in get_args(IO):
-                raise ValueError(f"{name}: {side}_module_io must be one of {get_args(IO)}, got {io!r}")
+                raise ValueError(f"{name}: expected {side}_module_io to be one of {get_args(IO)}, got {io!r}")
 
     def forward(self, student: Tensor | Hooked, teacher: Tensor | Hooked, *_: Any) -> Tensor:
         """The dictionaries of torchdistill, or two tensors under ``SimpleLossWrapper``; ignores further arguments."""
@@ -74,7 +74,7 @@ class HookedLoss(nn.Module):
         path = self.paths[side]
         if isinstance(source, Mapping):
             if path is None:
-                raise ValueError(f"{side}_module_path must name one of {list(source)}, and was not given")
+                raise ValueError(f"expected {side}_module_path to be one of {list(source)}, got None; set it")
             source = find_hooked(source, side, path, self.ios[side])
         try:
             vectors = pooled(source, self.pools[side])

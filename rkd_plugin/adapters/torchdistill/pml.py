@@ -80,10 +80,11 @@ class PMLLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(loss, nn.Module):
-            raise TypeError(f"PMLLoss: loss must be a module, built with !import_call, got {loss!r}")
+            raise TypeError(f"PMLLoss: expected loss to be a module, got {loss!r}; build it with !import_call")
         if loss not in _TRAINED and any(True for _ in loss.parameters()):
             raise ValueError(
-                f"PMLLoss: {type(loss).__name__} has parameters, which torchdistill does not give to the optimizer; "
+                f"PMLLoss: expected a loss without parameters, or one in TrainedWith, got {type(loss).__name__}, whose "
+                "parameters torchdistill does not pass to the optimizer; "
                 "name it under auxiliary_model_wrapper with the key TrainedWith as well"
             )
         self.loss = loss

@@ -31,8 +31,8 @@ def keeping_others(register: Callable[[T], T], registry: Mapping[str, Any]) -> C
         held = registry.get(component.__name__, component)
         if (held.__module__, held.__qualname__) != (component.__module__, component.__qualname__):
             raise ValueError(
-                f"torchdistill's {component.__name__!r} is already {held.__module__}.{held.__qualname__}; "
-                f"register that one under another key"
+                f"torchdistill: expected no other component named {component.__name__!r}, got {held.__module__}."
+                f"{held.__qualname__}; register that one under another key"
             )
         return register(component)
 
