@@ -157,7 +157,7 @@ def sweep(
         huber_delta: of the loss.
         dtype: of the cosines, unless very different lengths need float64.
         vertices: how many rows are vertices.
-        weights: ``(vertices,)``, or None for the losses alone.
+        weights: ``(vertices,)``, or None for the losses only.
 
     Returns:
         Losses ``(vertices,)``, and their gradient ``(N, N)`` by the student's squares, ``(0,)`` without weights.
@@ -200,12 +200,12 @@ def _sweep_strips(
             cosines, products = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
             for arms, cosine, scale in zip(strip, cosines, products, strict=True):
                 _write_cosines(arms, a, cosine, scale, wide)
-            scale, slope = products
-            losses[a].add_(_write_slopes(*cosines, upper, huber_delta, slope))
+            (cosine, teacher_cosine), (scale, slope) = cosines, products
+            losses[a].add_(_write_slopes(cosine, teacher_cosine, upper, huber_delta, slope))
             if weights is None:
                 continue
             scale.mul_(slope)
-            slope.mul_(cosines[0])
+            slope.mul_(cosine)
             through_arms[:, a, b].add_(products.sum(3))
             through_arms[:, a, c].add_(products.sum(2))
             opposite[b, c].add_((narrow[a] @ scale.flatten(1)).view(height, width))

@@ -57,14 +57,14 @@ def of_data(dataset: Any, seed: int) -> dict[str, Any]:
     }
 
 
-def difference(held: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+def difference(stored: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """The first difference of two data sets of the same length, by their `of_data`; empty if there is none."""
     for what, words in (("labels", "its labels differ"), ("files", "its files, or their order, differ")):
-        if held[what] != found[what]:
+        if stored[what] != found[what]:
             return words
-    if held["transform"] != found["transform"]:
-        return f"its transform was {held['transform'] or 'none'}, the data set's is {found['transform'] or 'none'}"
-    for was, now in zip(held["images"], found["images"], strict=False):
+    if stored["transform"] != found["transform"]:
+        return f"its transform was {stored['transform'] or 'none'}, the data set's is {found['transform'] or 'none'}"
+    for was, now in zip(stored["images"], found["images"], strict=False):
         if was["shape"] != now["shape"]:
             return f"image {now['index']} was {tuple(was['shape'])} and is {tuple(now['shape'])}"
         allowed = CLOSE * was["std"]

@@ -235,7 +235,7 @@ def test_torchdistills_stages_start_unfrozen_and_without_hooks(witness):
     )
     epoch_of(box)
     is_so = set(witness.calls[-1][0][0]) == {"."}
-    holds("torchdistill", is_so, "a stage has its own hooks alone", "`rkd check`, which looks at each stage's,")
+    holds("torchdistill", is_so, "a stage has only its own hooks", "`rkd check`, which looks at each stage's,")
 
 
 def test_torchdistill_executes_tags_while_loading_and_imports_dependencies_later(tmp_path):

@@ -356,7 +356,7 @@ def test_embedding_regularizer():
     loss.backward()
     expected = RKDDALoss()(student, labels, ref_emb=teacher) + 0.5 * student.norm(dim=1).mean()
     torch.testing.assert_close(loss, expected)
-    # A regulariser with a reducer of its own, and one term beside it.
+    # A regularizer with its own reducer, and a loss of one term.
     regularizer = SparseCentersRegularizer(num_classes=3, centers_per_class=3)
     RKDAngleLoss(embedding_regularizer=regularizer)(student, labels, ref_emb=teacher).backward()
 

@@ -160,7 +160,7 @@ def test_works_in_simple_loss_wrapper(key, io_dicts):
         ({"angle_factor": 1.0}, TypeError, "got angle_factor; use angle_weight"),
         ({"student_output_path": "."}, TypeError, "got student_output_path; use student_module_path"),
         ({"student_module_io": "out"}, ValueError, r"expected student_module_io to be one of .*, got 'out'"),
-        ({"reduction": "anchor"}, ValueError, "torchdistill sums scalar terms"),
+        ({"reduction": "anchor"}, ValueError, "expected a scalar for torchdistill, got reduction 'anchor'"),
     ],
 )
 def test_bad_options(kwargs, error, message):

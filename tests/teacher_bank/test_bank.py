@@ -306,9 +306,9 @@ def python(program, *arguments, **environment):
 
 
 def contents(folder):
-    held = {path.name: path.read_bytes() for path in folder.iterdir()}
-    header = json.loads(held.pop("bank.json"))
-    return held, {name: value for name, value in header.items() if name not in ("environment", "checksum")}
+    arrays = {path.name: path.read_bytes() for path in folder.iterdir()}
+    header = json.loads(arrays.pop("bank.json"))
+    return arrays, {name: value for name, value in header.items() if name not in ("environment", "checksum")}
 
 
 def test_a_killed_embed_resumes(teacher, whole, tmp_path, monkeypatch):
@@ -624,21 +624,21 @@ def test_data_sets_differ_by_file_names_and_transforms(tmp_path):
         return data
 
     count = len(Digits(classes=[0]))
-    held = fingerprint.of_data(folders(range(count)), 0)
-    assert fingerprint.difference(held, fingerprint.of_data(folders(range(count)), 0)) == ""
+    found = fingerprint.of_data(folders(range(count)), 0)
+    assert fingerprint.difference(found, fingerprint.of_data(folders(range(count)), 0)) == ""
     turned = fingerprint.of_data(folders(reversed(range(count))), 0)
-    assert fingerprint.difference(held, turned) == "its files, or their order, differ"
+    assert fingerprint.difference(found, turned) == "its files, or their order, differ"
     resized = fingerprint.of_data(folders(range(count), v2.Resize(8)), 0)
-    assert fingerprint.difference(held, resized).startswith("its transform was none, the data set's is Resize(")
+    assert fingerprint.difference(found, resized).startswith("its transform was none, the data set's is Resize(")
 
 
 def test_joined_data_sets_differ_by_their_parts(whole):
     parts = Digits(classes=range(2)), Digits(classes=range(2, 5))
     joined = ConcatDataset(parts)
-    held = fingerprint.of_data(joined, 0)
-    assert held["labels"] is not None
-    assert fingerprint.difference(held, fingerprint.of_data(Subset(joined, range(len(joined))), 0)) == ""
-    assert fingerprint.difference(held, fingerprint.of_data(ConcatDataset(parts[::-1]), 0)) == "its labels differ"
+    found = fingerprint.of_data(joined, 0)
+    assert found["labels"] is not None
+    assert fingerprint.difference(found, fingerprint.of_data(Subset(joined, range(len(joined))), 0)) == ""
+    assert fingerprint.difference(found, fingerprint.of_data(ConcatDataset(parts[::-1]), 0)) == "its labels differ"
 
 
 def test_another_teacher_raises(teacher, whole, tmp_path):

@@ -171,7 +171,7 @@ class _RelationalLoss(BaseMetricLossFunction):
             "losses": losses.to(dtype),
             "indices": c_f.torch_arange_from_size(losses),
             "reduction_type": "element",
-            "divisor": len(losses),  # read by DivisorReducer alone
+            "divisor": len(losses),  # read by DivisorReducer only
         }
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A trunk for PML's own trainers, with a teacher beside the student."""
+"""A trunk for PML's own trainers, with a student and a teacher."""
 
 from __future__ import annotations
 

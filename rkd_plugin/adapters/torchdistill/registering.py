@@ -28,11 +28,11 @@ def keeping_others(register: Callable[[T], T], registry: Mapping[str, Any]) -> C
     """A decorator of torchdistill that raises if another component has the name; torchdistill overwrites it."""
 
     def decorate(component: T) -> T:
-        held = registry.get(component.__name__, component)
-        if (held.__module__, held.__qualname__) != (component.__module__, component.__qualname__):
+        registered = registry.get(component.__name__, component)
+        if (registered.__module__, registered.__qualname__) != (component.__module__, component.__qualname__):
             raise ValueError(
-                f"torchdistill: expected no other component named {component.__name__!r}, got {held.__module__}."
-                f"{held.__qualname__}; register that one under another key"
+                f"torchdistill: expected no other component named {component.__name__!r}, got {registered.__module__}."
+                f"{registered.__qualname__}; register that one under another key"
             )
         return register(component)
 
