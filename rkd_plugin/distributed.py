@@ -53,8 +53,10 @@ from rkd_plugin.kernels.derivatives import first_only
 from rkd_plugin.kernels.pairwise import substitute_value
 
 # The newer name where PyTorch has it, since the older one then warns.
-_all_gather = getattr(distributed, "all_gather_single", None) or getattr(distributed, "all_gather_into_tensor", None)
-_reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or getattr(
+_all_gather: Any = getattr(distributed, "all_gather_single", None) or getattr(
+    distributed, "all_gather_into_tensor", None
+)
+_reduce_scatter: Any = getattr(distributed, "reduce_scatter_single", None) or getattr(
     distributed, "reduce_scatter_tensor", None
 )
 T = TypeVar("T")

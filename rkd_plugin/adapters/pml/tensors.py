@@ -63,7 +63,8 @@ def _teacher_of(func: Any, first: Any = None, *args: Any, **kwargs: Any) -> Tens
     if func is torch.cat:
         tensors, dim = kwargs.get("tensors", first), kwargs.get("dim", args[0] if args else 0)
         if dim == 0 and all(isinstance(x, TensorWithTeacher) for x in tensors):
-            return torch.cat([x.teacher for x in tensors])
+            joined: Tensor = torch.cat([x.teacher for x in tensors])
+            return joined
     elif not isinstance(first, TensorWithTeacher):
         return None
     elif func in _SAME_ROWS:
