@@ -1,6 +1,6 @@
 """Relational Knowledge Distillation for torchdistill and pytorch-metric-learning.
 
-The losses are here; the first use of one loads torch and nothing else. The hosts' forms are opt-in imports:
+The first use of a loss imports torch and no other library. The adapters to the two libraries are separate imports:
 ``rkd_plugin.adapters.torchdistill`` and ``rkd_plugin.adapters.pml``.
 """
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy (PEP 562), so that `rkd --help` need not load torch.
+    # Lazy (PEP 562), so that `rkd --help` does not load torch.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(f"{__name__}.{'losses' if name.startswith('RKD') else 'functional'}")

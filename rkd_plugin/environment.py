@@ -1,4 +1,4 @@
-"""Where numbers come from."""
+"""The environment of a measurement: commit, hardware, versions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ import torch
 
 
 def environment(device: str) -> dict[str, str]:
-    """Where the numbers come from: commit, hardware, versions."""
+    """Commit, hardware and versions, to publish with measured numbers.
+
+    Args:
+        device: such as ``"cpu"`` or ``"cuda:0"``.
+    """
     import rkd_plugin
 
-    # Only a checkout of this project has its commit; an installed package may lie inside somebody else's repository.
+    # Only a checkout has a commit; an installed package may be inside another repository.
     checkout = Path(__file__).parents[1]
     commit = f"v{rkd_plugin.__version__}"
     if (checkout / ".git").exists():

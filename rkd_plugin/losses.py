@@ -1,16 +1,20 @@
-"""The losses of `rkd_plugin.functional` as modules: they keep the options, and ``forward`` is one call."""
+"""The losses of `rkd_plugin.functional` as modules: a module stores the options, and ``forward`` is one call."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from rkd_plugin.functional import Gather, Impl, Options, Reduction, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
+from rkd_plugin.functional import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
+from rkd_plugin.options import Gather, Impl, Options, Reduction
 
 
-class _OptionsModule(nn.Module):
-    """Keeps the options of a loss as attributes, which may change between two calls."""
+class _LossModule(nn.Module):
+    """Stores the options of a loss function as attributes, which may change between two calls."""
+
+    _function: ClassVar[Callable[..., Tensor]]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -22,58 +26,68 @@ class _OptionsModule(nn.Module):
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._option_names}
 
+    def forward(self, student: Tensor, teacher: Tensor, *unexpected: Any) -> Tensor:
+        """``(N, D_s)``, ``(N, D_t)`` -> a scalar, or ``(N,)`` for ``reduction="anchor"``."""
+        if unexpected:
+            name = type(self).__name__
+            raise TypeError(
+                f"{name}: expected student and teacher, got {2 + len(unexpected)} arguments; for "
+                f"pytorch-metric-learning, import {name} from rkd_plugin.adapters.pml"
+            )
+        return self._function(student, teacher, **self._options())
+
     def extra_repr(self) -> str:
         """The options, as they were passed."""
         return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
 
 
-class RKDDistanceLoss(_OptionsModule):
+class RKDDistanceLoss(_LossModule):
     """`rkd_distance_loss` as a module: RKD-D, between mean-normalised pairwise distances.
 
     Args:
         reduction: ``"mean"`` over all ``N^2`` entries, ``"tuple_mean"`` over pairs of distinct rows, ``"sum"``, or
             ``"anchor"``, a vector ``(N,)``.
-        huber_delta: where the loss turns from quadratic to linear; positive.
+        huber_delta: the threshold between the quadratic and the linear part of the Huber function; positive.
         impl: the kernel: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"fused"``.
-        gather: whether the loss is over the batches of all processes, or of a process group.
+        gather: True, or a process group: the loss is over the batches of all processes, or of the group.
 
     Raises:
-        TypeError, ValueError: if an option is not one of these, as `rkd_distance_loss`.
+        TypeError, ValueError: if an option has the wrong type or an invalid value; when called, as `rkd_distance_loss`.
 
     Example:
         >>> RKDDistanceLoss(reduction="tuple_mean")
         RKDDistanceLoss(reduction='tuple_mean', huber_delta=1.0, impl='auto', gather=False)
     """
 
+    _function = staticmethod(rkd_distance_loss)
+
     def __init__(
         self, reduction: Reduction = "mean", huber_delta: float = 1.0, impl: Impl = "auto", gather: Gather = False
     ) -> None:
         super().__init__(reduction=reduction, huber_delta=huber_delta, impl=impl, gather=gather)
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """``(N, D_s)``, ``(N, D_t)`` -> a scalar, or ``(N,)`` for ``reduction="anchor"``."""
-        return rkd_distance_loss(student, teacher, **self._options())
 
-
-class RKDAngleLoss(_OptionsModule):
+class RKDAngleLoss(_LossModule):
     """`rkd_angle_loss` as a module: RKD-A, between the cosines of all triplets' angles.
 
     Args:
         reduction: ``"mean"`` over all ``N^3`` entries, ``"tuple_mean"`` over triplets of distinct rows, ``"sum"``, or
             ``"anchor"``, a vector ``(N,)``.
-        huber_delta: where the loss turns from quadratic to linear; positive.
+        huber_delta: the threshold between the quadratic and the linear part of the Huber function; positive.
         impl: the kernel: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"fused"``.
-        gather: whether the loss is over the batches of all processes, or of a process group.
-        anchors: how many rows (an integer) or which share of them (a float up to 1) are vertices, drawn anew in each
-            call; all of them for ``None``.
+        gather: True, or a process group: the loss is over the batches of all processes, or of the group.
+        anchors: the number of rows (an integer), or the fraction of them (a float up to 1), that are vertices, drawn
+            at random in each call; None: all of them.
 
     Raises:
-        TypeError, ValueError: if an option is not one of these, as `rkd_angle_loss`.
+        TypeError, ValueError: if an option has the wrong type or an invalid value; when called, as `rkd_angle_loss`.
 
     Example:
         >>> RKDAngleLoss(anchors=0.5)
         RKDAngleLoss(reduction='mean', huber_delta=1.0, impl='auto', gather=False, anchors=0.5)
     """
+
+    _function = staticmethod(rkd_angle_loss)
 
     def __init__(
         self,
@@ -85,27 +99,23 @@ class RKDAngleLoss(_OptionsModule):
     ) -> None:
         super().__init__(reduction=reduction, huber_delta=huber_delta, impl=impl, gather=gather, anchors=anchors)
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """``(N, D_s)``, ``(N, D_t)`` -> a scalar, or ``(N,)`` for ``reduction="anchor"``."""
-        return rkd_angle_loss(student, teacher, **self._options())
 
-
-class RKDDALoss(_OptionsModule):
+class RKDDALoss(_LossModule):
     """`rkd_da_loss` as a module: the weighted sum of RKD-D and RKD-A.
 
     Args:
-        distance_weight: of the distance term; 0 skips it. The paper: 1 in metric learning, 25 in classification.
-        angle_weight: of the angle term; 0 skips it, and its cubic cost. The paper: 2 and 50.
+        distance_weight: of the distance term; 0 skips it. The paper has 1 in metric learning, 25 in classification.
+        angle_weight: of the angle term; 0 skips it, and its cubic cost. The paper has 2 and 50.
         reduction: of both terms: ``"mean"`` over all entries, ``"tuple_mean"`` over tuples of distinct rows, ``"sum"``,
             or ``"anchor"``, a vector ``(N,)``.
-        huber_delta: where either loss turns from quadratic to linear; positive.
+        huber_delta: of both terms: the threshold between the quadratic and the linear part of the Huber function.
         impl: the kernel: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"fused"``.
-        gather: whether the loss is over the batches of all processes, or of a process group.
-        anchors: how many rows (an integer) or which share of them (a float up to 1) are vertices of the angle term,
-            drawn anew in each call; all of them for ``None``.
+        gather: True, or a process group: the loss is over the batches of all processes, or of the group.
+        anchors: the number of rows (an integer), or the fraction of them (a float up to 1), that are vertices of the
+            angle term, drawn at random in each call; None: all of them.
 
     Raises:
-        TypeError, ValueError: if an option is not one of these, as `rkd_da_loss`.
+        TypeError, ValueError: if an option has the wrong type or an invalid value; when called, as `rkd_da_loss`.
 
     Example:
         >>> import torch
@@ -116,6 +126,8 @@ class RKDDALoss(_OptionsModule):
         >>> student.grad.shape
         torch.Size([3, 2])
     """
+
+    _function = staticmethod(rkd_da_loss)
 
     def __init__(
         self,
@@ -136,7 +148,3 @@ class RKDDALoss(_OptionsModule):
             gather=gather,
             anchors=anchors,
         )
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """``(N, D_s)``, ``(N, D_t)`` -> a scalar, or ``(N,)`` for ``reduction="anchor"``."""
-        return rkd_da_loss(student, teacher, **self._options())

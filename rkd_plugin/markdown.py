@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    r"""A table with a line of heads and a line for each row, cells in the heads' order.
+    r"""A Markdown table with one line of heads and one line per row.
 
     Example:
         >>> print(table(["loss", "ms"], [["RKD-D | RKD-A", "1.5"], ["RKD-DA", ""]]))

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and that have their disk space before they are mapped into memory."""
+"""Atomic writes, and disk space that is allocated before a file is memory-mapped."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pathlib import Path
 
 _ZEROS = bytes(2**20)
 TEMPORARY = re.compile(r"\..+\.rkd-tmp-(?P<host>[0-9a-f]{8})-(?P<process>\d+)(\.\w+)?")
-OLD = 24 * 3600.0  # seconds after which no process is still writing a temporary file
+OLD = 24 * 3600.0  # seconds; no process still writes an older temporary file
 
 
 def allocate(path: Path, size: int) -> None:
-    r"""Have the disk hold ``size`` bytes for a file, which is made if it is missing; what it holds already stays.
+    r"""Allocate ``size`` bytes on disk for a file, which is created if it is missing; its content stays.
 
-    A file that only has the size gets its blocks when a page of its map is written first, and a disk that is full then
-    ends the process with SIGBUS.
+    Without this, the disk allocates a page of a memory map at its first write, and a full disk ends the process with
+    SIGBUS.
 
     Raises:
-        OSError: if the disk is too small or full; the file may have grown until then.
+        OSError: if the disk is full; the file may have grown by then.
 
     Example:
         >>> import tempfile
@@ -39,7 +39,7 @@ def allocate(path: Path, size: int) -> None:
                 if size:
                     os.posix_fallocate(file.fileno(), 0, size)
                 return
-            except OSError as error:  # a file system that cannot, where the C library does not write zeros itself
+            except OSError as error:  # the file system cannot, and the C library does not write zeros instead
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                     raise
         left = size - file.tell()
@@ -49,13 +49,13 @@ def allocate(path: Path, size: int) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that replaces ``path`` once the block ends well; after a kill the old file is still whole.
+    """A temporary path that replaces ``path`` if the block succeeds; after a kill the old file is complete.
 
-    Its name holds the host and the process: of two processes that write the same path at the same time, the last one's
-    file stays. Temporary files of killed processes in the same folder are deleted.
+    Its name contains the host and the process: if two processes write the same path at the same time, the file of the
+    last one stays. Temporary files of killed processes in the same folder are deleted.
 
     Raises:
-        OSError: of the kind that writing raised, in one sentence.
+        OSError: of the type that writing raised, in one sentence.
     """
     temporary = path.with_name(f".{path.name}.rkd-tmp-{_host()}-{os.getpid()}{path.suffix}")
     with one_sentence(path):
@@ -75,11 +75,11 @@ def _host() -> str:
 
 
 def sweep(folder: Path, is_alone: bool = False) -> None:
-    """Delete the temporary files of killed processes: regular files with a name that `replacing` gives.
+    """Delete the temporary files of killed processes: regular files with a name of `replacing`.
 
     Args:
-        folder: where they are.
-        is_alone: nobody else writes there, so that all of them are left over.
+        folder: the folder of the files.
+        is_alone: whether no other process writes there, so that all temporary files are left over.
     """
     for path in folder.glob(".*.rkd-tmp-*"):
         named = TEMPORARY.fullmatch(path.name)
@@ -90,23 +90,23 @@ def sweep(folder: Path, is_alone: bool = False) -> None:
 
 
 def _may_be_written(path: Path, host: str, process: int) -> bool:
-    if host == _host() and os.name == "posix":  # elsewhere asking for a process may end it
+    if host == _host() and os.name == "posix":  # on other systems os.kill may end the process
         try:
             os.kill(process, 0)
         except (ProcessLookupError, OverflowError):
             return False
-        except PermissionError:  # it is another user's
+        except PermissionError:  # a process of another user
             pass
     return time.time() - path.stat().st_mtime < OLD
 
 
 @contextmanager
 def one_sentence(path: Path) -> Iterator[None]:
-    """Turn what writing ``path`` raises, and what PyTorch makes of it, into one sentence."""
+    """Turn an error of writing ``path``, also PyTorch's, into one sentence."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # PyTorch has its own error for a file that cannot be written, raised while it handles the system's.
+        # PyTorch raises its own error while it handles the system's.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise

@@ -12,12 +12,12 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-# What an implementation may add to the error that the plain formula makes in the same dtype: absolute for values (all
+# The error that a kernel may have in addition to that of the plain formula in the same dtype: absolute for values (all
 # of order 1), and relative to the largest entry for gradients.
 TOLERANCE = {
-    # 2e-16, times the 1e5 that the law of cosines loses in the tightest cluster here: its spread is 1e-5 of the batch.
+    # 2e-16, times the 1e5 that the law of cosines loses in the tightest cluster, whose spread is 1e-5 of the batch.
     torch.float64: 1e-10,
-    # 6e-8 per rounding; a sum of N rounded terms loses about one digit of it.
+    # 6e-8 per rounding; a sum of N rounded terms loses about one digit.
     torch.float32: 1e-6,
     # Computed in float32, then a gradient is rounded once: half a unit in the last place, 2**-11 ...
     torch.float16: 2.0**-11 + 1e-6,
@@ -34,10 +34,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    # A shell has what it runs in the background ignore SIGINT, and so would everything that the tests start and stop.
+    # A process in the background of a shell ignores SIGINT, and so would the processes that the tests start.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Runs and torchdistill's loops are compared number by number, and have to use as many threads.
+    # Runs are compared with torchdistill's loops number by number, which needs the same number of threads.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
@@ -73,7 +73,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def web(tmp_path):
-    """A folder and its address on a web server of this machine."""
+    """A folder, and its address on a local web server."""
 
     class Silent(SimpleHTTPRequestHandler):
         def log_message(self, *_):

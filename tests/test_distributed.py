@@ -1,4 +1,4 @@
-"""The losses of the global batch, on three real processes (gloo), beside one process that holds all rows."""
+"""The losses of the global batch: three real processes (gloo) compared with one process that has all rows."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 
 
 def serve(rank, folder, tasks, results):
-    """What each process does: the calls that come, and back what they give or how it failed."""
+    """The loop of each process: it runs the calls of its queue, and returns results or tracebacks."""
     torch.set_num_threads(1)
-    limit = timedelta(seconds=30)  # where one fails, the others must not wait for it
+    limit = timedelta(seconds=30)  # if one process fails, the others stop waiting
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES, timeout=limit
     )
@@ -44,15 +44,15 @@ def serve(rank, folder, tasks, results):
 
 @pytest.fixture(scope="module")
 def everywhere(tmp_path_factory):
-    """``call(rank, groups, *arguments)`` on all processes -> what each gave."""
+    """Runs ``call(rank, groups, *arguments)`` on all processes -> the result of each."""
     context = multiprocessing.get_context("spawn")
     tasks, results = [context.Queue() for _ in range(PROCESSES)], context.Queue()
     folder = tmp_path_factory.mktemp("store")
-    crew = [
+    processes = [
         context.Process(target=serve, args=(rank, folder, tasks[rank], results), daemon=True)
         for rank in range(PROCESSES)
     ]
-    for process in crew:
+    for process in processes:
         process.start()
 
     def call(function, *arguments):
@@ -61,7 +61,7 @@ def everywhere(tmp_path_factory):
         found = {}
         while len(found) < PROCESSES:
             try:
-                rank, result = results.get(timeout=300)  # of which a busy machine needs some to start
+                rank, result = results.get(timeout=300)  # a busy machine needs some of it to start
             except queue.Empty:
                 raise AssertionError(f"only {sorted(found)} answered: {found}") from None
             assert not isinstance(result, str), result
@@ -71,13 +71,13 @@ def everywhere(tmp_path_factory):
     yield call
     for inbox in tasks:
         inbox.put(None)
-    for process in crew:
-        process.join(300)  # as long as a busy machine may need
-    assert [process.exitcode for process in crew] == [0] * PROCESSES
+    for process in processes:
+        process.join(300)  # for a busy machine
+    assert [process.exitcode for process in processes] == [0] * PROCESSES
 
 
 def embeddings(rows, dtype=torch.float64):
-    """Inputs ``(N, 7)``, a layer's weights ``(7, 4)``, and a teacher wider than the student it gives."""
+    """Inputs ``(N, 7)``, the weights ``(7, 4)`` of the student's layer, and a wider teacher ``(N, 9)``."""
     generator = torch.Generator().manual_seed(rows)
     x, weights, teacher = (
         torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((rows, 7), (7, 4), (rows, 9))
@@ -90,7 +90,7 @@ def own_rows(rank, sizes):
 
 
 def value_and_gradient(loss, x, weights, teacher, rows=slice(None), **options):
-    """Value, and gradient by the weights of a layer, which is summed in float64 whatever the dtype of the rows."""
+    """Value, and gradient by the weights of a layer, summed in float64 for every dtype of the rows."""
     weights = weights.clone().requires_grad_()
     value = loss((x[rows] @ weights).to(teacher.dtype), teacher[rows], **options)
     value.double().sum().backward()
@@ -98,7 +98,7 @@ def value_and_gradient(loss, x, weights, teacher, rows=slice(None), **options):
 
 
 def share(rank, groups, loss, sizes, dtype, options):
-    """Of one process, with its rows alone: the value, and the mean of the gradients as DDP takes it."""
+    """On one process with its own rows: the value, and the mean of the gradients over ranks, as DDP computes it."""
     processes = len(sizes)
     if rank >= processes:
         return None
@@ -144,7 +144,7 @@ def test_narrow_embeddings(everywhere, sizes, narrow):
 
 @pytest.mark.processes
 @pytest.mark.parametrize("rows", [0, 1, 2, 3])
-def test_hardly_any_rows(everywhere, rows):
+def test_few_rows(everywhere, rows):
     sizes = [rows, 0, 0]
     assert_as_one_process(everywhere(share, rkd_da_loss, sizes, torch.float64, {}), rkd_da_loss, sizes)
 
@@ -201,8 +201,8 @@ def vertices_of(rank, groups, sizes, options):
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("options", "vertices"), [({}, [4, 3, 3]), ({"anchors": 4}, [2, 1, 1])])
-def test_the_cubic_work_is_shared_out(everywhere, options, vertices):
-    """Even where the rows are not."""
+def test_the_cubic_work_is_distributed_evenly(everywhere, options, vertices):
+    """Even if the rows are not."""
     assert everywhere(vertices_of, [9, 0, 1], options) == [[n] for n in vertices]
 
 
@@ -235,7 +235,7 @@ def collectives_of(rank, groups):
 
 @pytest.mark.processes
 def test_communication(everywhere):
-    """The shapes and one all-gather a side, the sum of the losses, and one reduce-scatter of the gradient."""
+    """An all_gather of the shapes and of each side, an all_reduce of the losses, a reduce_scatter of the gradient."""
     forward = {"_all_gather": 3, "all_reduce": 1}
     assert everywhere(collectives_of) == [(forward, forward | {"_reduce_scatter": 1})] * PROCESSES
 
@@ -257,13 +257,13 @@ def gathered_bytes(rank, groups, dtype):
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("sent", "size"), [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 2)])
-def test_bytes_on_the_wire(everywhere, sent, size):
-    """Each side goes in its own dtype."""
+def test_exchanged_bytes(everywhere, sent, size):
+    """Each side is sent in its own dtype."""
     assert everywhere(gathered_bytes, sent) == [[12 * 4 * size, 12 * 9 * size]] * PROCESSES
 
 
 def drawn(rank, groups, sizes, options, seed):
-    torch.manual_seed(seed + (1000 * rank if rank else 0))  # the first process's generator decides
+    torch.manual_seed(seed + (1000 * rank if rank else 0))  # only the generator of rank 0 is used
     return share(rank, groups, rkd_angle_loss, sizes, torch.float64, options)
 
 
@@ -285,7 +285,7 @@ def test_anchors_are_the_same_on_every_process(everywhere, anchors):
 @pytest.mark.parametrize("loss", [rkd_angle_loss, rkd_da_loss])
 @pytest.mark.parametrize(("anchors", "number", "reduction"), [(1, 1, "mean"), (2, 2, "tuple_mean"), (0.5, 3, "anchor")])
 def test_anchors_are_unbiased(loss, anchors, number, reduction, monkeypatch):
-    """The mean over all draws, each as likely as any other, is the loss of all anchors, and so is its gradient."""
+    """The mean over all equally likely draws is the loss of all anchors, also for the gradient."""
     case = embeddings(6)
     found = []
     for chosen in itertools.combinations(range(6), number):
@@ -296,8 +296,8 @@ def test_anchors_are_unbiased(loss, anchors, number, reduction, monkeypatch):
         torch.testing.assert_close(torch.stack(ours).mean(0), whole, rtol=1e-12, atol=1e-13)
 
 
-def test_every_row_is_an_anchor_as_often():
-    """As `torch.randperm` draws them: within five standard deviations."""
+def test_every_row_is_an_anchor_equally_often():
+    """Within five standard deviations."""
     x, weights, teacher = embeddings(6)
     draws, counts = 600, torch.zeros(6)
     torch.manual_seed(0)
@@ -307,13 +307,13 @@ def test_every_row_is_an_anchor_as_often():
     assert (counts - draws / 3).abs().max() < 5 * (draws * 2 / 9) ** 0.5
 
 
-def test_one_process_without_others(monkeypatch):
+def test_a_single_process(monkeypatch):
     case = embeddings(6)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for ours, alone in zip(*(value_and_gradient(rkd_da_loss, *case, gather=g) for g in (True, False)), strict=True):
         assert torch.equal(ours, alone)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match=r"gather needs torch.distributed, which is not initialised; call"):
+    with pytest.raises(RuntimeError, match=r"expected an initialised torch.distributed for gather, got none; call"):
         value_and_gradient(rkd_da_loss, *case, gather=True)
 
 
@@ -364,8 +364,11 @@ def test_disagreement_is_an_error_on_every_rank(everywhere, what, message):
 
 @pytest.mark.processes
 def test_a_group_in_which_a_process_has_no_rank(everywhere):
-    refused = "RuntimeError: rkd_da_loss: gather needs a group in which this process has a rank, got one without it"
-    assert everywhere(errors_of, "outside") == [["True"], [refused], [refused]]
+    error = (
+        "RuntimeError: rkd_da_loss: expected a group in which this process has a rank for gather, got another; pass "
+        "one of its groups"
+    )
+    assert everywhere(errors_of, "outside") == [["True"], [error], [error]]
 
 
 def adapter_share(rank, groups, adapter, options):
@@ -422,7 +425,7 @@ def test_pml_on_a_process_without_rows(everywhere):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_reducer_that_needs_all_labels_is_refused(nested):
+def test_a_reducer_that_needs_all_labels_raises(nested):
     from pytorch_metric_learning.reducers import ClassWeightedReducer, MeanReducer, MultipleReducers
 
     from rkd_plugin.adapters import pml
@@ -431,7 +434,7 @@ def test_a_reducer_that_needs_all_labels_is_refused(nested):
     if nested:
         reducer = MultipleReducers({"distance_loss": reducer, "angle_loss": MeanReducer()})
     pml.RKDDALoss(reducer=reducer)
-    with pytest.raises(ValueError, match=r"RKDDALoss: ClassWeightedReducer needs the label of every row.*Distributed"):
+    with pytest.raises(ValueError, match=r"RKDDALoss: expected a reducer .*, got ClassWeightedReducer.*Distributed"):
         pml.RKDDALoss(reducer=reducer, gather=True)
 
 
@@ -452,12 +455,12 @@ def compiled_step(rank, groups):
 
 @pytest.mark.processes
 def test_inside_a_compiled_step(everywhere):
-    """With a break in the graph at the collective calls."""
+    """With a graph break at the collective calls."""
     assert_as_one_process(everywhere(compiled_step), rkd_da_loss, SIZES["three"])
 
 
 def second_derivatives_of(rank, groups, impl):
-    """The gradient in a graph, the first derivative without one, and the error of a second derivative, or None."""
+    """The gradient without and with ``create_graph``, and the error of a second derivative, or None."""
     x, weights, teacher = embeddings(12)
     rows = own_rows(rank, SIZES["three"])
 

@@ -1,4 +1,4 @@
-"""The public functions: what they return, refuse and are invariant to, whichever kernel runs."""
+"""The public functions with every kernel: results, invariances and errors."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
 from rkd_plugin import RKDAngleLoss, RKDDALoss, RKDDistanceLoss
-from rkd_plugin.functional import Options, relation_terms, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
+from rkd_plugin.functional import relation_terms, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
 from rkd_plugin.kernels import chunked
+from rkd_plugin.options import Options
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "rkd.json").read_text())
 LOSSES = [rkd_distance_loss, rkd_angle_loss, rkd_da_loss]
 ORDER = {rkd_distance_loss: 2, rkd_angle_loss: 3}
 REDUCTIONS = ["mean", "tuple_mean", "sum", "anchor"]
-KERNELS = ["chunked", "reference"]  # fused has tests of its own
+KERNELS = ["chunked", "reference"]  # fused has its own tests
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 every_term = pytest.mark.parametrize("loss", list(ORDER), ids=lambda f: f.__name__)
-# The others are multiples of "mean", see test_reductions; only "anchor" has other weights in the backward pass.
+# The others are multiples of "mean", see test_reductions; "anchor" has other weights in the backward pass.
 both_weightings = pytest.mark.parametrize("reduction", ["mean", "anchor"])
 every_kernel = pytest.mark.parametrize("impl", KERNELS)
 
 
 def batch(rows=7, student_width=3, teacher_width=5, dtype=torch.float64, device="cpu"):
-    """The student learns; drawn on the CPU, so that the numbers do not depend on the device."""
+    """A student with a gradient, and a teacher; drawn on the CPU, so that all devices get the same numbers."""
     student, teacher = (torch.randn(rows, width, dtype=dtype) for width in (student_width, teacher_width))
     return student.to(device).requires_grad_(), teacher.to(device)
 
 
 def mined(loss, rows=7):
-    """Index tuples of a miner, one of them twice and one that names a row twice, as keyword arguments."""
+    """Index tuples of a miner as keyword arguments: one of them occurs twice, and one has a row twice."""
     pairs = (torch.tensor([0, 2, 2, 5, 0, 3]), torch.tensor([1, 4, 0, 6, 1, 3]) % rows)
     triplets = (torch.tensor([0, 2, 2, 5, 0, 3]), torch.tensor([1, 4, 0, 6, 1, 3]), torch.tensor([2, 1, 5, 3, 2, 1]))
     return {rkd_distance_loss: {"pairs": pairs}, rkd_angle_loss: {"triplets": triplets}}.get(
@@ -92,7 +93,7 @@ def test_golden(loss, impl, case):
 @every_loss
 @pytest.mark.parametrize("rows", [4, 17, 64])
 def test_torchdistill(loss, rows):
-    """torchdistill's own loss, where it is right: float64, distinct rows, the mean over all entries."""
+    """The same as torchdistill's own loss in float64, for distinct rows and the mean over all entries."""
     import torchvision  # noqa: F401  # before torchdistill, whose registries look for it in sys.modules
     from torchdistill.losses.mid_level import RKDLoss
 
@@ -102,17 +103,17 @@ def test_torchdistill(loss, rows):
     theirs = host({"s": {"output": student}}, {"t": {"output": teacher}})
     (their_gradient,) = torch.autograd.grad(theirs, student)
     ours, our_gradient = value_and_gradient(loss, student, teacher)
-    # Its distances come from a Gram matrix, which loses some digits of float64 and none of the first ten.
+    # It computes distances from a Gram matrix, which keeps the first ten digits of float64.
     torch.testing.assert_close(ours, theirs.detach(), rtol=1e-10, atol=0)
     torch.testing.assert_close(our_gradient, their_gradient, rtol=0, atol=1e-10 * float(their_gradient.abs().max()))
 
 
 @every_kernel
 def test_duplicates_enter_the_mean_distance(impl):
-    """Worked by hand: the student's distances 0, 1, 1 have mean 2/3; over the positive ones it would be 1."""
+    """By hand: the student's distances 0, 1, 1 have mean 2/3; the mean of the positive ones is 1."""
     student = torch.tensor([[0.0], [0.0], [1.0]])
     teacher = torch.tensor([[0.0], [1.0], [2.0]])
-    # Normalised: 0, 3/2, 3/2 against 3/4, 3/2, 3/4; two pairs that are 3/4 apart, each of them twice, over 9.
+    # Normalised: 0, 3/2, 3/2 and 3/4, 3/2, 3/4; two pairs differ by 3/4, each counts twice, divided by 9.
     assert float(rkd_distance_loss(student, teacher, impl=impl)) == pytest.approx(4 * 0.75**2 / 2 / 9, rel=1e-6)
 
 
@@ -174,7 +175,7 @@ def test_gradcheck(loss, impl, reduction, tuples, huber_delta):
 @every_kernel
 @every_loss
 def test_gradient_flows_through_the_mean_distance(loss, impl):
-    """A loss that scaling does not change has a gradient at right angles to its input (Euler's theorem)."""
+    """The gradient of a loss that is invariant to scaling is orthogonal to its input (Euler's theorem)."""
     student, teacher = batch()
     _, gradient = value_and_gradient(loss, student, teacher, impl=impl)
     products = gradient * student.detach()
@@ -197,7 +198,7 @@ def test_reductions(loss, impl, rows):
 @every_term
 @every_kernel
 def test_all_tuples_as_indices(loss, impl):
-    """Naming every tuple of distinct rows is the same as naming none; ``mined`` means are over what is named."""
+    """All tuples of distinct rows as indices give the loss without indices; a mean is over the given tuples."""
     student, teacher = batch()
     tuples = torch.cartesian_prod(*[torch.arange(len(student))] * ORDER[loss])
     distinct = tuples[[len(set(t.tolist())) == ORDER[loss] for t in tuples]]
@@ -223,7 +224,7 @@ def test_mined_tuples_agree_between_kernels(loss, reduction):
 
 @every_kernel
 def test_tuples_that_name_a_row_twice_add_nothing(impl):
-    """Even where one side's arm has no length, so that its formula says 0 and the other side's 1."""
+    """Even if an arm has length 0 on one side, so that the formula gives 0 there and 1 on the other side."""
     student, teacher = batch()
     student = student.detach().index_copy(0, torch.tensor([1]), student.detach()[:1])
     twice = torch.tensor([[0, 1, 1], [0, 0, 1], [3, 3, 3]])
@@ -269,7 +270,7 @@ def test_weight_of_zero_skips_the_term(monkeypatch, skipped, weights):
 
 
 @every_kernel
-def test_no_term_at_all(impl):
+def test_both_weights_zero(impl):
     student, teacher = batch()
     value, gradient = value_and_gradient(rkd_da_loss, student, teacher, distance_weight=0, angle_weight=0, impl=impl)
     assert value == 0
@@ -311,7 +312,7 @@ def test_gradient_accumulation(impl):
 
 @pytest.mark.parametrize(
     ("impl", "backward_too"),
-    # PyTorch wants backward outside of autocast; the readable kernel keeps to that.
+    # PyTorch recommends the backward pass outside of autocast; ``reference`` needs this.
     [("reference", False), ("chunked", False), ("chunked", True)],
 )
 def test_autocast(impl, backward_too, dtype, device):
@@ -361,38 +362,64 @@ def test_indices_are_checked_in_a_compiled_function():
         compiled(student, teacher, pairs=(torch.tensor([0]), torch.tensor([7])))
 
 
-@pytest.mark.parametrize(
-    ("backend", "sizes"), [("aot_eager", (7, 12)), pytest.param("inductor", (7,), marks=pytest.mark.slow)]
-)
-def test_compile_backends(backend, sizes, device):
-    """With the batch size left open, and once through the backend that users get."""
+@pytest.mark.slow
+def test_inductor(device):
+    """The default backend of torch.compile."""
     torch._dynamo.reset()
-    compiled = torch.compile(rkd_da_loss, fullgraph=True, backend=backend, dynamic=len(sizes) > 1)
-    for rows in sizes:
+    student, teacher = batch(dtype=torch.float32, device=device)
+    compiled = torch.compile(rkd_da_loss, fullgraph=True)
+    ours, eager = (value_and_gradient(f, student, teacher) for f in (compiled, rkd_da_loss))
+    torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize(
+    ("impl", "options"),
+    [
+        ("chunked", {}),
+        *(
+            pytest.param(impl, options, marks=pytest.mark.slow)
+            for impl, options in (
+                ("chunked", {"reduction": "tuple_mean", "anchors": 0.5}),
+                ("chunked", {"reduction": "anchor", **mined(rkd_da_loss)}),
+                ("reference", {}),
+                ("reference", mined(rkd_da_loss)),
+            )
+        ),
+    ],
+)
+def test_one_compilation_serves_every_batch_size(impl, options, device):
+    torch._dynamo.reset()
+    compiled = torch.compile(rkd_da_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (7, 12, 30, 8):
         student, teacher = batch(rows, dtype=torch.float32, device=device)
-        ours, eager = (value_and_gradient(f, student, teacher) for f in (compiled, rkd_da_loss))
+        eager = at_seed(value_and_gradient, rkd_da_loss, student, teacher, impl=impl, **options)
+        with torch.compiler.set_stance("default" if rows == 7 else "fail_on_recompile"):
+            ours = at_seed(value_and_gradient, compiled, student, teacher, impl=impl, **options)
         torch.testing.assert_close(ours, eager)
 
 
 @every_kernel
 def test_export(impl):
+    """One program for batches of any size."""
     options = {"impl": impl, "anchors": 3, "pairs": mined(rkd_distance_loss)["pairs"]}
 
     class Model(torch.nn.Module):
         def forward(self, student, teacher):
             return rkd_da_loss(student, teacher, **options)
 
-    student, teacher = batch(dtype=torch.float32)
-    exported = torch.export.export(Model(), (student.detach(), teacher)).module()
-    other = torch.randn_like(teacher)
-    torch.testing.assert_close(
-        at_seed(exported, student.detach(), other), at_seed(rkd_da_loss, student.detach(), other, **options)
-    )
+    rows = torch.export.Dim("rows", min=7)
+    shapes = {"student": {0: rows}, "teacher": {0: rows}}
+    exported = torch.export.export(Model(), tuple(x.detach() for x in batch()), dynamic_shapes=shapes).module()
+    for other in (7, 12):
+        student, teacher = (x.detach() for x in batch(other))
+        torch.testing.assert_close(
+            at_seed(exported, student, teacher), at_seed(rkd_da_loss, student, teacher, **options)
+        )
 
 
 @every_kernel
 def test_in_ddp(impl, tmp_path):
-    """Inside DistributedDataParallel the gradient is the plain one; what crosses ranks is another matter."""
+    """DistributedDataParallel with one process does not change the gradient."""
     student, teacher = batch(dtype=torch.float32)
     model = torch.nn.Linear(3, 2)
     rkd_da_loss(model(student.detach()), teacher, impl=impl).backward()
@@ -407,12 +434,12 @@ def test_in_ddp(impl, tmp_path):
     torch.testing.assert_close(model.weight.grad, expected)
 
 
-# One set of relations, and nothing of it kept
+# One computation of the relations, and no state between calls
 
 
 @every_loss
 def test_relations_are_computed_once_and_not_kept(loss, monkeypatch):
-    """Not for a teacher that is given again either: a copy, a replay or another program may have changed it."""
+    """Also for the same teacher tensor, whose values may have changed."""
     computed, original = [], chunked.relations
 
     def relations(x):
@@ -446,7 +473,7 @@ def test_terms(impl):
 
 @every_kernel
 def test_all_rows_as_anchors_change_nothing(impl):
-    """Nor do they move the pairs beside them to other rows."""
+    """Also for pairs, which still name the same rows."""
     student, teacher = batch()
     options = {"impl": impl, "pairs": mined(rkd_distance_loss)["pairs"], "reduction": "anchor"}
     ours, expected = (value_and_gradient(rkd_da_loss, student, teacher, **options, **a) for a in ({"anchors": 7}, {}))
@@ -457,7 +484,7 @@ def test_all_rows_as_anchors_change_nothing(impl):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are constants of a traced program
 @every_kernel
 def test_traced(impl):
-    """No batch becomes a constant of the program."""
+    """No value of a batch is a constant of the traced program."""
     student, teacher = (x.detach() for x in batch())
     rkd_da_loss(student, teacher, impl=impl)
     traced = torch.jit.trace(lambda s, t: rkd_da_loss(s, t, impl=impl), (student, teacher))
@@ -467,8 +494,8 @@ def test_traced(impl):
 
 
 @every_kernel
-def test_without_values(impl):
-    """Shapes and dtypes only, as FakeTensorMode and the meta device compute; more than one loss of one teacher."""
+def test_fake_and_meta_tensors(impl):
+    """FakeTensorMode and the meta device: shapes and dtypes only; several losses with one teacher."""
     student, teacher = batch(dtype=torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         fake, fake_teacher = mode.from_tensor(student), mode.from_tensor(teacher)
@@ -479,7 +506,7 @@ def test_without_values(impl):
     assert (meta.shape, meta.dtype, meta.device.type) == ((7,), torch.float32, "meta")
 
 
-# What cannot be computed is one sentence
+# Errors are one sentence
 
 X = torch.zeros(4, 2)
 NO_NUMBERS = ["1e-4", None, True, torch.ones(())]
@@ -501,7 +528,7 @@ NO_NUMBERS = ["1e-4", None, True, torch.ones(())]
         (X, X.to("meta"), ValueError, "expected student and teacher on one device, got cpu and meta"),
     ],
 )  # fmt: skip
-def test_batches_that_cannot_be(student, teacher, error, message):
+def test_invalid_batches(student, teacher, error, message):
     for loss in LOSSES:
         with pytest.raises(error) as caught:
             loss(student, teacher)
@@ -512,7 +539,7 @@ def test_batches_that_cannot_be(student, teacher, error, message):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch, of its prototypes
 @pytest.mark.parametrize("kind", ["nested", "jagged", "quantized", "MaskedTensor", "DTensor"])
-def test_kinds_of_tensors_that_cannot_be(kind, tmp_path):
+def test_unsupported_kinds_of_tensors(kind, tmp_path):
     if kind == "quantized":
         tensor, message = torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), "got torch.qint8; pass teacher.dequantize"
     elif kind == "MaskedTensor":
@@ -533,8 +560,8 @@ def test_kinds_of_tensors_that_cannot_be(kind, tmp_path):
             torch.distributed.destroy_process_group()
 
 
-def test_tensors_that_are_more_than_tensors():
-    """A parameter and a subclass, through to the gradient of what they were made from."""
+def test_subclasses_of_tensor():
+    """A parameter and a subclass, with the gradient of the original tensor."""
     student, teacher = batch()
     expected = value_and_gradient(rkd_da_loss, student, teacher)
     parameter = torch.nn.Parameter(student.detach())
@@ -566,7 +593,7 @@ class Rows(torch.Tensor):
             for value in (0, -1.0, math.nan, math.inf, 10**400)
         ),
         *(
-            ({"anchors": value}, ValueError, "expected anchors to be a number of rows, an integer from 1 on, or a sh")
+            ({"anchors": value}, ValueError, "expected anchors to be a number of rows, an integer of at least 1, or ")
             for value in (0, -1, 0.0, 1.5, math.nan)
         ),
         ({"reduction": "none"}, ValueError, "expected reduction to be one of ('mean', 'tuple_mean', 'sum', 'anchor')"),
@@ -575,8 +602,8 @@ class Rows(torch.Tensor):
         ({"gather": None}, TypeError, "expected gather to be True, False or a process group, got None"),
     ],
 )  # fmt: skip
-def test_options_that_cannot_be(options, error, message):
-    """In a call, and when a module is made."""
+def test_invalid_options(options, error, message):
+    """In a call of the function, and in the constructor of the module."""
     for name, call in (("rkd_da_loss", lambda **o: rkd_da_loss(X, X, **o)), ("RKDDALoss", RKDDALoss)):
         with pytest.raises(error) as caught:
             call(**options)
@@ -619,7 +646,7 @@ FIRST = torch.tensor([0])
         ([0], TypeError, "index vectors, got ['Tensor', "),
     ],
 )  # fmt: skip
-def test_indices_that_cannot_be(number, last, error, message):
+def test_invalid_indices(number, last, error, message):
     loss, option = {2: (rkd_distance_loss, "pairs"), 3: (rkd_angle_loss, "triplets")}[number]
     for tuples in ((*[FIRST] * (number - 1), last), (last, *[FIRST] * (number - 1))):
         with pytest.raises(error) as caught:
@@ -641,10 +668,10 @@ def test_indices_in_int32():
     assert rkd_da_loss(student, teacher, **narrow) == rkd_da_loss(student, teacher, **options)
 
 
-def test_tuples_beside_anchors_or_gather():
+def test_tuples_together_with_anchors_or_gather():
     pair, triplet = (FIRST, FIRST), (FIRST, FIRST, FIRST)
     with pytest.raises(ValueError, match="expected triplets or anchors, got both; triplets name their own vertices"):
         rkd_angle_loss(X, X, triplets=triplet, anchors=2)
     for loss, tuples in ((rkd_angle_loss, {"triplets": triplet}), (rkd_distance_loss, {"pairs": pair})):
-        with pytest.raises(ValueError, match="expected gather=False beside pairs or triplets, which name rows of this"):
+        with pytest.raises(ValueError, match="expected gather=False with pairs or triplets, which name rows of this"):
             loss(X, X, gather=True, **tuples)

@@ -1,4 +1,4 @@
-"""What each room of the package may import: along the arrows of the design, without circles, and lightly."""
+"""The imports between the rooms of the package: allowed arrows, no circles, and no heavy imports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import rkd_plugin
 
 PACKAGE = Path(rkd_plugin.__file__).parent
-# From top to bottom: a file imports from its own room and from lower ones. Rooms on one line do not know each other.
+# From top to bottom: a file imports from its own room and from lower ones, not from another room on the same line.
 FLOORS = [
     ["cli"],
     ["bench", "experiments.tables"],
@@ -27,7 +27,7 @@ FLOORS = [
     ["kernels"],
     ["cores", "environment", "storage", "markdown", "printing"],
 ]
-CORE = ["functional", "losses", "distributed"]
+CORE = ["options", "functional", "losses", "distributed"]
 
 
 def modules_of(folder):
@@ -67,7 +67,7 @@ def imports_of(path, modules):
 
 
 def room_of(module):
-    """Its room, and how high that is; None for files that belong to no room."""
+    """The room of a module and its floor; None for files without a room."""
     for floor, rooms in enumerate(FLOORS):
         for room in rooms:
             if module == room or module.startswith(f"{room}.") or (room == "core" and module in CORE):

@@ -1,4 +1,4 @@
-"""The modules keep the options of the functions and add nothing."""
+"""The modules store the options of the functions and add nothing."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 
 from rkd_plugin import RKDAngleLoss, RKDDALoss, RKDDistanceLoss, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
 
-TWINS = {RKDDistanceLoss: rkd_distance_loss, RKDAngleLoss: rkd_angle_loss, RKDDALoss: rkd_da_loss}
+FUNCTIONS = {RKDDistanceLoss: rkd_distance_loss, RKDAngleLoss: rkd_angle_loss, RKDDALoss: rkd_da_loss}
 OPTIONS = {"reduction": "sum", "huber_delta": 0.1, "impl": "reference"}
-GATHER, ANCHORS = {"gather": True}, {"anchors": 0.5}  # not for calls: one needs processes, the other draws
+GATHER, ANCHORS = {"gather": True}, {"anchors": 0.5}  # not for calls: one needs several processes, the other is random
 WEIGHTS = {"distance_weight": 25.0, "angle_weight": 50.0}
 
-every_module = pytest.mark.parametrize("module", TWINS, ids=lambda m: m.__name__)
+every_module = pytest.mark.parametrize("module", FUNCTIONS, ids=lambda m: m.__name__)
 
 
-def others(module, called=False):
+def other_options(module, called=False):
     """Options that all differ from the defaults."""
     options = OPTIONS | (WEIGHTS if module is RKDDALoss else {})
     return options if called else options | GATHER | (ANCHORS if module is not RKDDistanceLoss else {})
@@ -30,9 +30,9 @@ def others(module, called=False):
 @every_module
 @pytest.mark.parametrize("changed", [False, True], ids=["defaults", "options"])
 def test_module(module, changed, monkeypatch):
-    options = others(module, called=True) if changed else {}
+    options = other_options(module, called=True) if changed else {}
     student, teacher = torch.randn(6, 3, requires_grad=True), torch.randn(6, 4)
-    ours, expected = module(**options)(student, teacher), TWINS[module](student, teacher, **options)
+    ours, expected = module(**options)(student, teacher), FUNCTIONS[module](student, teacher, **options)
     assert ours == expected
     assert all(
         torch.equal(*pair) for pair in zip(*(torch.autograd.grad(x, student) for x in (ours, expected)), strict=True)
@@ -42,13 +42,13 @@ def test_module(module, changed, monkeypatch):
 @every_module
 @pytest.mark.parametrize("option", [*OPTIONS, *GATHER, *ANCHORS, *WEIGHTS])
 def test_every_option_reaches_the_function(module, option, monkeypatch):
-    options = others(module)
+    options = other_options(module)
     if option not in options:
         with pytest.raises(TypeError, match=option):
             module(**{option: 1.0})
         return
     received = {}
-    monkeypatch.setattr(f"rkd_plugin.losses.{TWINS[module].__name__}", lambda *_, **options: received.update(options))
+    monkeypatch.setattr(module, "_function", staticmethod(lambda *_, **options: received.update(options)))
     module(**{option: options[option]})(None, None)
     assert received[option] == options[option]
 
@@ -58,7 +58,7 @@ def test_same_options_as_the_function(module):
     """The defaults too; index tuples belong to a batch, and so to the function only."""
     function = {
         name: p.default
-        for name, p in inspect.signature(TWINS[module]).parameters.items()
+        for name, p in inspect.signature(FUNCTIONS[module]).parameters.items()
         if p.kind is p.KEYWORD_ONLY and name not in ("pairs", "triplets")
     }
     assert {name: p.default for name, p in inspect.signature(module).parameters.items()} == function
@@ -66,7 +66,7 @@ def test_same_options_as_the_function(module):
 
 @every_module
 def test_repr_names_every_option(module):
-    options = others(module)
+    options = other_options(module)
     text = repr(module(**options))
     assert text.startswith(f"{module.__name__}(")
     for name, value in options.items():
@@ -76,11 +76,11 @@ def test_repr_names_every_option(module):
 
 @every_module
 def test_copies(module):
-    original = module(**others(module, called=True))
-    for twin in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
-        assert repr(twin) == repr(original)
+    original = module(**other_options(module, called=True))
+    for copied in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+        assert repr(copied) == repr(original)
         student, teacher = torch.randn(5, 2), torch.randn(5, 3)
-        assert twin(student, teacher) == original(student, teacher)
+        assert copied(student, teacher) == original(student, teacher)
 
 
 @every_module
@@ -91,22 +91,33 @@ def test_no_state(module):
     assert list(loss.buffers()) == []
 
 
-def test_no_loss_is_another_loss():
-    """So that `isinstance` tells them apart."""
-    assert not any(issubclass(*pair) for pair in itertools.permutations(TWINS, 2))
+def test_no_loss_is_a_subclass_of_another():
+    assert not any(issubclass(*pair) for pair in itertools.permutations(FUNCTIONS, 2))
 
 
 @every_module
 def test_an_option_that_changes_is_checked_again(module):
     loss = module()
     loss.huber_delta = -1.0
-    with pytest.raises(ValueError, match=f"{TWINS[module].__name__}: expected huber_delta to be positive"):
+    with pytest.raises(ValueError, match=f"{FUNCTIONS[module].__name__}: expected huber_delta to be positive"):
         loss(torch.zeros(3, 2), torch.zeros(3, 2))
 
 
 @every_module
+def test_a_loss_of_two_tensors_in_a_trainer_of_pml(module):
+    """Such a trainer passes labels and mined tuples too."""
+    with pytest.raises(TypeError) as caught:
+        module()(torch.zeros(3, 2), torch.arange(3), None)
+    name = module.__name__
+    assert str(caught.value) == (
+        f"{name}: expected student and teacher, got 3 arguments; for pytorch-metric-learning, import {name} from "
+        "rkd_plugin.adapters.pml"
+    )
+
+
+@every_module
 def test_help_names_every_argument(module):
-    for public in (module, TWINS[module]):
+    for public in (module, FUNCTIONS[module]):
         arguments = public.__doc__.split("Args:")[1].split("\n\n")[0]
         documented = re.findall(r"^ {8}(\w+): ", arguments, re.MULTILINE)
         assert documented == list(inspect.signature(public).parameters)

@@ -1,4 +1,4 @@
-"""Time, memory and error of the kernels, beside torchdistill's own loss on the same data."""
+"""Time, memory and error of the kernels, compared with torchdistill's own loss on the same data."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def main(
 
     Args:
         sizes: numbers of rows N.
-        impls: kernels; if none are given, all that can run, ``reference`` up to N = 128.
+        impls: kernels; if empty, all that can run here, ``reference`` up to N = 128.
         student_dim: width of the student's embeddings.
         teacher_dim: width of the teacher's embeddings.
         dtype: of both, such as ``"bfloat16"``.
         device: ``None`` takes a GPU if there is one.
         repeats: timed repetitions per size; the result is their median.
-        peer_limit_gb: torchdistill's loss does not run where it would need more memory than this; its row then has
-            an estimate of the memory, and no times.
+        peer_limit_gb: torchdistill's loss does not run if it needs more memory than this, in GB; its row then has an
+            estimate of the memory, and no times.
 
     Returns:
-        ``environment`` and ``results``, what ``--json`` prints.
+        ``environment`` and ``results``, as ``--json`` prints them.
 
     Raises:
         ValueError: if a dtype, a size or the number of repetitions cannot be measured.
@@ -50,7 +50,7 @@ def main(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise ValueError(f"bench: dtype must be one of torch's floating-point ones, got {dtype!r}")
+        raise ValueError(f"bench: expected dtype to be a floating-point dtype of torch, got {dtype!r}")
     cases = [Case(rows, student_dim, teacher_dim, kind, device) for rows in sizes]
     chosen = list(impls) or ["chunked", "reference"]
     if not impls and device.startswith("cuda") and find_spec("triton") is not None:
@@ -62,11 +62,11 @@ def main(
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What `main` measured, from a file of what ``--json`` printed.
+    """The result of `main`, from a file with the output of ``--json``.
 
     Raises:
         OSError: if there is no such file.
-        ValueError: if it holds something else.
+        ValueError: if it has other content.
     """
     try:
         measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -79,7 +79,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def show(measured: dict[str, Any], as_json: bool = False, path: Path | None = None) -> str:
-    """What `main` measured as Markdown or JSON; drawn into ``path``, if one is given."""
+    """The result of `main` as Markdown or JSON; also drawn into the file ``path``, if given."""
     if path is not None:
         picture(measured, path)
     return json.dumps(measured, indent=2) if as_json else table(measured)

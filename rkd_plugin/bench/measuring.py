@@ -1,8 +1,8 @@
-"""Forward and backward of RKD-DA: how long, how much memory, how far from the truth.
+"""Forward and backward of RKD-DA: time, memory and error.
 
-The losses take turns within one loop, so that a noisy machine is noisy for all. Every call gets a new teacher tensor,
-as a training step does. Memory is the *growth* of the peak; on a CPU, each measurement has a fresh process. A kernel
-that disagrees with ``reference`` gets no speed.
+The losses alternate in one loop, so that noise of the machine affects all of them. Every call gets a new teacher
+tensor, as in a training step. Memory is the *growth* of the peak; on a CPU, each measurement has a new process. A
+kernel that disagrees with ``reference`` raises before it is timed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from rkd_plugin.functional import Impl, rkd_da_loss
+from rkd_plugin.functional import rkd_da_loss
 from rkd_plugin.kernels import compiled
+from rkd_plugin.options import Impl
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -28,10 +29,10 @@ PEER = "torchdistill"
 REFERENCE_ROWS = 128  # up to here the O(N^2 D + N^3) reference has a row even if it is not requested
 TRUTH_ROWS = 2048  # up to here the error is measured, against float64
 CHECK_ROWS = 64
-CHECK_ANCHORS = 8  # of a large batch, of which the reference could not compute all
+CHECK_ANCHORS = 8  # of a large batch, since ``reference`` cannot compute all of them
 WARM_UPS = 2
-METER = 1e6  # bytes; a growth below this is lost in what the process had spare
-# Relative to the largest entry: float32 keeps 6e-8, and the sums of a batch of 64 lose less than two digits more.
+SMALLEST_GROWTH = 1e6  # bytes; less may fit into free memory of the process, unseen
+# Relative to the largest entry: float32 rounds by 6e-8, and the sums of a batch of 64 lose less than two digits more.
 AGREEMENT = {torch.float64: 1e-10, torch.float32: 5e-6}
 
 
@@ -72,7 +73,7 @@ def check(impl: str, device: str, largest: int = CHECK_ROWS) -> None:
     Args:
         impl: the kernel.
         device: where it runs.
-        largest: the largest batch that is measured; what computes large batches on a CPU is checked if it takes part.
+        largest: the largest batch to measure; from `compiled.ROWS` on, the path for large batches is checked too.
 
     Raises:
         RuntimeError: if it disagrees.
@@ -86,15 +87,15 @@ def check(impl: str, device: str, largest: int = CHECK_ROWS) -> None:
             for what, error in zip(("value", "gradient"), errors, strict=True):
                 if not error <= limit:
                     raise RuntimeError(
-                        f"bench: expected impl {impl!r} to agree with 'reference' to {limit:.0e} before it gets a "
-                        f"speed, got a {what} that is off by {error:.1e} in {dtype} at N = {case.rows}"
+                        f"bench: expected impl {impl!r} to agree with 'reference' to {limit:.0e} before it is "
+                        f"timed, got a {what} with an error of {error:.1e} in {dtype} at N = {case.rows}"
                     )
 
 
 def measure(case: Case, impls: Sequence[str], all_of_them: bool, repeats: int, peer_limit_gb: float) -> list[Row]:
-    """One `Row` per contender; of ``reference`` only where it is small, unless ``all_of_them``."""
+    """One `Row` per contender; ``reference`` only for small batches, unless ``all_of_them``."""
     if case.rows < 2 or repeats < 1:
-        raise ValueError(f"bench: at least 2 rows and 1 repetition are needed, got {case.rows} and {repeats}")
+        raise ValueError(f"bench: expected at least 2 rows and 1 repetition, got {case.rows} and {repeats}")
     names = [name for name in impls if name != "reference" or all_of_them or case.rows <= REFERENCE_ROWS]
     peer_runs = peer_bytes(case) <= peer_limit_gb * 1e9
     names += [PEER] if peer_runs else []
@@ -104,7 +105,7 @@ def measure(case: Case, impls: Sequence[str], all_of_them: bool, repeats: int, p
     def row(name: str) -> Row:
         dtype = str(case.dtype).removeprefix("torch.")
         what = (case.rows, case.student_dim, case.teacher_dim, dtype, name)
-        ratio = memory[PEER] / memory[name] if name == PEER or memory[name] >= METER else None
+        ratio = memory[PEER] / memory[name] if name == PEER or memory[name] >= SMALLEST_GROWTH else None
         if name not in times:
             return Row(*what, None, None, None, None, memory[name] / 1e6, True, None, None, None, None, ratio)
         low, both, high = (float(q) for q in times[name][:, 2].quantile(torch.tensor([0.25, 0.5, 0.75]).double()))
@@ -120,13 +121,13 @@ def measure(case: Case, impls: Sequence[str], all_of_them: bool, repeats: int, p
 
 
 def peer_bytes(case: Case) -> int:
-    """Peak memory that the N^3 form needs for forward and backward, within 1 % from N = 256 on."""
+    """The peak memory of torchdistill's loss, forward and backward, in bytes; within 1 % from N = 256 on."""
     widths = case.teacher_dim + case.student_dim
     return case.dtype.itemsize * (3 * case.rows**3 + 2 * case.rows**2 * widths)
 
 
 def batch(case: Case) -> tuple[Tensor, Tensor]:
-    """The same student and teacher for every contender; drawn on the CPU, whose numbers do not depend on the device."""
+    """The same student and teacher for every contender and device, since they are drawn on the CPU."""
     generator = torch.Generator().manual_seed(0)
     widths = (case.student_dim, case.teacher_dim)
     student, teacher = (torch.randn(case.rows, width, generator=generator) for width in widths)
@@ -137,7 +138,7 @@ def growth_here(name: str, case: Case) -> int:
     """Bytes by which forward and backward raise the peak memory of this process, or of the GPU."""
     loss = _contender(name)
     student, teacher = batch(case)
-    # What the first call loads, or compiles, is not the batch's.
+    # The memory of loading and compiling in the first call is not part of the growth.
     compiles = name not in (PEER, "reference") and case.rows >= compiled.ROWS
     _value_and_gradient(loss, *batch(case._replace(rows=compiled.ROWS if compiles else 8)))
     if case.device.startswith("cuda"):
@@ -145,34 +146,36 @@ def growth_here(name: str, case: Case) -> int:
         before = torch.cuda.memory_allocated()
         _value_and_gradient(loss, student, teacher)
         return torch.cuda.max_memory_allocated() - before
-    _forget_peak()
-    before = _peak()
+    reset_peak()
+    before = peak()
     _value_and_gradient(loss, student, teacher)
-    return _peak() - before
+    return peak() - before
 
 
 def peak_growth(name: str, case: Case) -> int:
-    """Bytes by which forward and backward raise the peak memory; on a CPU that of a fresh process."""
+    """Bytes by which forward and backward raise the peak memory; on a CPU, in a new process."""
     if case.device.startswith("cuda"):
         return growth_here(name, case)
     what = f"*{case[:3]!r}, {case.dtype}, {case.device!r}"
     code = f"import torch; from rkd_plugin.bench.measuring import *; print(growth_here({name!r}, Case({what})))"
     path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # glibc gives blocks above this back as soon as they are freed, so that the peak is of live memory, not of its gaps.
-    # One thread, since their number changes no allocation and on a busy machine they wait for each other.
+    # glibc returns larger blocks to the system when they are freed, so that the peak has no unused memory.
+    # One thread, since the number of threads changes no allocation, and threads wait for each other on a busy machine.
     env = os.environ | {"PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout)
 
 
-def _forget_peak() -> None:
-    # Without Linux the peak of what came before stays: the growth may then read too small, never too large.
+def reset_peak() -> None:
+    """Set the peak memory of this process to its current memory."""
+    # On other systems than Linux the earlier peak stays: the growth may be too small, never too large.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak() -> int:
-    # Not ru_maxrss where it can be helped: on Linux that survives exec, so it would start at the parent's peak.
+def peak() -> int:
+    """The peak memory of this process, in bytes."""
+    # Not ru_maxrss on Linux, where it survives exec and starts at the peak of the parent process.
     try:
         status = Path("/proc/self/status").read_text()
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
@@ -207,7 +210,7 @@ def _value_and_gradient(loss: Loss, student: Tensor, teacher: Tensor) -> tuple[T
 
 
 def _errors(loss: Loss, truth: Loss, student: Tensor, teacher: Tensor) -> tuple[float, float]:
-    """Of value and gradient, each relative to its largest entry, against ``truth`` in float64."""
+    """The errors of value and gradient, each relative to its largest entry, compared with ``truth`` in float64."""
     pairs = zip(
         _value_and_gradient(loss, student, teacher),
         _value_and_gradient(truth, student.double(), teacher.to(torch.float64, copy=True)),
@@ -218,14 +221,14 @@ def _errors(loss: Loss, truth: Loss, student: Tensor, teacher: Tensor) -> tuple[
 
 
 def _saved_bytes(loss: Loss, student: Tensor, teacher: Tensor) -> int:
-    """What autograd keeps for the backward pass, in storages other than the inputs'."""
+    """Bytes that autograd saves for the backward pass, without the storages of the inputs."""
     inputs = {x.untyped_storage().data_ptr() for x in (student, teacher)}
     kept: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in inputs:
-            kept[storage.data_ptr()] = storage  # held, so that no other one gets its address
+            kept[storage.data_ptr()] = storage  # a reference, so that no other storage gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -246,9 +249,9 @@ def _times(contenders: dict[str, Loss], student: Tensor, teacher: Tensor, repeat
     samples: dict[str, list[list[float]]] = {name: [] for name in contenders}
     for step in range(WARM_UPS + repeats):
         for name, loss in contenders.items():
-            # An untimed call first, since the one after another loss pays for what that one did to the memory.
+            # An untimed call first, since the first call after another loss finds other data in the caches.
             torch.autograd.grad(loss(student, teacher.roll(2 * step, 0)), student)
-            # A training step has a teacher of its own: other values in another tensor. The same for every loss.
+            # Each training step has new teacher embeddings: other values in another tensor. The same for every loss.
             new_teacher = teacher.roll(2 * step + 1, 0)
             start = now()
             value = loss(student, new_teacher)
@@ -256,5 +259,5 @@ def _times(contenders: dict[str, Loss], student: Tensor, teacher: Tensor, repeat
             torch.autograd.grad(value, student)
             end = now()
             samples[name].append([middle - start, end - middle, end - start])
-            del value  # frees what the graph kept, before the next loss starts
+            del value  # frees the graph before the next loss starts
     return {name: torch.tensor(rows[WARM_UPS:], dtype=torch.float64) * 1000 for name, rows in samples.items()}

@@ -1,4 +1,4 @@
-"""What was measured, as a table and a picture."""
+"""The results as a table and a picture."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from rkd_plugin import markdown
 
 Result = Mapping[str, Any]
-METER_MB = 1.0  # a smaller growth is lost in what the process had spare
-LARGE = 256  # rows from which on the leading power of N shows
+SMALLEST_MB = 1.0  # a smaller growth may fit into free memory of the process, unseen
+LARGE = 256  # rows from which the leading power of N dominates
 HEADS = {
     "rows": "N",
     "loss": "loss",
@@ -29,10 +29,10 @@ HEADS = {
 
 
 def table(measured: Mapping[str, Any]) -> str:
-    """Markdown; "~" marks an estimate, "-" what was not measured, "<1" what the meter does not resolve."""
+    """Markdown; "~" marks an estimate, "-" a missing measurement, "<1" a growth below the resolution."""
     results: Sequence[Result] = measured["results"]
     cases = {(row["student_dim"], row["teacher_dim"], row["dtype"]) for row in results}
-    said = "; ".join(f"student {student}-d, teacher {teacher}-d, {dtype}" for student, teacher, dtype in sorted(cases))
+    sizes = "; ".join(f"student {student}-d, teacher {teacher}-d, {dtype}" for student, teacher, dtype in sorted(cases))
     growth = [
         f"{loss}: time ~ N^{time:.2f}, memory ~ N^{memory:.2f}"
         for loss in dict.fromkeys(row["loss"] for row in results)
@@ -40,13 +40,13 @@ def table(measured: Mapping[str, Any]) -> str:
         if time is not None and memory is not None
     ]
     text = [markdown.table(list(HEADS.values()), [[_cell(row, name) for name in HEADS] for row in results])]
-    text += ["", f"RKD-DA, {said}. " + "; ".join(growth) + (f" (fitted from N = {LARGE} on)." if growth else "")]
+    text += ["", f"RKD-DA, {sizes}. " + "; ".join(growth) + (f" (fitted from N = {LARGE} on)." if growth else "")]
     text += ["Measured with " + ", ".join(f"{key} {value}" for key, value in measured["environment"].items()) + "."]
     return "\n".join(line.rstrip() for line in text)
 
 
 def exponent(results: Sequence[Result], loss: str, what: str) -> float | None:
-    """Of N in a power law through the large batches by least squares; None with fewer than three of them."""
+    """The exponent of N in a power law, fitted to the large batches; None with fewer than three of them."""
     rows = [row for row in results if row["loss"] == loss and row["rows"] >= LARGE]
     points = [(math.log(row["rows"]), math.log(row[what])) for row in rows if row[what] and not row["estimated"]]
     if len({x for x, _ in points}) < 3:
@@ -66,7 +66,7 @@ def _cell(row: Result, name: str) -> str:
         return str(value)
     if name == "gradient_error":
         return f"{value:.0e}"
-    if name == "memory_mb" and value < METER_MB and not row["estimated"]:
+    if name == "memory_mb" and value < SMALLEST_MB and not row["estimated"]:
         return "<1"
     text = f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
     mark = "~" if name == "memory_mb" and row["estimated"] else ""
@@ -88,7 +88,7 @@ def picture(measured: Mapping[str, Any], path: Path) -> None:
     for axes, (what, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for number, loss in enumerate(dict.fromkeys(row["loss"] for row in measured["results"])):
             rows = [row for row in measured["results"] if row["loss"] == loss and row[what]]
-            drawn = [row for row in rows if what != "memory_mb" or row["estimated"] or row[what] >= METER_MB]
+            drawn = [row for row in rows if what != "memory_mb" or row["estimated"] or row[what] >= SMALLEST_MB]
             solid = [row for row in drawn if not row["estimated"]]
             for part, style in ((drawn, "--"), (solid, "o-")):
                 power = exponent(measured["results"], loss, what)

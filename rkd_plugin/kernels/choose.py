@@ -1,4 +1,4 @@
-"""Which kernel computes a loss, the requested one or the fastest one that agrees; and what derivatives it has."""
+"""The choice of the kernel: the requested one, or the fastest one that agrees with the others on this device."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up, not i
 
 
 def choose(name: str, impl: str, device: torch.device) -> ModuleType:
-    """The kernel file that computes: for ``"auto"`` one that runs on ``device``, otherwise the requested one.
+    """The kernel file: the requested one, or for ``"auto"`` the fastest one that works on ``device``.
 
     Args:
-        name: of the loss, for errors.
+        name: of the loss, for error messages.
         impl: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"fused"``.
         device: of the embeddings.
 
@@ -32,16 +32,18 @@ def choose(name: str, impl: str, device: torch.device) -> ModuleType:
     if impl != "fused":
         return _KERNELS[impl]
     if not _HAS_TRITON:
-        raise RuntimeError(f"{name}: impl 'fused' needs Triton, which is not installed; use impl='chunked'")
+        raise RuntimeError(f"{name}: expected Triton for impl 'fused', found none; use impl='chunked'")
     from rkd_plugin.kernels import fused
 
     if device.type != "cuda" and not (device.type == "cpu" and fused.INTERPRETED):
-        raise RuntimeError(f"{name}: impl 'fused' needs tensors on a CUDA device, got {device}; use impl='chunked'")
+        raise RuntimeError(
+            f"{name}: expected tensors on a CUDA device for impl 'fused', got {device}; use impl='chunked'"
+        )
     return fused
 
 
 def differentiable(name: str, kernel: ModuleType, student: Tensor) -> Tensor:
-    """``student`` for ``kernel``: any derivative for ``reference``; a second one of a fast kernel is an error.
+    """``student`` as input of ``kernel``: unchanged for ``reference``; for the others a second derivative raises.
 
     Raises:
         RuntimeError: as `first_only`.
@@ -56,9 +58,9 @@ _AGREES: dict[torch.device, bool] = {}
 
 
 def _fused_agrees(device: torch.device) -> bool:
-    """Whether the fused kernel gives on this device what the chunked one gives, tried once with a small batch.
+    """Whether ``fused`` agrees with ``chunked`` on this device, tested once with a small batch.
 
-    Triton compiles for each kind of GPU anew, and ``"auto"`` must neither fail nor be wrong on an untested one.
+    Triton compiles separately for each kind of GPU, and ``"auto"`` must not fail or be wrong on an untested one.
     """
     if device in _AGREES:
         return _AGREES[device]
@@ -67,17 +69,17 @@ def _fused_agrees(device: torch.device) -> bool:
 
         generator = torch.Generator().manual_seed(0)
         student, teacher = (torch.randn(40, width, generator=generator) for width in (3, 5))
-        student[0] *= 1e6  # so that tiles with this row take the path of rows that are far apart
+        student[0] *= 1e6  # tiles with this row use the path for distances of very different lengths
         found = []
         for kernel in (fused, chunked):
             with torch.inference_mode(False), torch.enable_grad():
                 leaf = student.detach().clone().to(device).requires_grad_()
                 sums = kernel.angle(kernel.relations(leaf), kernel.relations(teacher.to(device)), 0.5)
                 found.append((sums.detach(), *torch.autograd.grad(sums.sum(), leaf)))
-        # float32 keeps 6e-8, of which sums of 1600 terms lose less than two digits.
+        # float32 rounds by 6e-8; sums of 1600 terms lose less than two digits of that.
         agrees = all(bool((x - y).abs().max() < 1e-5 * y.abs().max()) for x, y in zip(*found, strict=True))
         reason = "its values differ"
-    except Exception as error:  # whatever Triton or a driver may raise
+    except Exception as error:  # Triton and drivers raise many types
         agrees, reason = False, f"{type(error).__name__}: {error}"
     if not agrees:
         warnings.warn(f"impl 'fused' cannot be used on {device} ({reason}); 'auto' uses 'chunked'", stacklevel=2)
@@ -85,5 +87,5 @@ def _fused_agrees(device: torch.device) -> bool:
     return agrees
 
 
-# What torch.compiler.assume_constant_result sets; using that here would load the compiler with the package.
+# The effect of torch.compiler.assume_constant_result, which would import the compiler with the package.
 _fused_agrees._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
-"""``chunked``'s cosines one vertex at a time through ``torch.compile``: a single pass over the ``N^2`` of each vertex.
+"""The cosines of ``chunked`` with ``torch.compile``: one vertex at a time, a single pass over its ``N^2`` cosines.
 
-On a CPU 1.4 times as fast as strips of plain PyTorch at 384 rows and 2.3 times at 1024, since nothing of a vertex but
-sums is ever written. The first call compiles C++, for 5 to 20 seconds, less where PyTorch finds it in its cache on
-disk; one compilation serves every N. Without a compiler, or with ``torch.compile`` disabled, this says nothing and
-leaves the work to the strips.
+On a CPU this is 1.4 times as fast as the strips of ``chunked`` at 384 rows, and 2.3 times at 1024, since only sums are
+written to memory. The first call compiles C++ for 5 to 20 seconds, less if PyTorch finds the result in its cache on
+disk; one compilation serves every N. Without a compiler, or if ``torch.compile`` is disabled, ``chunked`` uses its
+strips, without a warning.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FAILURES: list[Exception] = []  # why this was given up, for who wonders
-ROWS = 384  # from here on a call saves enough; below, the calls themselves cost more than their arithmetic
+FAILURES: list[Exception] = []  # why the compiled path is not used any more
+ROWS = 384  # the smallest batch; below, the calls cost more than their arithmetic
 
 
 def sweep(sides: Sequence[tuple[Tensor, Tensor]], huber_delta: float, weights: Tensor) -> tuple[Tensor, ...] | None:
@@ -29,7 +29,7 @@ def sweep(sides: Sequence[tuple[Tensor, Tensor]], huber_delta: float, weights: T
 
     Returns:
         Losses ``(V,)``; ``sum_c P`` and ``sum_c W * cos`` at ``[a, b]``, ``(2, V, N)``; ``sum_a weights_a * P`` at
-        ``[b, c]``. None where this cannot run.
+        ``[b, c]``. None if this cannot run.
     """
     (halves, lengths), (teacher_halves, teacher_lengths) = sides
     rows = len(halves)
@@ -39,7 +39,7 @@ def sweep(sides: Sequence[tuple[Tensor, Tensor]], huber_delta: float, weights: T
     arms, opposite = lengths.new_empty(2, len(weights), rows), lengths.new_zeros(rows, rows)
     distinct = 1 - torch.eye(rows, dtype=lengths.dtype)
     delta = lengths.new_tensor(huber_delta)
-    if teacher_halves.dtype != halves.dtype:  # of two compilations, not four
+    if teacher_halves.dtype != halves.dtype:  # two compilations instead of four
         halves, teacher_halves = halves.to(weights.dtype), teacher_halves.to(weights.dtype)
     shared = halves, teacher_halves, distinct, delta, opposite
     vertex = _compiled(torch.get_num_threads())
@@ -47,7 +47,7 @@ def sweep(sides: Sequence[tuple[Tensor, Tensor]], huber_delta: float, weights: T
         for a in range(len(weights)):
             own = halves[a], lengths[a], teacher_halves[a], teacher_lengths[a], weights[a]
             losses[a] = vertex(*shared, *own, arms[0, a], arms[1, a])
-    except Exception as error:  # whatever a missing or broken compiler may raise
+    except Exception as error:  # a missing or broken compiler raises many types
         FAILURES.append(error)
         return None
     return losses, arms, opposite
@@ -55,7 +55,7 @@ def sweep(sides: Sequence[tuple[Tensor, Tensor]], huber_delta: float, weights: T
 
 @cache
 def _compiled(threads: int) -> Any:
-    # Else PyTorch's cache on disk may give code for another number of threads.
+    # Without the option, the cache on disk may return code for another number of threads.
     return torch.compile(_vertex, dynamic=True, options={"cpp.threads": threads})
 
 
@@ -73,7 +73,7 @@ def _vertex(
     arm: Tensor,
     turn: Tensor,
 ) -> Tensor:
-    """The loss of one vertex, whose rows of the matrices are ``h`` and ``r``; writes the last two and ``opposite``."""
+    """The loss of one vertex with the rows ``h`` and ``r``; writes ``arm`` and ``turn``, and adds to ``opposite``."""
     scale = r[:, None] * r
     cosine = (h - halves + h[:, None]).to(r.dtype) * scale
     # Both cosines are rounded before they are compared, so that equal relations differ by exactly 0.
@@ -85,5 +85,5 @@ def _vertex(
     arm.copy_(scaled.sum(1))
     turn.copy_((slope * cosine).sum(1))
     opposite.add_((scaled * weight).to(opposite.dtype))
-    # Returned: within another compilation, PyTorch 2.15 drops what is written into a tensor without dimensions.
+    # Returned, not written: in another compilation, PyTorch 2.15 loses writes to a tensor without dimensions.
     return loss

@@ -1,4 +1,4 @@
-"""Refuse the derivatives that a computation does not have, where PyTorch would give a wrong number in silence."""
+"""Raise for derivatives that a computation does not have, for which PyTorch would give a wrong number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def transformed(x: Tensor) -> str | None:
-    """What else than autograd's reverse mode works on ``x``: a transform of ``torch.func``, forward mode, or None."""
+    """The kind of differentiation of ``x`` other than reverse mode, for an error message; None if there is none."""
     if torch.compiler.is_compiling():
         return None
     if torch._C._are_functorch_transforms_active():
@@ -19,19 +19,19 @@ def transformed(x: Tensor) -> str | None:
 
 
 def first_only(x: Tensor, where: str, advice: str) -> Tensor:
-    """``x`` itself; what is computed from it has a gradient, which may be kept in a graph but not differentiated again.
+    """``x``, with a first derivative in reverse mode only; ``create_graph=True`` works, a second derivative raises.
 
     Args:
         x: ``(N, D)``.
-        where: the loss and what of it has no further derivatives, for the error.
-        advice: what to do instead, for the error.
+        where: the loss and its part without further derivatives, for the error message.
+        advice: what to do instead, for the error message.
 
     Raises:
-        RuntimeError: here under a transform of ``torch.func``; where a forward-mode derivative is taken; and where a
-            gradient by ``x`` is differentiated.
+        RuntimeError: at once under a transform of ``torch.func`` or in forward mode; in the backward pass if a gradient
+            with respect to ``x`` is differentiated.
     """
     message = f"{where}: expected a first derivative in reverse mode, got {{}}; {advice}"
-    # Each would take the derivative of an operator that is written in Python for 0.
+    # In these modes, the derivative of an operator that is written in Python would be 0.
     if (how := transformed(x)) is not None:
         raise RuntimeError(message.format(how))
     if not (torch.is_grad_enabled() and x.requires_grad):
@@ -41,10 +41,10 @@ def first_only(x: Tensor, where: str, advice: str) -> Tensor:
 
 
 class _FirstOnly(torch.autograd.Function):
-    """The identity, with `_Refused` as its backward pass.
+    """The identity, with `_NoDerivative` as its backward pass.
 
-    ``path`` connects that to ``x`` in the graph, or a second derivative by ``x`` would never come across it. It has no
-    rows, so that ``x`` itself may be overwritten before the backward pass.
+    ``path`` connects `_NoDerivative` to ``x`` in the graph; without it a second derivative with respect to ``x`` would
+    not reach it. It has no rows, so that ``x`` may be overwritten before the backward pass.
     """
 
     @staticmethod
@@ -55,11 +55,11 @@ class _FirstOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Refused.apply(grad, *ctx.saved_tensors, ctx.message), None, None
+        return _NoDerivative.apply(grad, *ctx.saved_tensors, ctx.message), None, None
 
 
-class _Refused(torch.autograd.Function):
-    """The identity, without a derivative."""
+class _NoDerivative(torch.autograd.Function):
+    """The identity; its derivative raises."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, path: Tensor, message: str) -> Tensor:

@@ -1,27 +1,27 @@
 """Triton on a GPU, in ``O(N^2)`` memory: squared distances, and all cosines with their gradient, in one kernel each.
 
-A triangle i, j, k has three angles, all made of the same three distances. A program owns a tile of pairs i < j and
-walks along all k: it adds the angles at i and at j to the losses of these vertices, and all three to the gradient of
+A triangle i, j, k has three angles, which depend on the same three distances. A program computes a tile of pairs i < j
+in a loop over all k: it adds the angles at i and at j to the losses of these vertices, and all three to the gradient of
 the distance between i and j. With h = D / 2, r = 1 / sqrt(D), or 0 where D = 0, and W the slope of the Huber loss:
 
     cos_i = (h_ij + h_ik - h_jk) * r_ij * r_ik                     likewise cos_j and cos_k
     dL/dD_ij = sum_k W_i r_ij r_ik + W_j r_ij r_jk - W_k r_ik r_jk - r_ij^2 (W_i cos_i + W_j cos_j)
 
-What a program sums up stays in its registers, so that there are no atomics, and the same input gives the same bits in
-every run. That is paid for by computing a cosine three times, once for each side of its triangle. Tile sizes are fixed
-for the same reason: others would add up in another order. What is left to PyTorch is as reproducible as PyTorch is:
-index tuples only under ``torch.use_deterministic_algorithms``.
+The sums of a program stay in registers: there are no atomics, and the same input gives the same bits in every run. The
+price is that a cosine is computed three times, once for each side of its triangle. Tile sizes are fixed for the same
+reason: others would change the order of the sums. Index tuples, which PyTorch computes, are reproducible only under
+``torch.use_deterministic_algorithms``.
 
-The numerator cancels where one side is much shorter than the others. Unless the input is float64, h is therefore split
+The numerator cancels if one side is much shorter than the others. Unless the input is float64, h is therefore split
 into whole steps of about 2^-23 of the largest, whose sums are exact in float32, and the rest, whose sums are rounded to
-2^-47 of the largest. A tile of which that resolves too little (`APART`) is left to a second launch of the kernel, which
-takes its cosines from the differences of the rows, in float64: exact at any distance, for D times the work. In most
-batches no tile needs that, and the second launch ends at once.
+2^-47 of the largest. For a tile that needs more digits (`APART`), a second launch of the kernel computes the cosines
+from the differences of the rows, in float64: exact at any distance, for D times the work. Most batches have no such
+tile, and the second launch ends at once.
 
-Offsets are 64-bit integers, since N^2 numbers are more than 32 bits count from N = 46,341 on.
+Offsets are 64-bit integers, since from N = 46,341 on N^2 is larger than a 32-bit integer.
 
-No value is read back from the GPU, so that a call can be captured in a CUDA graph once its kernels have been compiled
-by a call before. ``TRITON_INTERPRET=1``, set before the first use, runs it on a CPU, slowly.
+No value is read back from the GPU, so a CUDA graph can capture a call after an earlier call has compiled the kernels.
+``TRITON_INTERPRET=1``, set before the first use, runs the kernels on a CPU, slowly.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rkd_plugin.kernels import chunked
+from rkd_plugin.kernels import chunked, strips
 from rkd_plugin.kernels.chunked import NO_LIMIT, Relations, distance
 from rkd_plugin.kernels.operators import angle_operator
 from rkd_plugin.kernels.pairwise import EQUAL, inverse_lengths, rescale
@@ -40,27 +40,27 @@ __all__ = ["INTERPRETED", "Relations", "angle", "distance", "relations"]
 
 TILE = 32  # rows i and rows j of a program
 SPAN = 32  # rows k that are added up in float32, before float64 takes their sum
-UNROLL = 16  # columns of x whose loads are under way at once
-# Four numbers of a tile for each thread, since more do not fit its registers; and no product fused into a difference,
-# since cosines are rounded before they are compared, so that equal relations differ by exactly 0.
+UNROLL = 16  # columns of x that are loaded at once
+# Four numbers of a tile for each thread, since more do not fit into its registers. No fused multiply-subtract, since
+# cosines are rounded before they are compared, so that equal relations differ by exactly 0.
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
-# The largest square over the product of two arms from which on cosines come from differences; the split numbers then
-# err by 2^-21. Float64 numbers err by 2^-33, as in ``chunked``, whatever the tile.
-APART = {torch.float32: 2.0**26, torch.float64: chunked.APART[torch.float64]}
-LONGEST_INVERSE = 2.0**60  # of which float32 holds the square
+# The ratio of the largest square to the product of two arms from which cosines are computed from differences: there
+# the split numbers have an error of 2^-21. Float64 numbers have one of 2^-33, as in ``chunked``, for the whole batch.
+APART = {torch.float32: 2.0**26, torch.float64: strips.APART[torch.float64]}
+LONGEST_INVERSE = 2.0**60  # float32 can hold its square
 EQUAL_SQUARES = tl.constexpr(EQUAL[torch.float64])
-STEPS = 2.0**30  # this many times the largest is where float64 numbers are 2^-23 to 2^-22 of the largest apart
+STEPS = 2.0**30  # float64 numbers near STEPS times the largest are spaced by 2^-23 to 2^-22 of the largest
 
 
 @triton.jit
 def _rows_of(tile_of_rows, tile: tl.constexpr):
-    """Indices of the rows of a tile, 64 bits wide, as what is computed from them has to be."""
+    """Indices of the rows of a tile, in 64 bits, so that offsets computed from them are too."""
     return (tile_of_rows * tile + tl.arange(0, tile)).to(tl.int64)
 
 
 @triton.jit
 def _squares_kernel(x, squares, rows, width, columns, tile: tl.constexpr, unroll: tl.constexpr):
-    """Squared distances of the rows of ``x``, which comes as ``(columns, width)``, padded with zeros."""
+    """Squared distances of the rows of ``x``, which is stored as ``(columns, width)``, padded with zeros."""
     if tl.program_id(0) > tl.program_id(1):
         return
     i, j = _rows_of(tl.program_id(0), tile), _rows_of(tl.program_id(1), tile)
@@ -79,7 +79,7 @@ def _squares_kernel(x, squares, rows, width, columns, tile: tl.constexpr, unroll
 def _squares_backward_kernel(x, weights, gradient, rows, width, tile: tl.constexpr, unroll: tl.constexpr):
     """``sum_j weights_ij (x_i - x_j)``: ``x`` and ``gradient`` as in `_squares_kernel`, ``weights`` padded as well.
 
-    The weights of close rows are large, so that the difference comes before the sum: two sums would cancel.
+    The weights of close rows are large, so the difference is computed before the sum: two sums would cancel.
     """
     i, column = _rows_of(tl.program_id(0), tile), _rows_of(tl.program_id(1), unroll)
     entries = x + column[None, :] * width
@@ -125,7 +125,7 @@ def _inverse_length(squares):
 
 @triton.jit
 def _cosines_apart(r_ij, x, squares, columns, width, rows, i, j, k):
-    """What `_cosines` returns, from the rows ``x``, which come as ``(columns, width)``, padded with zeros."""
+    """As `_cosines`, from the rows ``x``, which are stored as ``(columns, width)``, padded with zeros."""
     r_ik = _inverse_length(tl.load(squares + k * rows + i, mask=i < rows, other=0.0))[:, None]
     r_jk = _inverse_length(tl.load(squares + k * rows + j, mask=j < rows, other=0.0))[None, :]
     at_i, at_j, at_k = r_ij * 0, r_ij * 0, r_ij * 0
@@ -135,14 +135,14 @@ def _cosines_apart(r_ij, x, squares, columns, width, rows, i, j, k):
         at_i = tl.fma(x_j - x_i, x_k - x_i, at_i)
         at_j = tl.fma(x_i - x_j, x_k - x_j, at_j)
         at_k = tl.fma(x_i - x_k, x_j - x_k, at_k)
-    # One length at a time, or a product of two very long ones overflows.
+    # One factor at a time, since a product of two large inverse lengths overflows.
     return at_i * r_ij * r_ik, at_j * r_ij * r_jk, at_k * r_ik * r_jk, r_ij * r_ik, r_ij * r_jk, r_ik * r_jk
 
 
 @triton.jit
 def _slope(difference, limit, split: tl.constexpr):
-    """Of the Huber loss."""
-    if not split:  # Triton makes an instruction of a clamp to plus and minus the same, which float64 lacks
+    """The slope of the Huber function."""
+    if not split:  # Triton compiles a symmetric clamp to an instruction that float64 does not have
         return tl.minimum(tl.maximum(difference, -limit), limit)
     return tl.clamp(difference, -limit, limit)
 
@@ -177,11 +177,11 @@ def _angle_kernel(
 ):
     """One tile: losses per vertex, and the gradient of the squares, for ``weights`` of the vertices if there are any.
 
-    ``student`` and ``teacher`` are results of `_packed`, and ``reach`` is a number for each side of it. ``losses`` is
-    ``(2, width / tile, width)``; of rows behind the first ``vertices``, whose weights are 0, it is only a part.
+    ``student`` and ``teacher`` are results of `_packed`, and ``reach`` has a number from it for each side. ``losses``
+    is ``(2, width / tile, width)``; for rows after the first ``vertices``, whose weights are 0, it is incomplete.
 
-    A launch with ``apart`` computes the tiles that the law of cosines does not resolve, from the rows; one without
-    computes all others.
+    A launch with ``apart`` computes, from the rows, the tiles for which the law of cosines loses digits; a launch
+    without it computes all other tiles.
     """
     tile_i, tile_j = tl.program_id(0), tl.program_id(1)
     if tile_i > tile_j:
@@ -242,7 +242,7 @@ def _angle_kernel(
                 want_i, want_j, want_k, _0, _1, _2 = _cosines(
                     ht_ij, lt_ij, rt_ij, teacher + row * width, plane, i, j, split
                 )
-            # An arm and itself span no angle; at k that comes out as 0 against 0.
+            # An arm and itself span no angle; at k the formula compares 0 with 0.
             diff_i = tl.where((j != k)[None, :], cos_i - want_i, 0.0)
             diff_j = tl.where((i != k)[:, None], cos_j - want_j, 0.0)
             slope_i, slope_j = _slope(diff_i, limit, split), _slope(diff_j, limit, split)
@@ -271,17 +271,17 @@ def _angle_kernel(
         halves = hs_ij.to(tl.float64)
         if split:
             halves += ls_ij.to(tl.float64)
-        # Not r_ij^2: its rounding would enter this term twice more than the other, where the two cancel.
+        # Not r_ij^2: its rounding would affect only this term, where the two cancel.
         inverse = tl.where(rs_ij == 0, 0.0, 0.5 / tl.where(rs_ij == 0, 1.0, halves))
         slopes = total_across - inverse * total_along
         tl.store(gradient + i[:, None] * rows + j[None, :], slopes, mask=upper & (j < rows)[None, :])
 
 
-INTERPRETED = not isinstance(_angle_kernel, triton.JITFunction)  # on a CPU, as TRITON_INTERPRET=1 asks
+INTERPRETED = not isinstance(_angle_kernel, triton.JITFunction)  # on a CPU, by TRITON_INTERPRET=1
 
 
 def relations(x: Tensor) -> Relations:
-    """As ``chunked.relations``, but from the differences of all rows, so that no pair needs a second look."""
+    """As ``chunked.relations``, but from the differences of all rows, so that no pair is computed twice."""
     rows = rescale(x)
     return Relations(_squared_distances(rows), rows.detach(), torch.promote_types(x.dtype, torch.float32))
 
@@ -293,22 +293,22 @@ def angle(
     triplets: tuple[Tensor, Tensor, Tensor] | None = None,
     vertices: int | None = None,
 ) -> Tensor:
-    """See ``reference.angle``; the same from squared distances, all triplets in one kernel.
+    """As ``reference.angle``, from squared distances, all triplets in one kernel.
 
-    V of N vertices cost about 3 V / N of all, and never more than all: a tile with one of them meets all rows. A choice
-    of triplets goes to ``chunked``.
+    V of N vertices cost about 3 V / N of the time of all, and never more than all, since a tile with one of them loops
+    over all rows. Selected triplets go to ``chunked``.
     """
     if triplets is not None:
         return chunked.angle(student, teacher, huber_delta, triplets)
     needs_gradient = torch.is_grad_enabled() and student.squares.requires_grad
-    vertices = len(student.squares) if vertices is None else vertices
+    vertices = student.squares.shape[0] if vertices is None else vertices
     sides = student.squares, teacher.squares, student.rows, teacher.rows
     sums: Tensor = _angle(*sides, min(huber_delta, NO_LIMIT), student.dtype, vertices, needs_gradient)[0]
     return sums
 
 
 def _columns(x: Tensor) -> Tensor:
-    """``(N, D)`` turned, so that a tile of rows is read in one go, and padded with zeros, which differ by nothing."""
+    """``(N, D)`` transposed, so that a tile of rows is contiguous, and padded with zeros, which add no distance."""
     rows, columns = x.shape
     padded = x.new_zeros(triton.cdiv(columns, UNROLL) * UNROLL, triton.cdiv(rows, TILE) * TILE)
     padded[:columns, :rows] = x.T
@@ -317,7 +317,7 @@ def _columns(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("rkd_plugin::fused_squared_distances", mutates_args=())
 def _squared_distances(x: Tensor) -> Tensor:
-    squares = x.new_empty(len(x), len(x))
+    squares = x.new_empty(x.shape[0], x.shape[0])
     columns = _columns(x)
     tiles = columns.shape[1] // TILE
     if tiles:
@@ -330,7 +330,7 @@ def _squared_distances(x: Tensor) -> Tensor:
 
 @_squared_distances.register_fake
 def _(x: Tensor) -> Tensor:
-    return x.new_empty(len(x), len(x))
+    return x.new_empty(x.shape[0], x.shape[0])
 
 
 @torch.library.custom_op("rkd_plugin::fused_squared_distances_backward", mutates_args=())
@@ -360,10 +360,10 @@ _squared_distances.register_autograd(
 
 
 def _packed(squares: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``(2 or 3, width, width)``, padded with zeros to whole tiles: h, r and, in float32, what h was rounded by.
+    """``(2 or 3, width, width)``, padded with zeros to whole tiles: h, r and, in float32, the rounded-off part of h.
 
-    Also the ``reach`` of `_angle_kernel`: above 1, in float32 after it is multiplied by the largest r of a tile, where
-    two arms may meet that the law of cosines does not resolve.
+    Also the ``reach`` of `_angle_kernel`, which float32 multiplies by the largest r of a tile: above 1, the law of
+    cosines may lose digits.
     """
     rows, width = len(squares), triton.cdiv(len(squares), TILE) * TILE
     packed = torch.zeros(2 if dtype == torch.float64 else 3, width, width, dtype=dtype, device=squares.device)
@@ -372,7 +372,7 @@ def _packed(squares: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     packed[1, :rows, :rows] = inverse_lengths(squares)
     if dtype != torch.float64:
         packed[1].clamp_(max=LONGEST_INVERSE)
-        # Numbers of this size are so far apart that adding it, and taking it off again, rounds to whole steps.
+        # Adding and subtracting a number of this size rounds to whole steps.
         offset = STEPS * largest
         coarse = (halves + offset).sub_(offset)
         packed[2, :rows, :rows] = halves.sub_(coarse)
@@ -396,7 +396,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     """Angle losses ``(vertices,)`` and their gradient ``(N, N)``; given ``weights`` and ``end``, only the gradient.
 
-    ``end`` is how many rows k are walked along, a tensor of one integer: where it is 0, the weights cost nothing.
+    ``end`` is the end of the loop over the rows k, a tensor of one integer: 0 skips the work.
     """
     rows = len(student)
     gradient = student.new_zeros((rows, rows) if needs_gradient else 0)
@@ -451,12 +451,12 @@ def _backward(
     huber_delta: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    # Whether the gradient at hand will do is only known on the device, where it ends the walk before it begins.
+    # Only the device knows whether all weights are equal. Then the saved gradient is right, and the loop is empty.
     equal = (weights == weights[:1]).all()
     end = len(student) * (~equal).int()
     sides = student, teacher, student_rows, teacher_rows
     weighted = _launch(*sides, huber_delta, dtype, len(weights), True, weights, end)[1]
-    return torch.where(equal, gradient * weights[:1].sum(), weighted)  # of none, where there is no vertex
+    return torch.where(equal, gradient * weights[:1].sum(), weighted)  # 0 without vertices
 
 
 def _forward(

@@ -1,4 +1,4 @@
-"""The angle loss of a kernel as an operator of PyTorch, which `torch.compile` and CUDA graphs take as a whole."""
+"""The angle loss of a kernel as a custom operator, which ``torch.compile`` and CUDA graphs do not trace into."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ def angle_operator(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Register ``rkd_plugin::name``, differentiable by the student's squared distances.
 
-    The gradient is computed in the forward pass for weights of 1, since every reduction but a weighted one has the same
-    weight at each vertex.
+    The forward pass computes the gradient for weights of 1, since most reductions have the same weight at each vertex.
 
     Args:
         name: of the operator.
-        angle: squared distances ``(N, N)`` of student and teacher, the rows ``(N, D)`` of both that they are of,
-            ``huber_delta``, the dtype to compute in, the number of vertices and whether a gradient is needed -> losses
-            ``(vertices,)`` and their gradient ``(N, N)``, or ``(0,)`` where none is needed.
-        angle_backward: weights ``(vertices,)``, that gradient, the squared distances and the rows, ``huber_delta`` and
-            the dtype -> the gradient ``(N, N)`` of the weighted losses.
+        angle: squared distances ``(N, N)`` of student and teacher, the rows ``(N, D)`` of both, ``huber_delta``, the
+            dtype of the computation, the number of vertices, and whether a gradient is needed -> losses
+            ``(vertices,)`` and their gradient ``(N, N)``, or ``(0,)`` if no gradient is needed.
+        angle_backward: weights ``(vertices,)``, the gradient for weights of 1, the squared distances and the rows of
+            both, ``huber_delta`` and the dtype -> the gradient ``(N, N)`` of the weighted losses.
 
     Returns:
-        What ``angle`` is.
+        The operator, with the arguments and results of ``angle``.
     """
     operator = torch.library.custom_op(f"rkd_plugin::{name}", angle, mutates_args=())
     backward = torch.library.custom_op(f"rkd_plugin::{name}_backward", angle_backward, mutates_args=())

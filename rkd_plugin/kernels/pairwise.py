@@ -1,8 +1,8 @@
-"""Scale, squared distances and mean distance of a batch: what both losses start from.
+"""Scale, squared distances and mean distance of a batch: the first steps of both losses.
 
-Everything is float64 (float32 on a device that has no float64), since both losses compare lengths of very different
-sizes. The limit of the arithmetic: rows count as equal where their distance is less than 2^-500 (2^-42 in float32) of
-the largest difference of two entries of one column. Entries of float32 and narrower dtypes cannot come that close.
+Everything is float64 (float32 on a device without float64), since both losses compare lengths of very different sizes.
+The limit of the arithmetic: two rows count as equal if their distance is less than 2^-500 (2^-42 in float32) of the
+largest difference of two entries of one column. Entries of float32 and narrower dtypes cannot be that close.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from torch import Tensor
 
 from rkd_plugin.kernels.derivatives import transformed
 
-CLOSE = 1e-3  # of the squared norms: below this, three digits have cancelled and the Gram matrix is not trusted
-NEAR = 2.0**-40  # of a row's squared norm: below this, gradients that differ by 1e-10 are lost in its product
-# Squared distance in the scale of `rescale`: closer rows count as equal, or products of two reciprocals overflow.
+# A squared distance below this fraction of the squared norms loses three digits in the Gram matrix.
+GRAM_LIMIT = 1e-3
+# A squared distance below this fraction of the squared norm loses a gradient of 1e-10 in the matrix product.
+GRADIENT_LIMIT = 2.0**-40
+# Rows with a smaller squared distance, after `rescale`, count as equal; products of two reciprocals would overflow.
 EQUAL = {torch.float64: 2.0**-1000, torch.float32: 2.0**-84}
-CROWDED = 1 / 64  # of all pairs: above this, differences between all rows are cheaper than a list of pairs
+# If more than this fraction of all pairs is close, computing all differences is cheaper than a list of pairs.
+MANY_PAIRS = 1 / 64
 
 
 def widest(x: Tensor) -> torch.dtype:
-    """float64, or float32 on a device that has no float64."""
+    """float64, or float32 on a device without float64."""
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 class _Widen(torch.autograd.Function):
-    """``x`` in a wider dtype; its gradient saturates at the largest number of the narrow one instead of overflowing."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.narrow = x.dtype
@@ -38,6 +39,13 @@ class _Widen(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         limit = torch.finfo(ctx.narrow).max
         return grad.clamp(-limit, limit).to(ctx.narrow), None
+
+
+def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in a wider dtype; the gradient saturates at the largest number of the narrow one instead of overflowing."""
+    # In forward mode, PyTorch's transforms take the second derivative of a Function of two derivatives for 0.
+    wide: Tensor = x.to(dtype) if transformed(x) else _Widen.apply(x, dtype)
+    return wide
 
 
 class _SubstituteValue(torch.autograd.Function):
@@ -57,14 +65,13 @@ def substitute_value(x: Tensor, value: Tensor) -> Tensor:
 
 
 def rescale(x: Tensor) -> Tensor:
-    """The same shape in `widest`: no column further from 0 than twice its range, the largest entry near 1.
+    """Shift and scale a batch, in `widest`: no column is further from 0 than twice its range, the largest entry near 1.
 
-    Nothing is rounded. A column is shifted where all its entries lie within a factor of 2 of each other, so that their
+    Nothing is rounded. A column is shifted if all its entries are within a factor of 2 of each other, so that their
     differences are exact (Sterbenz's lemma); any other column is already close enough to 0. The scale is a power of 2.
-    Neither loss changes with shift or scale, so that derivatives of every order treat both as constants.
+    Both losses are invariant to shift and scale, so derivatives of every order treat the two as constants.
     """
-    # PyTorch's transforms take a Function of two derivatives in forward mode for one whose second derivative is 0.
-    wide: Tensor = x.to(widest(x)) if transformed(x) else _Widen.apply(x, widest(x))
+    wide = widen(x, widest(x))
     if not x.numel():
         return wide
     with torch.no_grad():
@@ -72,20 +79,20 @@ def rescale(x: Tensor) -> Tensor:
         within_factor_2 = highest - lowest <= torch.minimum(lowest.abs(), highest.abs())
         shift = torch.where(within_factor_2, lowest, 0)
         exponent = -torch.frexp((wide.detach() - shift).abs().amax()).exponent
-        # Two steps: the scale of a batch of subnormal numbers is itself beyond the largest number.
+        # Two factors: the scale of a batch of subnormal numbers would itself overflow.
         first, second = (torch.ldexp(torch.ones_like(shift[0]), e) for e in (exponent // 2, exponent - exponent // 2))
     return (wide - shift) * first * second
 
 
 @torch.library.custom_op("rkd_plugin::squared_distances", mutates_args=())
 def _squared_distances(x: Tensor) -> Tensor:
-    # An operator of its own, since which pairs need a second look depends on the data.
+    # A custom operator, since the number of close pairs depends on the data.
     centred = x - x.mean(0)
     norms = centred.square().sum(1)
     scale = norms.unsqueeze(1) + norms
     squares = torch.addmm(scale, centred, centred.T, alpha=-2).fill_diagonal_(0)
-    i, j = (squares < CLOSE * scale).triu(1).nonzero(as_tuple=True)
-    if len(i) > CROWDED * scale.numel():
+    i, j = (squares < GRAM_LIMIT * scale).triu(1).nonzero(as_tuple=True)
+    if len(i) > MANY_PAIRS * scale.numel():
         return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
     squares[i, j] = squares[j, i] = (x[i] - x[j]).square().sum(1)
     return squares
@@ -93,7 +100,7 @@ def _squared_distances(x: Tensor) -> Tensor:
 
 @_squared_distances.register_fake
 def _(x: Tensor) -> Tensor:
-    return x.new_empty(len(x), len(x))
+    return x.new_empty(x.shape[0], x.shape[0])
 
 
 @torch.library.custom_op("rkd_plugin::squared_distances_backward", mutates_args=())
@@ -101,9 +108,9 @@ def _squared_distances_backward(grad: Tensor, x: Tensor, squares: Tensor) -> Ten
     centred = x - x.mean(0)
     both = grad + grad.T
     to_x = both.sum(1, keepdim=True).mul(centred).sub_(both @ centred)
-    # The two cancel where a row is far from the centre beside its distance from another: differences first, there.
+    # The two terms cancel for a row that is much closer to another row than to the centre: use differences there.
     nearest = squares.masked_fill(squares < EQUAL[squares.dtype], torch.inf).amin(1) if len(x) else squares.sum(1)
-    for row in (nearest < NEAR * centred.square().sum(1)).nonzero().flatten().tolist():
+    for row in (nearest < GRADIENT_LIMIT * centred.square().sum(1)).nonzero().flatten().tolist():
         to_x[row] = both[row] @ (x[row] - x)
     return to_x.mul_(2)
 
@@ -120,30 +127,31 @@ _squared_distances.register_autograd(
 
 
 def squared_distances(x: Tensor) -> Tensor:
-    """``(N, D) -> (N, N)``: squared Euclidean distances, exactly 0 between equal rows, not finite where a row is not.
+    """``(N, D) -> (N, N)``: squared Euclidean distances, exactly 0 between equal rows, not finite for such rows.
 
-    A Gram matrix is fast but cancels for pairs that are close beside their distance from the centre; those pairs are
-    computed again from their difference, so that an offset or a tight cluster costs no digit.
+    A Gram matrix is fast, but it cancels for pairs that are much closer to each other than to the centre. Such pairs
+    are computed again from their difference, so that an offset or a tight cluster loses no digits.
     """
     squares: Tensor = _squared_distances(x)
     return squares
 
 
 def safe_sqrt(squares: Tensor) -> Tensor:
-    """Square root, and 0 (with gradient 0 instead of infinite) between rows that count as equal."""
+    """Square root; between rows that count as equal 0, with gradient 0 instead of an infinite one."""
     equal = squares < EQUAL[squares.dtype]
     return squares.masked_fill(equal, 1).sqrt_().masked_fill(equal, 0)
 
 
 def inverse_lengths(squares: Tensor) -> Tensor:
-    """``1 / sqrt(squares)``, and 0 (with gradient 0) between equal rows: an arm of no length has no direction."""
+    """``1 / sqrt(squares)``; between rows that count as equal 0, with gradient 0: such an arm has no direction."""
     equal = squares < EQUAL[squares.dtype]
     return squares.masked_fill(equal, 1).rsqrt_().masked_fill(equal, 0)
 
 
 def mean_distance(distances: Tensor) -> Tensor:
-    """Mean of an ``(N, N)`` matrix over pairs of distinct rows, duplicates included; 1 where all rows are equal."""
-    mean = distances.sum() / max(len(distances) * (len(distances) - 1), 1)
+    """Mean of an ``(N, N)`` matrix over pairs of distinct rows, duplicates included; 1 if all rows are equal."""
+    rows = distances.shape[0]
+    mean = distances.sum() / max(rows * (rows - 1), 1)
     return mean.masked_fill(mean == 0, 1)
 
 

@@ -1,7 +1,7 @@
-"""The paper's formulas, written to be read: the oracle of all tests.
+"""The paper's formulas in their most readable form: the oracle of all tests.
 
-``O(N^2 D + N^3)`` memory, so for small batches only. Computes in float64 where the device has it. Made of PyTorch's
-differentiable operations alone, so that derivatives of every order and the transforms of ``torch.func`` work.
+For small batches only, since it needs ``O(N^2 D + N^3)`` memory. It computes in float64 if the device has it, with
+differentiable operations of PyTorch only, so that derivatives of every order and the transforms of ``torch.func`` work.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def relations(x: Tensor) -> Tensor:
 
 
 def huber(student_psi: Tensor, teacher_psi: Tensor, huber_delta: float) -> Tensor:
-    """The Huber loss of each entry; unlike PyTorch's, it has derivatives of every order in every mode."""
+    """The Huber loss of each entry; unlike PyTorch's, it has all derivatives, in reverse and forward mode."""
     difference = student_psi - teacher_psi
     slope = difference.clamp(-huber_delta, huber_delta)
     return slope * (difference - slope / 2)
@@ -28,14 +28,14 @@ def huber(student_psi: Tensor, teacher_psi: Tensor, huber_delta: float) -> Tenso
 def distance(
     student: Tensor, teacher: Tensor, huber_delta: float, pairs: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Equations 4 to 6: Huber loss between distances that are divided by their mean."""
+    """Equations 4 to 6: Huber loss between distances divided by their mean."""
 
     def psi(differences: Tensor) -> Tensor:
         return normalise(safe_sqrt(differences.square().sum(-1)))
 
     losses = huber(psi(student), psi(teacher), huber_delta)
     if pairs is not None:
-        return losses.new_zeros(len(losses)).index_add(0, pairs[0], losses[pairs])
+        return losses.new_zeros(losses.shape[0]).index_add(0, pairs[0], losses[pairs])
     return losses.sum(1)
 
 
@@ -46,7 +46,7 @@ def angle(
     triplets: tuple[Tensor, Tensor, Tensor] | None = None,
     vertices: int | None = None,
 ) -> Tensor:
-    """Equations 7 to 9: Huber loss between the cosines of the angles that any two rows span at a third."""
+    """Equations 7 to 9: Huber loss between the cosines of the angles of all triplets."""
 
     def psi(differences: Tensor) -> Tensor:
         differences = differences[:vertices]
@@ -54,8 +54,8 @@ def angle(
         return units @ units.mT
 
     losses = huber(psi(student), psi(teacher), huber_delta)
-    # An arm and itself span no angle; where only one side's arm has length 0 the formula would give 0 against 1.
+    # An arm and itself span no angle. If it has length 0 on one side only, the formula compares 0 with 1.
     losses = losses.masked_fill(torch.eye(losses.shape[1], dtype=torch.bool, device=losses.device), 0)
     if triplets is not None:
-        return losses.new_zeros(len(losses)).index_add(0, triplets[0], losses[triplets])
+        return losses.new_zeros(losses.shape[0]).index_add(0, triplets[0], losses[triplets])
     return losses.sum((1, 2))

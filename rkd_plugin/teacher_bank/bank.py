@@ -1,4 +1,4 @@
-"""A bank as training reads it: row by row, or beside the items of its data set."""
+"""Reading a bank: by row, or together with the items of its data set."""
 
 from __future__ import annotations
 
@@ -27,31 +27,32 @@ from rkd_plugin.teacher_bank.files import (
 )
 from rkd_plugin.teacher_bank.views import draws, items
 
-BLOCK = 4096  # rows that are verified at once
+VERIFIED_ROWS = 4096  # at once
 _SAFETENSORS: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 class Bank:
     """A teacher's vectors for every item of a data set, read by index: a folder of ``rkd embed``, or an array.
 
-    A folder and an array in ``.npy`` or ``.safetensors`` are memory-mapped, by each process anew.
+    Each process memory-maps a folder, and an array in ``.npy`` or ``.safetensors``.
 
     Args:
-        source: a folder; or an array ``(N, D)`` of floating point, of which nothing but its shape is known: a tensor,
-            an array of NumPy, an ``.npy`` file, or an ``.npz``, ``.safetensors``, ``.pt`` or ``.pth`` file that holds
-            one alone. ``~`` is the user's home.
+        source: a folder; or a floating-point array ``(N, D)``, of which only the shape can be checked: a tensor, a
+            NumPy array, an ``.npy`` file, or an ``.npz``, ``.safetensors``, ``.pt`` or ``.pth`` file with one array.
+            ``~`` is the user's home folder.
 
     Attributes:
         path: of the folder or file, None for an array in memory.
-        count: ``N``, the items of the data set.
-        views: how many views of each item it holds, 0 for the one of a transform that draws no random numbers.
-        arrays: a `Stored` for each array; None for an array alone, which is used for whatever module a loss reads.
-        header: the content of ``bank.json``, empty for an array alone.
+        count: ``N``, the number of items of the data set.
+        views: the number of views of each item; 0 for a transform that draws no random numbers.
+        arrays: a `Stored` for each array; None for a single array, which is used for the one module that a loss reads.
+        header: the content of ``bank.json``, empty for a single array.
 
     Raises:
         FileNotFoundError: if there is nothing at ``source``.
-        ValueError: if it is no bank, unfinished, of another version, cut or changed; of rows when they are read.
-        TypeError: if ``source`` is neither a path nor an array.
+        ValueError: if ``source`` is not a bank, or is unfinished, of another version, truncated or changed; rows are
+            checked when they are read.
+        TypeError: if ``source`` is not a path or an array.
 
     Example:
         >>> import tempfile
@@ -88,7 +89,7 @@ class Bank:
         return "in memory" if self.path is None else str(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reader": None}  # a pickled map would carry all rows
+        return {**self.__dict__, "_reader": None}  # a pickled memory map would contain all rows
 
     def read(self, rows: Sequence[int]) -> list[Tensor]:
         """Rows ``(n, D)`` of every array, in float32; row ``view * count + index``.
@@ -96,7 +97,7 @@ class Bank:
         Raises:
             FileNotFoundError: if a file of the bank is missing.
             IndexError: if there is no such row.
-            ValueError: if a row is in a shard that is not the one that was written.
+            ValueError: if the shard of a row has changed since it was written.
         """
         total = range(max(self.views, 1) * self.count)
         chosen = [total[row] for row in rows]
@@ -104,21 +105,21 @@ class Bank:
         try:
             return [decoded(block) for block in reader.read(chosen)]
         except (ValueError, OSError) as error:
-            raise self._refused(str(error)) from error
+            raise self._unusable(str(error)) from error
 
     def over(self, dataset: Any) -> DatasetWithTeacher:
-        """The data set, each item with its vectors; `DatasetWithTeacher` raises if the bank is of other data."""
+        """The data set with the vectors of each item; `DatasetWithTeacher` raises if the bank is of other data."""
         return DatasetWithTeacher(dataset, self)
 
     def verify(self) -> Iterator[int]:
-        """Check every shard; yields the number of rows done, block by block.
+        """Check every shard; yields the number of rows of each block after it is checked.
 
         Raises:
-            ValueError: if a shard is not the one that was written.
+            ValueError: if a shard has changed since it was written.
         """
         total = max(self.views, 1) * self.count
-        for start in range(0, total, BLOCK):
-            stop = min(start + BLOCK, total)
+        for start in range(0, total, VERIFIED_ROWS):
+            stop = min(start + VERIFIED_ROWS, total)
             self.read(range(start, stop))
             yield stop - start
 
@@ -132,10 +133,10 @@ class Bank:
                 else:
                     self._reader = ShardReader(self.path, Layout.of(self.header), self.header["checksums"])
             except ValueError as error:
-                raise self._refused(str(error)) from error
+                raise self._unusable(str(error)) from error
         return self._reader
 
-    def _refused(self, reason: str) -> ValueError:
+    def _unusable(self, reason: str) -> ValueError:
         remedy = (
             "delete it and write it again with `rkd embed`"
             if self.arrays
@@ -145,29 +146,29 @@ class Bank:
 
 
 class ArrayReader:
-    """An array alone, of which nothing can be checked; read as `ShardReader` is."""
+    """A single array without checksums, with the interface of `ShardReader`."""
 
     def __init__(self, values: Array | Tensor, path: Path | None = None) -> None:
         self.count = len(values)
         self._rows = Rows(values, path)
 
     def read(self, rows: Sequence[int]) -> list[Array | Tensor]:
-        """Rows ``(n, D)`` of the one array."""
+        """Rows ``(n, D)`` of the array."""
         return [self._rows.read(list(rows))]
 
 
 class DatasetWithTeacher(Dataset[tuple[Any, list[Tensor]]]):
     """A data set whose items come with a teacher's vectors: ``(item, [(D,), ...])``.
 
-    Of a bank with views each access draws one of them, and the item is seen as the teacher saw it.
+    With a bank of several views, each access draws one of them, and the item is the view that the teacher got.
 
     Args:
-        dataset: items are a tensor or an image, or begin with one.
+        dataset: its items are a tensor or an image, or start with one.
         bank: of this data set.
 
     Raises:
-        ValueError: if the bank is of another data set: by number of images, labels, names of files, transform, or the
-            looks of a few images; or if it does not hold what the data set's random transform draws.
+        ValueError: if the bank is of another data set, by number of images, labels, file names, transform, or the
+            statistics of a few images; or if the transform is random and the bank has no views.
     """
 
     def __init__(self, dataset: Any, bank: Bank) -> None:
@@ -208,7 +209,7 @@ class DatasetWithTeacher(Dataset[tuple[Any, list[Tensor]]]):
 
 
 def _external(path: Path) -> ArrayReader:
-    """The one array of a file that others made."""
+    """The array of a file that another program wrote."""
     check_regular(path)
     suffix = path.suffix.lower()
     if suffix not in _ARRAYS:
@@ -217,13 +218,13 @@ def _external(path: Path) -> ArrayReader:
         values = _ARRAYS[suffix](path)
     except (ValueError, MemoryError):
         raise
-    except Exception as error:  # of the libraries, for a file that is cut or of another kind
+    except Exception as error:  # the libraries raise many types for a truncated or wrong file
         raise ValueError(f"{path.name} could not be read: {' '.join(str(error).split())[:200]}") from error
     return ArrayReader(_checked(values, is_bfloat16=suffix == ".safetensors"), path)
 
 
 def _checked(values: Any, is_bfloat16: bool = False) -> Any:
-    """The same array, if it can be a bank.
+    """The array, if it can be a bank.
 
     Args:
         values: a tensor or an array.
@@ -246,24 +247,24 @@ def _safetensors(path: Path) -> Array:
         shape, kind = tuple(described.get_shape()), described.get_dtype()
     if kind not in _SAFETENSORS:
         raise ValueError(f"a tensor of floats was expected, got {kind}")
-    # The library has checked that the one tensor ends with the file.
+    # The library has checked that the tensor ends at the end of the file.
     size = int(np.prod(shape, dtype=object)) * np.dtype(_SAFETENSORS[kind]).itemsize
     return np.memmap(path, _SAFETENSORS[kind], "r", path.stat().st_size - size, shape)
 
 
 def _npz(path: Path) -> Any:
     _check_stored(path)
-    with np.load(path, allow_pickle=False) as held:
-        return held[_only(held.files)]
+    with np.load(path, allow_pickle=False) as content:
+        return content[_only(content.files)]
 
 
 def _pytorch(path: Path) -> Any:
     _check_stored(path)
-    held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    held = held[_only(held)] if isinstance(held, dict) else held
-    if not isinstance(held, Tensor):
-        raise ValueError(f"one tensor was expected, got {type(held).__name__}")
-    return held
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    content = content[_only(content)] if isinstance(content, dict) else content
+    if not isinstance(content, Tensor):
+        raise ValueError(f"one tensor was expected, got {type(content).__name__}")
+    return content
 
 
 def _only(names: Iterable[Any]) -> Any:
@@ -274,7 +275,7 @@ def _only(names: Iterable[Any]) -> Any:
 
 
 def _check_stored(path: Path) -> None:
-    """Raise if an archive holds anything compressed, which may be of any size."""
+    """Raise if an archive has compressed entries, which may unpack to any size."""
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("an archive without compression was expected")

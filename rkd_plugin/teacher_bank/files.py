@@ -1,4 +1,4 @@
-"""The files of a bank: its header, its arrays in shards with a checksum each; and how they are read and written."""
+"""Reading and writing the files of a bank: the header, and arrays in shards with a checksum each."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from rkd_plugin.storage import allocate
 from rkd_plugin.teacher_bank.fingerprint import digest
 
 FORMAT = "rkd_plugin teacher bank"
-VERSION = 2  # to be raised when the files, or the meaning of what is in them, change
+VERSION = 2  # increases when the files or their meaning change
 HEADER, UNFINISHED, CHECKSUMS = "bank.json", "unfinished.json", "checksums.npy"
 LARGEST_HEADER = 2**24  # bytes
-SHARD = 2**16  # bytes of the widest array that are checked when a row of them is read
-LARGEST_SHARD = 64  # rows, which are computed again where a bank was left unfinished
-WRITTEN = 2**32  # beside a CRC-32, which may be 0
+SHARD = 2**16  # bytes of the widest array; a reader checks a whole shard at once
+LARGEST_SHARD = 64  # rows; resuming an unfinished bank computes a whole shard again
+WRITTEN = 2**32  # marks a written shard, since a CRC-32 may be 0
 
 Array = np.ndarray[Any, Any]
-# NumPy has no bfloat16; PyTorch looks at the same bits as such.
+# NumPy has no bfloat16; PyTorch reinterprets the bits.
 DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 _TEXT_OR_NONE = (str, type(None))
@@ -43,7 +43,7 @@ _HEADER = {
 
 
 class Stored(NamedTuple):
-    """An array of a bank: whose ``"input"`` or ``"output"`` it was, how it was pooled (None: not), its width."""
+    """An array of a bank: the module's path, its ``"input"`` or ``"output"``, the pooling or None, and the width."""
 
     path: str
     io: str
@@ -52,7 +52,7 @@ class Stored(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where rows are in the files of a bank."""
+    """The layout of the files of a bank."""
 
     rows: int
     widths: Sequence[int]
@@ -61,13 +61,13 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, header: Mapping[str, Any]) -> Layout:
-        """As a header describes it."""
+        """The layout that a header describes."""
         rows = max(header["views"], 1) * header["data"]["count"]
         return cls(rows, [array["width"] for array in header["arrays"]], header["dtype"], header["shard_rows"])
 
     @property
     def shards(self) -> int:
-        """How many there are; the last one may have fewer rows."""
+        """The number of shards; the last one may have fewer rows."""
         return -(-self.rows // self.shard_rows)
 
     def shard(self, number: int) -> slice:
@@ -76,13 +76,13 @@ class Layout(NamedTuple):
 
 
 def shard_rows(widths: Sequence[int], dtype: str) -> int:
-    """How many rows a shard should have."""
+    """The number of rows of a shard."""
     row = max(widths) * np.dtype(DTYPES[dtype]).itemsize
     return int(min(max(SHARD // row, 1), LARGEST_SHARD))
 
 
 def check_regular(path: Path) -> None:
-    """Raise if ``path`` is no regular file; opening a pipe or a device could take for ever.
+    """Raise if ``path`` is not a regular file; opening a pipe or a device may block for ever.
 
     Raises:
         FileNotFoundError: if there is nothing.
@@ -101,10 +101,10 @@ class Rows:
 
     Args:
         values: ``(N, D)``, floating point, or bfloat16 as uint16.
-        path: of the file that is mapped.
+        path: of the file that is memory-mapped.
 
     Raises:
-        ValueError: if that file is shorter than it was: reading the map would end the process.
+        ValueError: when read, if the file was truncated: reading the map would end the process.
     """
 
     def __init__(self, values: Array | Tensor, path: Path | None = None) -> None:
@@ -113,7 +113,7 @@ class Rows:
         self.size = 0 if path is None else path.stat().st_size
 
     def read(self, rows: Any) -> Any:
-        """Some rows, given by a slice or a list, as they are stored."""
+        """The rows of a slice or a list, as they are stored."""
         if self.path is not None and self.path.stat().st_size < self.size:
             raise ValueError(f"{self.path.name} was cut while it was read")
         return self.values[rows]
@@ -124,12 +124,12 @@ def open_npy(path: Path) -> Array:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is none, is cut, or holds Python objects.
+        ValueError: if it is not one, is truncated, or contains Python objects.
     """
     check_regular(path)
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # NumPy raises half a dozen kinds for a header that is not its own
+    except Exception as error:  # NumPy raises many types for a wrong header
         raise ValueError(f"{path.name} could not be read: {' '.join(str(error).split())}") from error
 
 
@@ -137,7 +137,7 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: Any) -> Rows:
     """An array of a bank, memory-mapped.
 
     Raises:
-        ValueError: if the file holds no such array.
+        ValueError: if the file has another array.
     """
     array = open_npy(path)
     if array.shape != shape or array.dtype != dtype:
@@ -151,16 +151,16 @@ def checksum(block: Array) -> int:
 
 
 class ShardReader:
-    """Arrays and checksums of a bank, memory-mapped; each shard is checked once, when a row of it is read first.
+    """The memory-mapped arrays and checksums of a bank; each shard is checked once, when a row of it is first read.
 
     Args:
         folder: of the bank.
         layout: of its files.
-        checksums: the SHA-256 that the header has of all checksums; None for a bank that is not finished.
+        checksums: the SHA-256 of all checksums in the header; None for an unfinished bank.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file does not have the layout, or the checksums are others.
+        ValueError: if a file does not have the layout, or the checksums differ.
     """
 
     def __init__(self, folder: Path, layout: Layout, checksums: str | None = None) -> None:
@@ -177,11 +177,11 @@ class ShardReader:
         self.checked = np.zeros(layout.shards, bool)
 
     def is_whole(self, shard: int) -> bool:
-        """Whether the rows of a shard are those that were written."""
+        """Whether a shard is written and has not changed since."""
         return bool(self.sums[shard].all()) and self._damaged(shard) is None
 
     def _damaged(self, shard: int) -> int | None:
-        """The first array whose rows of a shard are not those that were written."""
+        """The number of the first array whose rows of a shard have changed; None if there is none."""
         rows = self.layout.shard(shard)
         wrong = (n for n, array in enumerate(self.arrays) if checksum(array.read(rows)) != self.sums[shard, n])
         return next(wrong, None)
@@ -190,7 +190,7 @@ class ShardReader:
         """Rows ``(n, D)`` of every array.
 
         Raises:
-            ValueError: if a shard is not what was written.
+            ValueError: if a shard has changed since it was written.
         """
         for shard in np.unique(np.asarray(rows, np.int64) // self.layout.shard_rows):
             if not self.checked[shard]:
@@ -202,9 +202,9 @@ class ShardReader:
 
 
 class ShardWriter:
-    """Writes shards of a bank, in any order and by several processes; the files have room for all from the start.
+    """Writes shards of a bank, in any order and from several processes; the disk space is allocated at the start.
 
-    Rows are written before their checksums, so that a shard with a checksum that fits is whole.
+    Rows are written before their checksums, so that a shard with a matching checksum is complete.
     """
 
     def __init__(self, folder: Path, layout: Layout) -> None:
@@ -212,10 +212,10 @@ class ShardWriter:
         self.layout = layout
 
     def allocate(self) -> None:
-        """Make the files, of zeros, where they are not there in their size.
+        """Create the files, filled with zeros, unless they exist with the right size.
 
         Raises:
-            OSError: if the disk has no room for them.
+            OSError: if the disk has no space for them.
         """
         layout = self.layout
         files = {f"{n}.npy": ((layout.rows, width), DTYPES[layout.dtype]) for n, width in enumerate(layout.widths)}
@@ -231,14 +231,14 @@ class ShardWriter:
                     path.write_bytes(start.getvalue())
                     allocate(path, size)
             except OSError as error:
-                path.unlink(missing_ok=True)  # what is there of it takes the room that something else may need
+                path.unlink(missing_ok=True)  # an incomplete file would use disk space
                 raise type(error)(
                     f"expected room for {size} bytes in {path}, got: {error.strerror or error}; make room, or give "
                     "another folder"
                 ) from error
 
     def write(self, first: int, blocks: Sequence[Array]) -> None:
-        """Write rows of every array that begin with a shard, and end with one."""
+        """Write rows of every array, whole shards from row ``first``."""
         layout = self.layout
         for number, block in enumerate(blocks):
             self._put(f"{number}.npy", first * block.shape[1] * block.itemsize, block)
@@ -247,7 +247,7 @@ class ShardWriter:
         self._put(CHECKSUMS, first // layout.shard_rows * len(blocks) * 8, np.array(sums, np.uint64))
 
     def flush(self) -> None:
-        """Have the disk keep all that was written, by this process or others."""
+        """Flush all files to disk, also the writes of other processes."""
         for path in self.folder.glob("*.npy"):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -261,13 +261,13 @@ class ShardWriter:
 
 
 def encoded(tensor: Tensor, dtype: str) -> Array:
-    """A tensor as the array that is written."""
+    """A tensor as an array of a bank."""
     narrow = tensor.cpu().to(getattr(torch, dtype))
     return (narrow.view(torch.uint16) if dtype == "bfloat16" else narrow).numpy()
 
 
 def decoded(values: Array | Tensor) -> Tensor:
-    """The tensor of an array that was written, in float32."""
+    """An array of a bank as a tensor in float32."""
     if isinstance(values, Tensor):
         return values.float()
     if values.dtype == np.uint16:
@@ -280,7 +280,8 @@ def read_header(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if the bank is unfinished, of another version, or its header is cut, changed or of wrong types.
+        ValueError: if the bank is unfinished or of another version, or its header is truncated, changed or of wrong
+            types.
     """
     path = folder / HEADER
     if not path.exists():
@@ -304,7 +305,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a regular file of moderate size, None if that is no JSON."""
+    """The content of a JSON file; None if it is not JSON, or larger than `LARGEST_HEADER`."""
     check_regular(path)
     if path.stat().st_size > LARGEST_HEADER:
         return None
@@ -315,7 +316,7 @@ def read_json(path: Path) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value of JSON has the types of a pattern, and all its keys."""
+    """Whether a JSON value has the types and all keys of a pattern."""
     if isinstance(kind, dict):
         return isinstance(value, dict) and all(name in value and _fits(value[name], kind[name]) for name in kind)
     if isinstance(kind, list):
@@ -325,7 +326,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _is_sound(header: Mapping[str, Any]) -> bool:
-    """Whether the numbers of a header of the right types can be those of a bank."""
+    """Whether the values of a header with the right types are valid."""
     return (
         header["dtype"] in DTYPES
         and min(header["data"]["count"], header["views"]) >= 0

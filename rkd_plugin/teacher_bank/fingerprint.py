@@ -1,4 +1,4 @@
-"""Fingerprints of data and weights, short enough to keep beside what was computed from them."""
+"""Fingerprints of data sets and weights, stored with the results that were computed from them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor
 from rkd_plugin.teacher_bank.labels import files_of, find_labels, unwrapped
 from rkd_plugin.teacher_bank.views import drawn, image, probed
 
-CLOSE = 0.01  # of the standard deviation: what another version of a decoder may change in the mean of an image
+CLOSE = 0.01  # of the standard deviation: another version of an image decoder may change the mean by this
 
 
 def digest(content: Any) -> str:
-    """SHA-256 of an array, or of anything that JSON can hold."""
+    """SHA-256 of an array, or of a JSON value."""
     is_array = isinstance(content, np.ndarray)
     encoded = content.tobytes() if is_array else json.dumps(content, sort_keys=True).encode()
     return hashlib.sha256(encoded).hexdigest()
@@ -37,38 +37,38 @@ def of_weights(state: Mapping[str, Any]) -> str:
 
 
 def of_data(dataset: Any, seed: int) -> dict[str, Any]:
-    """Labels, names of files, transform and statistics of a few images of a data set, as JSON can hold them.
+    """Labels, file names, transform and statistics of a few images of a data set, as JSON values.
 
     Args:
-        dataset: it may wrap, cut or join others.
-        seed: of the random numbers that its transform draws.
+        dataset: a data set; it may wrap, split or join others.
+        seed: of the random numbers of its transform.
     """
     transforms = [repr(getattr(part, "transform", None)) for part in unwrapped(dataset)]
-    # The rest of a path is another one on another machine.
+    # The rest of a path differs between machines.
     files = ["/".join(Path(file).parts[-2:]) for file in files_of(dataset)]
     labels = find_labels(dataset)
     return {
         "count": len(dataset),
         "labels": None if labels is None else _digest_of_repr(labels),
         "files": _digest_of_repr(files) if files else None,
-        # Without addresses, which are others in each run.
+        # Without memory addresses, which differ in each run.
         "transform": re.sub(r" at 0x\w+", "", "; ".join(text for text in transforms if text != "None")),
         "images": [_statistics(image(drawn(dataset, index, 0, seed)), index) for index in probed(dataset)],
     }
 
 
-def difference(held: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """The first difference of two data sets of one length, by their `of_data`; empty if none is known."""
+def difference(stored: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """The first difference of two data sets of the same length, by their `of_data`; empty if there is none."""
     for what, words in (("labels", "its labels differ"), ("files", "its files, or their order, differ")):
-        if held[what] != found[what]:
+        if stored[what] != found[what]:
             return words
-    if held["transform"] != found["transform"]:
-        return f"its transform was {held['transform'] or 'none'}, the data set's is {found['transform'] or 'none'}"
-    for was, now in zip(held["images"], found["images"], strict=False):
+    if stored["transform"] != found["transform"]:
+        return f"its transform was {stored['transform'] or 'none'}, the data set's is {found['transform'] or 'none'}"
+    for was, now in zip(stored["images"], found["images"], strict=False):
         if was["shape"] != now["shape"]:
             return f"image {now['index']} was {tuple(was['shape'])} and is {tuple(now['shape'])}"
         allowed = CLOSE * was["std"]
-        # What is no number is not close either.
+        # NaN is not close to anything.
         if not all(abs(was[name] - now[name]) <= allowed or was[name] == now[name] for name in ("mean", "std")):
             return f"image {now['index']} looks different"
     return ""
@@ -79,7 +79,7 @@ def _statistics(seen: Tensor, index: int) -> dict[str, Any]:
     return {
         "index": index,
         "shape": list(seen.shape),
-        # Of more digits the last ones could be others, and the number the same.
+        # Rounded, since the last digits depend on the order of summation.
         "mean": round(float(values.mean()), 6),
         "std": round(float(values.std(correction=0)), 6),
     }

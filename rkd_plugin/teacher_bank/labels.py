@@ -1,8 +1,7 @@
-"""Labels, files and class names of a data set, also of one that wraps, cuts or joins others.
+"""Labels, files and class names of a data set, also of one that wraps, splits or joins others.
 
-Data sets keep these in attributes of various names, and `torch.utils.data.Subset`, ``random_split``, ``ConcatDataset``,
-torchdistill's wrappers and others like them hide the attributes of what they wrap. This is the one place that finds
-them.
+Data sets have attributes of various names for these. `torch.utils.data.Subset`, ``random_split``, ``ConcatDataset`` and
+torchdistill's wrappers hide the attributes of the data set inside. All other code finds them with this file.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ def labels_of(dataset: Any, where: str) -> list[int] | None:
     ``imgs``, or the second of two tensors of a ``TensorDataset``.
 
     Args:
-        dataset: it, or what it wraps, has the labels.
-        where: the first words of an error, such as the name of the data set.
+        dataset: a data set that has the labels, or wraps one that has them.
+        where: the start of an error message, such as the name of the data set.
 
     Raises:
         ValueError: if a label is not a whole number from 0; see `check_labels`.
@@ -47,11 +46,11 @@ def check_labels(labels: Any, where: str, item: Callable[[int], str] = "item {}"
 
     Args:
         labels: a sequence, an array or a tensor on any device.
-        where: the first words of an error.
-        item: what the item of an index is called in an error.
+        where: the start of an error message.
+        item: gives the name of an item by its index, for an error message.
 
     Raises:
-        ValueError: if a label is fractional, negative, a bool, a text or a vector; nothing is converted.
+        ValueError: if a label is fractional, negative, a bool, a string or a vector; nothing is converted.
 
     Example:
         >>> check_labels(np.array([1, 0]), "data")
@@ -75,7 +74,7 @@ def check_labels(labels: Any, where: str, item: Callable[[int], str] = "item {}"
 
 
 def find_labels(dataset: Any) -> list[Any] | None:
-    """The label of each item as the data set gives it, whatever it is; None if unknown. See `labels_of`."""
+    """The label of each item, unchecked; None if unknown. See `labels_of`."""
     return _of_each(dataset, _labels)
 
 
@@ -85,7 +84,7 @@ def files_of(dataset: Any) -> list[Any]:
 
 
 def class_names(dataset: Any) -> dict[int, str]:
-    """Label -> name, from ``class_to_idx`` or ``classes``; empty if unknown, or if joined data sets differ in it."""
+    """Label -> name, from ``class_to_idx`` or ``classes``; empty if unknown, or if joined data sets contradict."""
     for part in unwrapped(dataset):
         # A data set of some of the classes keeps the labels of all.
         if isinstance(labels := getattr(part, "class_to_idx", None), dict) and labels:
@@ -102,13 +101,13 @@ def class_names(dataset: Any) -> dict[int, str]:
 
 
 def item_name(dataset: Any, index: int) -> str:
-    """An item in an error: its number, and its file if that is known."""
+    """The name of an item in an error message: its index, and its file if known."""
     files = files_of(dataset)
     return f"image {index}" + (f", {files[index]}," if files else "")
 
 
 def wrapped(dataset: Any) -> list[Any]:
-    """What a data set wraps or joins, one level down; empty if nothing."""
+    """The data sets that a data set wraps or joins directly."""
     if isinstance(joined := getattr(dataset, "datasets", None), list | tuple):  # ConcatDataset
         return list(joined)
     # torchdistill's wrappers; Subset and many others
@@ -117,14 +116,14 @@ def wrapped(dataset: Any) -> list[Any]:
 
 
 def unwrapped(dataset: Any) -> Iterator[Any]:
-    """A data set, and all that it wraps or joins, from the outside in."""
+    """A data set, and all data sets that it wraps or joins, from outside to inside."""
     yield dataset
     for part in wrapped(dataset):
         yield from unwrapped(part)
 
 
 def _of_each(dataset: Any, read: Callable[[Any], list[Any] | None]) -> list[Any] | None:
-    """What ``read`` finds for each item, in a data set or in what it wraps; None where it is not one for each."""
+    """The result of ``read`` for each item, from a data set or the one inside; None unless there is one per item."""
     size = len(dataset) if hasattr(dataset, "__len__") else None
     own = read(dataset)
     if own is not None and len(own) == size:
@@ -157,7 +156,7 @@ def _labels(dataset: Any) -> list[Any] | None:
 
 
 def _plain(labels: Any) -> list[Any]:
-    """Labels as Python's own numbers, texts and lists."""
+    """Labels as Python's own numbers, strings and lists."""
     if hasattr(labels, "tolist"):
         return list(labels.tolist())
     return [label.tolist() if isinstance(label, Tensor | np.ndarray | np.generic) else label for label in labels]
@@ -171,7 +170,7 @@ def _files(dataset: Any) -> list[Any] | None:
 
 
 def _pairs(dataset: Any) -> list[Any] | None:
-    """``(file, label)`` of each item, as torchvision's data sets of folders have them."""
+    """``(file, label)`` of each item, as in torchvision's ``ImageFolder``."""
     for name in ("samples", "imgs"):
         pairs = getattr(dataset, name, None)
         if isinstance(pairs, list | tuple) and all(

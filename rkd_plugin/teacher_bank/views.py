@@ -1,4 +1,4 @@
-"""Which view of an image a teacher saw: whether a data set draws random numbers, and drawing the same ones again."""
+"""Views of images: whether a data set draws random numbers, and how to draw the same ones again."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PROBES = 8  # images that stand for a data set
+PROBES = 8  # images of a data set that are tested
 
 
 def items(dataset: Any, rows: Sequence[int], views: int, seed: int) -> list[Any]:
-    """What the data set gives for rows of a bank; each view of an image draws random numbers of its own."""
+    """The items of a data set for rows of a bank; each view of an image has its own random numbers."""
     if not views:
         whole = getattr(dataset, "__getitems__", None)
         return list(whole(rows)) if whole else [dataset[index] for index in rows]
@@ -25,14 +25,14 @@ def items(dataset: Any, rows: Sequence[int], views: int, seed: int) -> list[Any]
 
 
 def drawn(dataset: Any, index: int, view: int, seed: int) -> Any:
-    """An item as one view, whose random numbers depend on these arguments alone."""
+    """One view of an item; its random numbers depend on these arguments only."""
     with _drawing(f"{seed} {view} {index}"):
         return dataset[index]
 
 
 @contextmanager
 def _drawing(source: str) -> Iterator[None]:
-    """Random numbers that depend on ``source`` alone, in the block; afterwards those before it go on."""
+    """In the block, random numbers depend on ``source`` only; afterwards the generators are restored."""
     seed = int.from_bytes(hashlib.blake2b(source.encode(), digest_size=4).digest(), "big")
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
@@ -47,10 +47,10 @@ def _drawing(source: str) -> Iterator[None]:
 
 
 def draws(dataset: Any) -> str:
-    """Why a data set's items are taken to depend on random numbers; empty if they do not.
+    """The reason why the items of a data set depend on random numbers; empty if they do not.
 
-    A few items are loaded, twice each: they must leave the random number generators of PyTorch, NumPy and Python as
-    they were, and be the same both times.
+    A few items are loaded twice: they must not change the random number generators of PyTorch, NumPy and Python, and
+    must be equal both times.
 
     Example:
         >>> from torch.utils.data import Dataset
@@ -85,7 +85,7 @@ def _states() -> dict[str, Any]:
 
 
 def check_repeats(dataset: Any, seed: int) -> None:
-    """Raise ValueError if a view cannot be drawn again, as of a transform with random numbers of its own."""
+    """Raise ValueError if a view cannot be drawn again, as for a transform with its own random generator."""
     for index in probed(dataset):
         first, again = (image(drawn(dataset, index, 0, seed)) for _ in range(2))
         if not torch.equal(first, again):

@@ -40,7 +40,7 @@ def holds(host: str, is_so: bool, contract: str, relied_on_by: str) -> None:
 
 
 class Witness(nn.Module):
-    """A mid-level loss, a forward process and a wrapper in one: keeps what it is called with."""
+    """A mid-level loss, a forward process and a wrapper in one, which records its arguments."""
 
     def __init__(self):
         super().__init__()
@@ -114,7 +114,7 @@ def test_torchdistill_registers_by_name_and_overwrites(monkeypatch):
         holds("torchdistill", name in registry, f"{name} is registered under its name", "the adapter's own registering")
 
 
-def test_torchdistill_calls_a_loss_with_what_hooks_kept(witness):
+def test_torchdistill_calls_a_loss_with_the_hooked_tensors(witness):
     box = box_of(stage(**SIDES), net())
     epoch_of(box)
     (student, teacher, targets, *rest), kwargs = witness.calls[-1]
@@ -145,10 +145,10 @@ def test_torchdistill_leaves_the_teacher_in_training_mode(witness):
     box = box_of(stage(teacher=PLAIN, student=PLAIN), net())
     count = sum(len(group["params"]) for group in box.optimizer.param_groups)
     is_so = count == 2 * len(list(net().parameters()))
-    holds("torchdistill", is_so, "a teacher without requires_grad is trained", "`rkd check`, which asks for it,")
+    holds("torchdistill", is_so, "a teacher without requires_grad is trained", "`rkd check`, which requires it,")
 
 
-def test_torchdistill_hands_model_batch_labels_and_more_to_a_forward_process(witness, monkeypatch):
+def test_torchdistill_passes_model_batch_labels_and_more_to_a_forward_process(witness, monkeypatch):
     calls = []
     monkeypatch.setitem(
         FORWARD_PROC_FUNC_DICT, "spy", lambda *args, **kwargs: calls.append((args, kwargs)) or args[0](args[1])
@@ -217,7 +217,7 @@ def test_torchdistills_box_has_what_the_runner_reads(witness):
         holds("torchdistill", box.stage_grad_count == 2, "a box counts its steps", "a resumed run")
 
 
-def test_torchdistills_stages_begin_unfrozen_and_without_hooks(witness):
+def test_torchdistills_stages_start_unfrozen_and_without_hooks(witness):
     teacher = net()
     config = {"stage1": stage(**SIDES), "stage2": stage(teacher=PLAIN, student=PLAIN)}
     box = box_of(config, teacher)
@@ -235,10 +235,10 @@ def test_torchdistills_stages_begin_unfrozen_and_without_hooks(witness):
     )
     epoch_of(box)
     is_so = set(witness.calls[-1][0][0]) == {"."}
-    holds("torchdistill", is_so, "a stage has its own hooks alone", "`rkd check`, which looks at each stage's,")
+    holds("torchdistill", is_so, "a stage has only its own hooks", "`rkd check`, which looks at each stage's,")
 
 
-def test_torchdistill_executes_tags_while_it_loads_and_knows_dependencies_after(tmp_path):
+def test_torchdistill_executes_tags_while_loading_and_imports_dependencies_later(tmp_path):
     (tmp_path / "recipe.yaml").write_text("a: !import_call {key: builtins.dict, init: {kwargs: {b: 1}}}")
     is_so = yaml_util.load_yaml_file(str(tmp_path / "recipe.yaml")) == {"a": {"b": 1}}
     holds("torchdistill", is_so, "!import_call calls what it names", "every recipe's data sets, and `rkd check`")
@@ -249,7 +249,7 @@ def test_torchdistill_executes_tags_while_it_loads_and_knows_dependencies_after(
 
 
 class Folder:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -258,7 +258,7 @@ class Folder:
         return os.mkdir, (self.path,)
 
 
-def test_torchdistill_executes_what_a_checkpoint_holds_and_goes_on_without_one(tmp_path):
+def test_torchdistill_unpickles_checkpoints_and_ignores_a_missing_one(tmp_path):
     torch.save({"model": net().state_dict(), "args": Folder(tmp_path / "made")}, tmp_path / "mine.pt")
     load_ckpt(str(tmp_path / "mine.pt"), model=net())
     is_so = (tmp_path / "made").is_dir()
@@ -276,7 +276,7 @@ def test_torchdistills_own_loss_names_its_arguments_and_flattens_maps():
     values = [
         loss(*({"a": {"output": part}} for part in parts)) for parts in (maps, [part.flatten(1) for part in maps])
     ]
-    holds("torchdistill", torch.equal(*values), "RKDLoss flattens maps", "what the documentation of `pool` tells of it")
+    holds("torchdistill", torch.equal(*values), "RKDLoss flattens maps", "the documentation of `pool`")
 
 
 def test_torchdistills_simple_loss_wrapper_passes_two_tensors():
@@ -315,7 +315,7 @@ class Spy(losses.BaseMetricLossFunction):
         }
 
 
-def test_pml_hands_a_loss_the_reference_or_the_batch_itself():
+def test_pml_passes_a_loss_the_reference_or_the_batch():
     loss, x, teacher, labels = Spy(), torch.randn(4, 2), torch.randn(4, 3), torch.arange(4)
     loss(x, labels, None, teacher)
     embeddings, given_labels, tuples, ref_emb, ref_labels = loss.args
@@ -328,7 +328,7 @@ def test_pml_hands_a_loss_the_reference_or_the_batch_itself():
     holds(PML, loss.args[3] is x, "without ref_emb it is the batch itself", "the losses, which refuse that,")
 
 
-def test_pml_reduces_a_vector_an_anchor_and_leaves_its_dtype_to_the_embeddings():
+def test_pml_reduces_a_loss_per_anchor_in_the_dtype_of_the_embeddings():
     x = torch.randn(4, 2)
     each = x.double().pow(2).sum(1)
     is_so = torch.allclose(Spy(reducer=reducers.MeanReducer())(x).double(), each.mean())
@@ -341,11 +341,11 @@ def test_pml_reduces_a_vector_an_anchor_and_leaves_its_dtype_to_the_embeddings()
     holds(PML, is_so, "zero_loss() is a loss of no tuples", "a term of weight 0")
 
 
-def test_pmls_distance_normalises_unless_told():
+def test_pmls_distance_normalises_by_default():
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     is_so = torch.allclose(LpDistance().maybe_normalize(x)[0], torch.tensor([0.6, 0.8]))
     is_so = is_so and torch.equal(LpDistance(normalize_embeddings=False).maybe_normalize(x), x)
-    holds(PML, is_so, "LpDistance scales rows to length 1 unless told not to", "get_default_distance")
+    holds(PML, is_so, "LpDistance scales rows to length 1 by default", "get_default_distance")
     is_so = (LpDistance().p, LpDistance().power) == (2, 1)
     holds(PML, is_so, "its p is 2 and its power 1", "the check of a loss's distance")
     distance = LpDistance(collect_stats=True)
@@ -363,7 +363,7 @@ def test_pmls_tuples_convert_as_documented():
     holds(PML, is_so, "pairs that share their first are triplets", "mined tuples")
 
 
-def test_pml_records_nothing_unless_told():
+def test_pml_records_no_statistics_by_default():
     quiet, loud = Spy(), Spy(collect_stats=True)
     for loss in (quiet, loud):
         loss.add_to_recordable_attributes(list_of_names=["share"], is_stat=True)
@@ -371,7 +371,7 @@ def test_pml_records_nothing_unless_told():
     holds(PML, is_so, "statistics are kept where collect_stats is set", "the losses' statistics")
 
 
-def test_pmls_multiple_losses_add_up_what_each_makes_of_the_same_embeddings():
+def test_pmls_multiple_losses_add_the_losses_of_the_same_embeddings():
     first, second, miner = Spy(), Spy(), nn.Identity()
     miner.forward = lambda *_: "mined"
     both = losses.MultipleLosses({"a": first, "b": second}, miners={"b": miner}, weights={"a": 2, "b": 1})
@@ -394,7 +394,7 @@ def trainer_of(**changes):
     return trainers.MetricLossOnly(**{**options, **changes})
 
 
-def test_pmls_trainer_knows_no_teacher_and_trains_whatever_it_holds():
+def test_pmls_trainer_has_no_teacher_and_trains_all_its_models():
     with pytest.raises(AssertionError, match="models keys must be one of trunk, embedder"):
         trainer_of(models={"trunk": nn.Linear(3, 2), "teacher": nn.Linear(3, 2)})
     trainer = trainer_of()
@@ -413,7 +413,7 @@ def test_pmls_trainer_knows_no_teacher_and_trains_whatever_it_holds():
     )
 
 
-def test_pmls_trainer_asks_for_the_schema_before_it_looks_and_calls_a_loss_with_three(capsys):
+def test_pmls_trainer_checks_the_schema_first_and_calls_a_loss_with_three(capsys):
     order = []
 
     class Trainer(trainers.MetricLossOnly):
@@ -457,7 +457,7 @@ def test_pmls_trainer_asks_for_the_schema_before_it_looks_and_calls_a_loss_with_
     holds(PML, is_so, "losses are kept by name", "RKDTrainerMixin.calculate_loss")
 
 
-def test_pmls_distributed_wrapper_takes_its_own_losses_alone():
+def test_pmls_distributed_wrapper_accepts_only_its_own_losses():
     with pytest.raises(TypeError, match="must extend BaseMetricLossFunction"):
         DistributedLossWrapper(nn.MSELoss())
     is_so = inspect.isfunction(DistributedLossWrapper.forward)

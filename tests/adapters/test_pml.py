@@ -1,4 +1,4 @@
-"""The adapter to pytorch-metric-learning: losses against plain loops, and the host's trainers, testers and wrappers."""
+"""The adapter to pytorch-metric-learning: losses checked against plain loops, and PML's trainers, testers, wrappers."""
 
 from __future__ import annotations
 
@@ -36,19 +36,20 @@ from rkd_plugin.adapters.pml import (
     TensorWithTeacher,
     from_bank,
 )
+from rkd_plugin.teacher_bank import Bank
 
 LOSSES = [RKDDistanceLoss, RKDAngleLoss, RKDDALoss]
 RTOL = 1e-5  # of PML's own tests, for float32 and wider; half precision too is computed in float32 here
 
 
 def batch(rows: int = 9, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Student ``(N, 5)`` that learns, teacher ``(N, 7)``, labels of three classes."""
+    """Student ``(N, 5)`` with a gradient, teacher ``(N, 7)``, labels of three classes."""
     generator = torch.Generator().manual_seed(seed)
     student = torch.randn(rows, 5, generator=generator).to(dtype).requires_grad_()
     return student, torch.randn(rows, 7, generator=generator).to(dtype), torch.arange(rows) % 3
 
 
-# The formulas once more, in float64 and plain Python.
+# The formulas in float64 and plain Python.
 
 
 def huber(x: float) -> float:
@@ -109,7 +110,7 @@ def test_agrees_with_a_plain_loop(cls, normalize, dtype):
 
 
 @pytest.mark.parametrize("cls", LOSSES)
-def test_mined_tuples_are_the_only_ones_that_count(cls, dtype):
+def test_only_mined_tuples_count(cls, dtype):
     student, teacher, labels = batch(dtype=dtype)
     loss_func = cls()
 
@@ -133,7 +134,7 @@ def test_mined_tuples_are_the_only_ones_that_count(cls, dtype):
 @pytest.mark.parametrize("cls", LOSSES)
 def test_no_tuples_give_no_loss_but_a_graph(cls, length):
     student, teacher, labels = batch()
-    # Float indices too: what `torch.tensor([])` is.
+    # Float indices too: `torch.tensor([])` is float.
     loss = cls()(student, labels, (torch.tensor([]),) * length, ref_emb=teacher)
     loss.backward()
     assert loss.item() == 0
@@ -160,9 +161,9 @@ def test_row_counts_that_differ_are_an_error_that_names_the_wrapper():
     ids=lambda distance: f"{type(distance).__name__}-{distance.p}-{distance.power}",
 )
 @pytest.mark.parametrize("cls", LOSSES)
-def test_distances_that_are_not_euclidean_are_refused(cls, distance):
+def test_distances_that_are_not_euclidean_raise(cls, distance):
     name = type(distance).__name__
-    with pytest.raises(ValueError, match=rf"{cls.__name__}: distance must be Euclidean, got {name}.*LpDistance"):
+    with pytest.raises(ValueError, match=rf"{cls.__name__}: expected a Euclidean distance, got {name}.*LpDistance"):
         cls(distance=distance)
 
 
@@ -178,7 +179,7 @@ def test_options_reach_the_core():
 def test_a_term_of_weight_zero_is_skipped(monkeypatch):
     student, teacher, labels = batch()
     expected = RKDDistanceLoss()(student, labels, ref_emb=teacher)
-    monkeypatch.setattr("rkd_plugin.kernels.chunked.angle", lambda *_, **__: pytest.fail("was computed"))
+    monkeypatch.setattr("rkd_plugin.kernels.chunked.angle", lambda *_, **__: pytest.fail("computed"))
     loss = RKDDALoss(angle_weight=0)(student, labels, ref_emb=teacher)
     loss.backward()
     assert loss == expected
@@ -211,7 +212,7 @@ class ModelOutput:
     ],
 )
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_what_is_no_tensor_is_named_with_its_side(side, wrong, named):
+def test_an_output_that_is_no_tensor_is_named_with_its_side(side, wrong, named):
     student, teacher, labels = batch()
     given = {"student": student, "teacher": teacher}
     given[side] = wrong(given[side])
@@ -355,7 +356,7 @@ def test_embedding_regularizer():
     loss.backward()
     expected = RKDDALoss()(student, labels, ref_emb=teacher) + 0.5 * student.norm(dim=1).mean()
     torch.testing.assert_close(loss, expected)
-    # A regulariser with a reducer of its own, and one term beside it.
+    # A regularizer with its own reducer, and a loss of one term.
     regularizer = SparseCentersRegularizer(num_classes=3, centers_per_class=3)
     RKDAngleLoss(embedding_regularizer=regularizer)(student, labels, ref_emb=teacher).backward()
 
@@ -386,8 +387,8 @@ def test_statistics():
     assert {"distance_weight", "angle_weight", "huber_delta"} <= set(loss._record_these)
 
 
-def test_statistics_are_not_computed_unasked(monkeypatch):
-    monkeypatch.setattr(torch, "pdist", lambda *_: pytest.fail("was computed"))
+def test_statistics_are_not_computed_by_default(monkeypatch):
+    monkeypatch.setattr(torch, "pdist", lambda *_: pytest.fail("computed"))
     student, teacher, _ = batch()
     loss = RKDDALoss()
     loss(student, ref_emb=teacher)
@@ -395,17 +396,17 @@ def test_statistics_are_not_computed_unasked(monkeypatch):
 
 
 @pytest.mark.parametrize("cls", LOSSES)
-def test_the_hosts_wrappers_without_a_teacher_refuse_our_losses(cls):
+def test_wrappers_of_pml_without_a_teacher_raise_for_our_losses(cls):
     with pytest.raises(Exception, match=f"CrossBatchMemory not supported for {cls.__name__}"):
         losses.CrossBatchMemory(cls(), embedding_size=5)
     with pytest.raises(Exception, match=f"SelfSupervisedLoss not supported for {cls.__name__}"):
         losses.SelfSupervisedLoss(cls())
-    # The host says so itself: importing the adapter changes nothing in it.
+    # The error is PML's own: importing the adapter patches nothing.
     assert losses.CrossBatchMemory.check_loss_support.__module__ == losses.CrossBatchMemory.__module__
 
 
-class Around(losses.BaseMetricLossFunction):
-    """A loss of a user around one of ours."""
+class Wrapper(losses.BaseMetricLossFunction):
+    """A user's loss that wraps one of ours."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -417,9 +418,9 @@ class Around(losses.BaseMetricLossFunction):
 
 @pytest.mark.filterwarnings("ignore:DistributedLossWrapper is being used in a non-distributed setting")
 @pytest.mark.parametrize("cls", LOSSES)
-def test_gather_inside_a_wrapper_that_gathers_is_refused(cls):
+def test_gather_inside_a_wrapper_that_gathers_raises(cls):
     student, teacher, labels = batch()
-    for inner in (cls(gather=True), Around(cls(gather=True))):
+    for inner in (cls(gather=True), Wrapper(cls(gather=True))):
         wrapped = DistributedLossWrapper(inner)
         with pytest.raises(RuntimeError, match=f"{cls.__name__}: expected gather=False inside DistributedLossWrapper"):
             wrapped(student, labels, ref_emb=teacher)
@@ -450,16 +451,16 @@ def one_of_two(rank: int, folder: str) -> None:
         DistributedLossWrapper(RKDDALoss(), efficient=True)(net(data[mine]), labels[mine], ref_emb=teacher[mine])
     except ValueError as error:
         message = str(error)
-    # What find_unused_parameters does to outputs is the most that DDP does to them.
-    twin, guide = global_batch()[0], nn.Linear(6, 5).double()
+    # find_unused_parameters makes DDP change the outputs most.
+    copied, guide = global_batch()[0], nn.Linear(6, 5).double()
     guide.load_state_dict({"weight": torch.eye(5, 6).double(), "bias": torch.zeros(5).double()})
-    trunk = nn.parallel.DistributedDataParallel(TeacherStudentTrunk(twin, guide), find_unused_parameters=True)
+    trunk = nn.parallel.DistributedDataParallel(TeacherStudentTrunk(copied, guide), find_unused_parameters=True)
     RKDDALoss(gather=True)(trunk(data[mine])).backward()
-    grads = {"grad": net.weight.grad, "trunk": twin.weight.grad}
+    grads = {"grad": net.weight.grad, "trunk": copied.weight.grad}
     torch.save({**grads, "message": message}, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()  # nobody leaves while another still listens to it
+    torch.distributed.barrier()  # no process leaves while another still needs it
     torch.distributed.destroy_process_group()
-    # Python's way out may destroy gloo's threads while they run, which aborts a process whose work is done.
+    # Not a normal exit: Python may destroy gloo's threads while they run, which aborts the process.
     os._exit(0)
 
 
@@ -468,20 +469,20 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path):
     torch.multiprocessing.spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
     net, data, teacher, labels = global_batch()
     RKDDALoss()(net(data), labels, ref_emb=teacher).backward()
-    twin = global_batch()[0]
-    RKDDALoss()(twin(data), ref_emb=data[:, :5]).backward()
+    copied = global_batch()[0]
+    RKDDALoss()(copied(data), ref_emb=data[:, :5]).backward()
     for rank in range(2):
         result = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(result["grad"], net.weight.grad, rtol=0, atol=1e-6)
-        torch.testing.assert_close(result["trunk"], twin.weight.grad, rtol=0, atol=1e-6)
+        torch.testing.assert_close(result["trunk"], copied.weight.grad, rtol=0, atol=1e-6)
         assert re.search(r"got 6 and 12 rows.*efficient=False", result["message"])
 
 
-# Tensors that bring the teacher's rows
+# Tensors with the teacher's rows
 
 
 def rows_with_teacher() -> TensorWithTeacher:
-    """Row i is i, and so is its teacher's."""
+    """Row i and the teacher's row i contain i."""
     numbers = torch.arange(6.0)[:, None]
     return TensorWithTeacher.of(numbers.expand(6, 4).clone(), numbers.expand(6, 3).clone())
 
@@ -499,7 +500,7 @@ def rows_with_teacher() -> TensorWithTeacher:
         lambda x: x.to("meta").contiguous(),
     ],
 )
-def test_rows_stay_beside_their_teachers(operation):
+def test_rows_stay_with_the_rows_of_the_teacher(operation):
     found = operation(rows_with_teacher())
     assert isinstance(found, TensorWithTeacher)
     assert len(found) == len(found.teacher)
@@ -521,7 +522,7 @@ def test_rows_stay_beside_their_teachers(operation):
         lambda x: torch.zeros(6, 4).to(x),
     ],
 )
-def test_what_may_change_rows_brings_no_teacher(operation):
+def test_operations_that_may_change_rows_return_plain_tensors(operation):
     assert type(operation(rows_with_teacher())) is Tensor
 
 
@@ -530,11 +531,11 @@ def test_rows_and_teachers_that_differ_in_number_are_an_error():
         TensorWithTeacher.of(torch.zeros(4, 2), torch.zeros(3, 2))
 
 
-# The trunk for the host's trainers
+# The trunk for PML's trainers
 
 
 def nets() -> tuple[nn.Module, nn.Module]:
-    """A student (trunk and embedder) and a teacher with BatchNorm, whose buffers would move in train mode."""
+    """A student (trunk and embedder) and a teacher with BatchNorm, whose buffers change in train mode."""
     torch.manual_seed(0)
     student = nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU()), nn.Linear(8, 4))
     return student, nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
@@ -561,14 +562,14 @@ def same_state(module: nn.Module, state: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
-def taught(teacher: nn.Module, data: Tensor) -> Tensor:
-    """What a teacher gives in eval mode."""
+def embedded(teacher: nn.Module, data: Tensor) -> Tensor:
+    """The teacher's embeddings in eval mode."""
     with torch.no_grad():
         return copy.deepcopy(teacher).eval()(data)
 
 
 def one_step(student: nn.Module, loss) -> None:
-    """What a trainer should do with the first 24 examples, by hand."""
+    """One training step on the first 24 examples, without a trainer."""
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     data = dataset()
     loss(student(data.embeddings[:24]), data.embeddings[:24], data.labels[:24]).backward()
@@ -594,7 +595,7 @@ def test_metric_loss_only_trains_the_student_as_by_hand():
     trainer.train(num_epochs=1)
 
     def loss(embeddings: Tensor, data: Tensor, labels: Tensor) -> Tensor:
-        rkd = rkd_plugin.rkd_da_loss(embeddings, taught(teacher, data))
+        rkd = rkd_plugin.rkd_da_loss(embeddings, embedded(teacher, data))
         return 3 * rkd + 0.5 * task(embeddings, labels, miner(embeddings, labels))
 
     one_step(by_hand, loss)
@@ -622,7 +623,7 @@ def test_a_tuple_miner_of_the_trainer_mines_the_student_for_all_losses():
     def loss(embeddings: Tensor, data: Tensor, labels: Tensor) -> Tensor:
         mined = miner(embeddings, labels)
         assert 0 < len(mined[0]) < 24 * 5 * 18
-        return rkd(embeddings, labels, mined, ref_emb=taught(teacher, data)) + task(embeddings, labels, mined)
+        return rkd(embeddings, labels, mined, ref_emb=embedded(teacher, data)) + task(embeddings, labels, mined)
 
     one_step(by_hand, loss)
     for ours, expected in zip(student.parameters(), by_hand.parameters(), strict=True):
@@ -636,7 +637,7 @@ def test_metric_loss_only_learns_from_the_teacher():
 
     def distance_to_teacher() -> float:
         with torch.no_grad():
-            return rkd_plugin.rkd_da_loss(trunk.eval()(data), taught(teacher, data)).item()
+            return rkd_plugin.rkd_da_loss(trunk.eval()(data), embedded(teacher, data)).item()
 
     before = distance_to_teacher()
     trainers.MetricLossOnly(
@@ -645,7 +646,7 @@ def test_metric_loss_only_learns_from_the_teacher():
     assert distance_to_teacher() < before / 2
 
 
-def test_trunk_holds_the_teacher_without_owning_it():
+def test_the_teacher_is_not_a_submodule_of_the_trunk():
     student, teacher = nets()
     trunk = TeacherStudentTrunk(student, teacher).train()
     assert [id(p) for p in trunk.parameters()] == [id(p) for p in student.parameters()]
@@ -677,13 +678,13 @@ def test_trunk_under_torch_compile():
     student, teacher = nets()
     data = dataset().embeddings[:24]
     found = torch.compile(TeacherStudentTrunk(copy.deepcopy(student), teacher), backend="eager")(data)
-    torch.testing.assert_close(found.teacher, taught(teacher, data))
-    torch.testing.assert_close(RKDDALoss()(found), RKDDALoss()(student(data), ref_emb=taught(teacher, data)))
+    torch.testing.assert_close(found.teacher, embedded(teacher, data))
+    torch.testing.assert_close(RKDDALoss()(found), RKDDALoss()(student(data), ref_emb=embedded(teacher, data)))
 
 
-def test_trunk_inside_data_parallel_is_refused():
+def test_trunk_inside_data_parallel_raises():
     trunk = TeacherStudentTrunk(*nets())
-    # What torch does to it for several devices, which this machine need not have.
+    # DataParallel calls this on a machine with several devices.
     with pytest.raises(RuntimeError, match=r"write TeacherStudentTrunk\(DataParallel\(student\), DataParallel\(teach"):
         trunk._replicate_for_data_parallel()
     inside = TeacherStudentTrunk(*map(nn.DataParallel, nets()))
@@ -702,14 +703,14 @@ def test_a_separate_embedder_loses_the_teacher_which_is_an_error():
         trainer.train()
 
 
-def test_embeddings_of_a_trunk_in_eval_mode_bring_no_teacher():
+def test_embeddings_of_a_trunk_in_eval_mode_have_no_teacher():
     trunk = TeacherStudentTrunk(*nets()).eval()
     assert type(trunk(torch.randn(8, 6))) is Tensor
     with pytest.raises(ValueError, match="expected the teacher's embeddings, got none"):
         RKDDALoss()(trunk(torch.randn(8, 6)))
 
 
-def test_a_subset_batch_miner_sees_the_student_alone():
+def test_a_subset_batch_miner_gets_the_students_embeddings_only():
     trunk = TeacherStudentTrunk(*nets())
     seen = []
 
@@ -726,7 +727,7 @@ def test_a_subset_batch_miner_sees_the_student_alone():
     assert seen == [(Tensor, 4)] * 2
 
 
-# Both ways to train: the trunk in the host's trainers, and the host's trainers with the mixin
+# Both ways to train: the trunk in PML's trainers, and PML's trainers with the mixin
 
 
 def trained_both_ways(student, teacher, rows: int = 24, **options):
@@ -750,9 +751,9 @@ def trained_both_ways(student, teacher, rows: int = 24, **options):
 @pytest.mark.parametrize("teacher_dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_teacher_of_another_dtype(teacher_dtype):
     student, teacher = nets()
-    expected = RKDDALoss()(student(dataset().embeddings[:24]), ref_emb=taught(teacher, dataset().embeddings[:24]))
+    expected = RKDDALoss()(student(dataset().embeddings[:24]), ref_emb=embedded(teacher, dataset().embeddings[:24]))
     teacher.to(teacher_dtype)
-    # The teacher's own rounding, of inputs up to 6.
+    # The rounding of the teacher, for inputs up to 6.
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: RTOL}[teacher_dtype]
     assert trained_both_ways(student, teacher) == [pytest.approx(expected.item(), rel=tolerance)] * 2
     assert teacher[0].weight.dtype == teacher_dtype
@@ -810,13 +811,13 @@ def test_an_embedder_may_read_all_parts_of_the_trunks_output():
         loss_funcs={"rkd_loss": RKDDALoss()},
         **host_arguments(student, sampler=FIRST),
     ).train()
-    one_step(by_hand, lambda x, data, labels: rkd_plugin.rkd_da_loss(x, taught(teacher, data)))
+    one_step(by_hand, lambda x, data, labels: rkd_plugin.rkd_da_loss(x, embedded(teacher, data)))
     for ours, expected in zip(student.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_a_part_that_must_be_chosen_or_is_not_there_is_named(side):
+def test_a_missing_part_is_named(side):
     for form in FORMS.values():
         models = dict(zip(("student", "teacher"), nets(), strict=True))
         models[side] = Parts(models[side], form[0])
@@ -836,7 +837,7 @@ def test_a_part_that_must_be_chosen_or_is_not_there_is_named(side):
                 way(**{f"{side}_output": 7})
 
 
-def test_the_side_that_is_no_vector_is_named():
+def test_a_side_of_another_shape_is_named():
     with pytest.raises(ValueError, match=r"TeacherStudentTrunk: expected the teacher's .* \(N, D\), got \(2, 3, 1\)"):
         TeacherStudentTrunk(nn.Linear(3, 2), nn.Unflatten(1, (3, 1)))(torch.randn(2, 3))
 
@@ -858,7 +859,7 @@ def test_a_backbone_that_both_share_trains_as_by_hand(way):
     trainer.train()
 
     def loss(embeddings: Tensor, data: Tensor, labels: Tensor) -> Tensor:
-        return rkd_plugin.rkd_da_loss(embeddings, taught(guide, data))
+        return rkd_plugin.rkd_da_loss(embeddings, embedded(guide, data))
 
     one_step(by_hand, loss)
     assert seen == [False]  # one pass, without a graph
@@ -878,7 +879,7 @@ def test_the_teachers_mode_is_restored_when_it_fails():
 
 
 @pytest.mark.parametrize("which", ["trunk", "trainer"])
-def test_a_tester_sees_the_student_alone(which):
+def test_a_tester_gets_the_students_embeddings_only(which):
     student, teacher = nets()
     seen = []
     tester = testers.GlobalEmbeddingSpaceTester(
@@ -910,7 +911,7 @@ def test_a_tester_sees_the_student_alone(which):
     assert tester.all_accuracies["train"]["precision_at_1_level0"] > 0
 
 
-# Every trainer of the host
+# Every trainer of PML
 
 
 class TwoStreams(EmbeddingDataset):
@@ -920,8 +921,8 @@ class TwoStreams(EmbeddingDataset):
         return self.embeddings[idx], self.embeddings[(idx + 4) % len(self)], self.labels[idx]
 
 
-def beside_trunk(host: type, width: int) -> tuple[dict, dict, dict]:
-    """The models, losses and arguments of a host beside trunk, embedder and first metric loss."""
+def further_arguments(host: type, width: int) -> tuple[dict, dict, dict]:
+    """The models, losses and arguments of a trainer other than trunk, embedder and first metric loss."""
     triplet, cross_entropy = losses.TripletMarginLoss, nn.CrossEntropyLoss
     cases = {
         "MetricLossOnly": lambda: ({}, {}, {}),
@@ -949,9 +950,9 @@ HOSTS = [
 
 
 def one_host_step(host: type, models: dict, metric_loss: nn.Module, student: nn.Module, rkd_loss=None) -> list[Tensor]:
-    """The student's parameters after one step of a host's trainer."""
+    """The student's parameters after one step of a trainer of PML."""
     torch.manual_seed(2)
-    others, more, arguments = beside_trunk(host, 4 if "embedder" not in models else 8)
+    others, more, arguments = further_arguments(host, 4 if "embedder" not in models else 8)
     first = "metric_loss_0" if "metric_loss_1" in more else "metric_loss"
     loss_funcs = {first: metric_loss, **more, **({"rkd_loss": rkd_loss} if rkd_loss else {})}
     np.random.seed(3)
@@ -961,11 +962,11 @@ def one_host_step(host: type, models: dict, metric_loss: nn.Module, student: nn.
     return [parameter.detach() for parameter in student.parameters()]
 
 
-def assert_steps_differ_by(taught_step: list[Tensor], plain_step: list[Tensor], student: nn.Module, loss: Tensor):
-    """What the teacher adds to a host's step is the step of ``loss``, SGD's rate times its gradient."""
+def assert_steps_differ_by(step: list[Tensor], plain_step: list[Tensor], student: nn.Module, loss: Tensor):
+    """The teacher adds the step of ``loss`` to the step of PML's trainer: SGD's rate times the gradient."""
     grads = torch.autograd.grad(loss, student.parameters(), materialize_grads=True)
     assert any(grad.abs().max() > 1e-2 for grad in grads)
-    for ours, host, grad in zip(taught_step, plain_step, grads, strict=True):
+    for ours, host, grad in zip(step, plain_step, grads, strict=True):
         # 1e-6 is a few roundings of parameters up to 1.
         torch.testing.assert_close(ours - host, -0.1 * grad, rtol=1e-3, atol=1e-6)
 
@@ -976,23 +977,23 @@ def streams(host: type) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.__name__)
-def test_every_trainer_of_the_host_trains_with_a_teacher_by_the_mixin(host):
+def test_every_trainer_of_pml_trains_with_a_teacher_by_the_mixin(host):
     steps = []
     for rkd_loss in (RKDDALoss(), None):
         student, teacher = nets()
         models = {"trunk": student[0], "embedder": student[1], **({"teacher": teacher} if rkd_loss else {})}
-        kind = type("Taught", (RKDTrainerMixin, host), {}) if rkd_loss else host
+        kind = type("WithTeacher", (RKDTrainerMixin, host), {}) if rkd_loss else host
         kind.__name__ = host.__name__
         steps.append(one_host_step(kind, models, losses.TripletMarginLoss(), student, rkd_loss))
     student, teacher = nets()
     data = streams(host)
     embeddings = torch.cat([student(x) for x in data])
-    loss = rkd_plugin.rkd_da_loss(embeddings, torch.cat([taught(teacher, x) for x in data]))
+    loss = rkd_plugin.rkd_da_loss(embeddings, torch.cat([embedded(teacher, x) for x in data]))
     assert_steps_differ_by(*steps, student, loss)
 
 
 @pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.__name__)
-def test_every_trainer_of_the_host_trains_with_a_teacher_in_its_trunk(host):
+def test_every_trainer_of_pml_trains_with_a_teacher_in_its_trunk(host):
     steps = []
     for has_teacher in (True, False):
         student, teacher = nets()
@@ -1001,7 +1002,7 @@ def test_every_trainer_of_the_host_trains_with_a_teacher_in_its_trunk(host):
         steps.append(one_host_step(host, {"trunk": trunk}, metric_loss, student))
     student, teacher = nets()
     data = streams(host)
-    embeddings, ref_emb = torch.cat([student(x) for x in data]), torch.cat([taught(teacher, x) for x in data])
+    embeddings, ref_emb = torch.cat([student(x) for x in data]), torch.cat([embedded(teacher, x) for x in data])
     tuples = None
     if host is trainers.CascadedEmbeddings:  # its first loss gets the first column
         embeddings = embeddings[:, :1]
@@ -1028,10 +1029,10 @@ def test_a_two_stream_trainer_with_a_miner_trains_with_a_teacher_in_its_trunk():
     assert not same_state(student, before)
 
 
-def test_a_generator_that_trains_alone_leaves_the_embeddings_alone():
+def test_a_generator_that_trains_alone_does_not_change_the_embeddings():
     student, teacher = nets()
     frozen = copy.deepcopy(student.state_dict())
-    others, more, arguments = beside_trunk(trainers.DeepAdversarialMetricLearning, 8)
+    others, more, arguments = further_arguments(trainers.DeepAdversarialMetricLearning, 8)
     seen = []
 
     class Adversarial(RKDTrainerMixin, trainers.DeepAdversarialMetricLearning):
@@ -1052,14 +1053,14 @@ def same_parameters(module: nn.Module, state: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, state[name]) for name, value in module.named_parameters())
 
 
-def test_an_order_of_bases_that_hides_one_is_refused():
+def test_an_order_of_bases_that_hides_one_raises():
     for bases in ((RKDTrainer, trainers.CascadedEmbeddings), (trainers.CascadedEmbeddings, RKDTrainerMixin)):
         with pytest.raises(TypeError, match=r"Mine: .*write class Mine\(RKDTrainerMixin, CascadedEmbeddings\)"):
             type("Mine", bases, {})
     assert issubclass(type("Mine", (RKDTrainer, trainers.TrainWithClassifier), {}), trainers.TrainWithClassifier)
 
 
-def test_a_host_that_computes_embeddings_elsewhere_is_refused():
+def test_a_trainer_that_computes_embeddings_elsewhere_raises():
     class Elsewhere(trainers.MetricLossOnly):
         def compute_embeddings(self, data):
             return self.models["trunk"](data)
@@ -1070,26 +1071,23 @@ def test_a_host_that_computes_embeddings_elsewhere_is_refused():
         loss_funcs={"metric_loss": losses.TripletMarginLoss(), "rkd_loss": RKDDALoss()},
         **host_arguments(student),
     )
-    with pytest.raises(RuntimeError, match="Mine: expected the host to compute embeddings by get_trunk_output"):
+    with pytest.raises(RuntimeError, match="Mine: expected embeddings of get_trunk_output"):
         trainer.train()
 
 
 def test_two_streams_cannot_learn_from_a_bank():
-    class BankOfZeros:
-        def over(self, data):
-            return [(data[row], [torch.zeros(5)]) for row in range(len(data))]
-
+    bank = Bank(torch.zeros(48, 5))
     data = TwoStreams(dataset().embeddings, dataset().labels)
     student, _ = nets()
     trainer = type("Mine", (RKDTrainerMixin, trainers.TwoStreamMetricLoss), {})(
         models={"trunk": student},
         loss_funcs={"rkd_loss": RKDDALoss()},
-        teacher_bank=BankOfZeros(),
+        teacher_bank=bank,
         **host_arguments(student, dataset=data),
     )
     with pytest.raises(ValueError, match="from_bank: expected items of one image and its label, got 3 parts"):
         trainer.train()
-    arguments = from_bank(BankOfZeros(), dataset(), data_and_label_getter=lambda items: ([items[0]], items[1]))
+    arguments = from_bank(bank, dataset(), data_and_label_getter=lambda items: ([items[0]], items[1]))
     with pytest.raises(TypeError, match="from_bank: expected a batch of images as one tensor, got list"):
         arguments["data_and_label_getter"](arguments["collate_fn"]([arguments["dataset"][0]]))
 
@@ -1116,7 +1114,7 @@ def test_rkd_trainer_trains_the_student_as_by_hand():
     trainer.train(num_epochs=1)
 
     def loss(embeddings: Tensor, data: Tensor, labels: Tensor) -> Tensor:
-        rkd = rkd_plugin.rkd_da_loss(embeddings, taught(teacher, data))
+        rkd = rkd_plugin.rkd_da_loss(embeddings, embedded(teacher, data))
         return 3 * rkd + 0.5 * task(embeddings, labels, miner(embeddings, labels))
 
     one_step(by_hand, loss)
@@ -1131,7 +1129,7 @@ def test_rkd_trainer_trains_the_student_as_by_hand():
     assert "teacher" not in trainer.models
 
 
-def test_rkd_trainer_keeps_the_teacher_as_it_is_whatever_the_host_does():
+def test_rkd_trainer_does_not_change_the_teacher():
     student, teacher = nets()
     before = copy.deepcopy(teacher.state_dict())
     trainer = RKDTrainer(
@@ -1148,7 +1146,7 @@ def test_rkd_trainer_keeps_the_teacher_as_it_is_whatever_the_host_does():
     assert same_state(teacher, before)
 
 
-def test_a_subset_batch_miner_of_rkd_trainer_leaves_one_pass_of_the_teacher():
+def test_a_subset_batch_miner_of_rkd_trainer_runs_the_teacher_once():
     student, teacher = nets()
     seen = []
     teacher.register_forward_hook(lambda module, args, out: seen.append(len(out)))
@@ -1161,9 +1159,9 @@ def test_a_subset_batch_miner_of_rkd_trainer_leaves_one_pass_of_the_teacher():
     assert seen == [12, 12]
 
 
-def test_rkd_trainer_skips_what_has_no_weight():
+def test_rkd_trainer_skips_a_loss_of_weight_zero():
     student, teacher = nets()
-    teacher.forward = lambda _: pytest.fail("was run")
+    teacher.forward = lambda _: pytest.fail("called")
     trainer = RKDTrainer(
         models={"trunk": student, "teacher": teacher},
         loss_funcs={"metric_loss": losses.TripletMarginLoss(), "rkd_loss": RKDDALoss()},
@@ -1174,7 +1172,7 @@ def test_rkd_trainer_skips_what_has_no_weight():
     assert trainer.iterations_per_epoch == 2
 
 
-def test_rkd_trainer_names_what_is_missing_or_too_much():
+def test_rkd_trainer_names_missing_and_unexpected_models():
     student, teacher = nets()
     rkd = {"rkd_loss": RKDDALoss()}
     with pytest.raises(AssertionError, match='models must contain "teacher"'):
@@ -1183,7 +1181,7 @@ def test_rkd_trainer_names_what_is_missing_or_too_much():
     with pytest.raises(AssertionError, match='loss_funcs must contain "rkd_loss"'):
         RKDTrainer(models=both, loss_funcs={"metric_loss": losses.TripletMarginLoss()}, **host_arguments(student))
     optimizers = {"teacher_optimizer": torch.optim.SGD(teacher.parameters(), lr=1)}
-    with pytest.raises(ValueError, match=r"expected no optimiser of the teacher, .* got a teacher_optimizer"):
+    with pytest.raises(ValueError, match=r"expected no optimizer of the teacher, .* got a teacher_optimizer"):
         RKDTrainer(models=both, loss_funcs=rkd, **{**host_arguments(student), "optimizers": optimizers})
 
 
@@ -1205,7 +1203,7 @@ def test_a_loss_that_cannot_be_given_a_teacher_is_named(loss_funcs, message):
         RKDTrainer(models=models, loss_funcs=loss_funcs, **host_arguments(student))
 
 
-def test_rkd_trainer_logs_no_warning_for_what_it_does_not_need(caplog):
+def test_rkd_trainer_logs_no_warning_for_optional_arguments(caplog):
     student, teacher = nets()
     models = {"trunk": student, "embedder": nn.Identity(), "teacher": teacher}
     arguments = host_arguments(student)

@@ -74,7 +74,7 @@ POOLED = {
 
 
 @pytest.mark.parametrize("name", POOLED)
-def test_outputs_are_pooled_as_named(name, io_dicts):
+def test_pool_names(name, io_dicts):
     shape, view = POOLED[name]
     student, teacher = io_dicts[0]["."]["output"], torch.randn(shape)
     io_dicts[1]["conv"]["input"] = teacher
@@ -88,7 +88,7 @@ def test_outputs_are_pooled_as_named(name, io_dicts):
     torch.testing.assert_close(loss(*io_dicts), rkd_plugin.rkd_da_loss(student, view(teacher)))
 
 
-def test_each_side_has_a_pool_of_its_own(io_dicts):
+def test_each_side_has_its_own_pool(io_dicts):
     io_dicts[1]["block"] = {"output": torch.randn(6, 5, 8)}
     loss = mid_level_loss(
         "RKDDALoss", student_module_path="conv", teacher_module_path="block", pool={"student": "avg", "teacher": "cls"}
@@ -128,14 +128,14 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_a_pool_that_does_not_fit_is_refused(name):
+def test_a_pool_of_another_shape_raises(name):
     pool, shape = name.split(" of ")
     with pytest.raises(ValueError, match=UNFIT[name]):
         adapter.pooled(torch.zeros(eval(shape)), pool)
 
 
 @every_loss
-def test_works_through_the_hosts_simple_loss_wrapper(key, io_dicts):
+def test_works_in_simple_loss_wrapper(key, io_dicts):
     wrapped = get_mid_level_loss(
         {"key": key, "kwargs": {}},
         {
@@ -155,14 +155,14 @@ def test_works_through_the_hosts_simple_loss_wrapper(key, io_dicts):
     ("kwargs", "error", "message"),
     [
         ({"huber": 1.0}, TypeError, "unexpected keyword argument 'huber'"),
-        ({"pool": "max"}, ValueError, r"pool must be one of \('auto', 'avg', .*, 'flatten'\), got 'max'"),
-        ({"pool": {"student": "avg", "teacher": "max"}}, ValueError, "pool must be one of .* got 'max'"),
-        ({"pool": {"pupil": "avg"}}, ValueError, "pool must be for 'student' and 'teacher', got 'pupil'"),
+        ({"pool": "max"}, ValueError, r"expected pool to be one of \('auto', 'avg', .*, 'flatten'\), got 'max'"),
+        ({"pool": {"student": "avg", "teacher": "max"}}, ValueError, "expected pool to be one of .* got 'max'"),
+        ({"pool": {"pupil": "avg"}}, ValueError, "expected pool for 'student' and 'teacher', got 'pupil'"),
         ({"dist_factor": 1.0}, TypeError, "got dist_factor; use distance_weight"),
         ({"angle_factor": 1.0}, TypeError, "got angle_factor; use angle_weight"),
         ({"student_output_path": "."}, TypeError, "got student_output_path; use student_module_path"),
-        ({"student_module_io": "out"}, ValueError, r"student_module_io must be one of .*, got 'out'"),
-        ({"reduction": "anchor"}, ValueError, "torchdistill sums scalar terms"),
+        ({"student_module_io": "out"}, ValueError, r"expected student_module_io to be one of .*, got 'out'"),
+        ({"reduction": "anchor"}, ValueError, "expected a scalar for torchdistill, got reduction 'anchor'"),
     ],
 )
 def test_bad_options(kwargs, error, message):
@@ -176,13 +176,17 @@ def test_bad_options(kwargs, error, message):
         (
             "fc",
             ".",
-            r"the student has no output of module 'fc', only '\.' \(output\), 'conv' \(output\); list it under",
+            r"expected the student's output of module 'fc', got only '\.' \(output\), 'conv' \(output\); list it",
         ),
-        (".", "conv", r"the teacher has no output of module 'conv', only '\.' \(output\), 'conv' \(input\); list it"),
-        (None, ".", r"student_module_path must name one of \['\.', 'conv'\]"),
+        (
+            ".",
+            "conv",
+            r"expected the teacher's output of module 'conv', got only '\.' \(output\), 'conv' \(input\); list",
+        ),
+        (None, ".", r"expected student_module_path to be one of \['\.', 'conv'\]"),
     ],
 )
-def test_a_missing_hook_names_what_is_there(student, teacher, message, io_dicts):
+def test_a_missing_hook_names_the_hooked_modules(student, teacher, message, io_dicts):
     loss = mid_level_loss("RKDAngleLoss", student_module_path=student, teacher_module_path=teacher)
     with pytest.raises(ValueError, match=message):
         loss(*io_dicts)
@@ -195,27 +199,27 @@ def test_batches_of_different_length_name_the_paths(io_dicts):
         loss(*io_dicts)
 
 
-def test_a_module_with_several_outputs_is_refused(io_dicts):
+def test_a_module_with_several_outputs_raises(io_dicts):
     io_dicts[0]["."]["output"] = (torch.zeros(6, 3), torch.zeros(6, 3))
     loss = mid_level_loss("RKDDALoss", student_module_path=".", teacher_module_path=".")
-    with pytest.raises(TypeError, match=r"student's output of module '\.' must be one tensor, got tuple"):
+    with pytest.raises(TypeError, match=r"student's output of module '\.' to be one tensor, got tuple"):
         loss(*io_dicts)
 
 
-def test_without_a_teacher_the_error_says_so(io_dicts):
+def test_an_experiment_without_a_teacher_raises(io_dicts):
     loss = mid_level_loss("RKDDALoss", student_module_path=".", teacher_module_path=".")
-    with pytest.raises(ValueError, match=r"the teacher has no output of module '\.', only nothing"):
+    with pytest.raises(ValueError, match=r"expected the teacher's output of module '\.', got only nothing"):
         loss(io_dicts[0], {})
 
 
-def test_names_that_others_hold_are_left_alone(monkeypatch):
+def test_registered_names_are_not_overwritten(monkeypatch):
     assert MIDDLE_LEVEL_LOSS_DICT["RKDLoss"] is mid_level.RKDLoss
 
     class RKDDALoss(nn.Module):
         pass
 
     monkeypatch.setitem(MIDDLE_LEVEL_LOSS_DICT, "RKDDALoss", RKDDALoss)
-    with pytest.raises(ValueError, match=r"'RKDDALoss' is already .*RKDDALoss; register that one under another key"):
+    with pytest.raises(ValueError, match=r"no other component named 'RKDDALoss', got .*RKDDALoss; register that"):
         registering.keeping_others(register_mid_level_loss, MIDDLE_LEVEL_LOSS_DICT)(adapter.RKDDALoss)
     assert MIDDLE_LEVEL_LOSS_DICT["RKDDALoss"] is RKDDALoss
 
@@ -294,17 +298,17 @@ def test_pml_loss_under_autocast_is_computed_in_float32():
     assert half.dtype == torch.float32
 
 
-def test_pml_loss_refuses_what_torchdistill_would_not_train():
+def test_pml_loss_raises_for_parameters_that_torchdistill_does_not_train():
     from pytorch_metric_learning.losses import ProxyAnchorLoss
 
-    with pytest.raises(ValueError, match="ProxyAnchorLoss has parameters"):
+    with pytest.raises(ValueError, match="got ProxyAnchorLoss, whose parameters"):
         mid_level_loss("PMLLoss", loss=ProxyAnchorLoss(num_classes=2, embedding_size=3))
-    with pytest.raises(TypeError, match="loss must be a module, built with !import_call"):
+    with pytest.raises(TypeError, match=r"expected loss to be a module, got .*; build it with !import_call"):
         mid_level_loss("PMLLoss", loss="TripletMarginLoss")
 
 
-def restless_net():
-    """BatchNorm and dropout: what moves or blurs in training mode."""
+def net_with_modes():
+    """BatchNorm and dropout, which behave differently in training mode."""
     return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
 
 
@@ -355,7 +359,7 @@ def learning_rate_falls_after(kwargs):
 
 
 def build_as_the_example_scripts_do(path, seed):
-    """What torchdistill's script for image classification builds of a YAML file: student, teacher, box."""
+    """Student, teacher and box, as torchdistill's script for image classification builds them from a YAML file."""
     set_seed(seed)
     config = yaml_util.load_yaml_file(str(path))
     import_dependencies(config["dependencies"])
@@ -378,7 +382,7 @@ def build_as_the_example_scripts_do(path, seed):
 
 
 def distill(forward_proc):
-    teacher, student = restless_net(), restless_net()
+    teacher, student = net_with_modes(), net_with_modes()
     before = copy.deepcopy(teacher.state_dict())
     student_before = copy.deepcopy(student.state_dict())
     data = {"data": TensorDataset(torch.randn(32, 5), torch.zeros(32))}
@@ -390,20 +394,20 @@ def distill(forward_proc):
     return teacher, [name for name, value in before.items() if not torch.equal(teacher.state_dict()[name], value)]
 
 
-def test_the_teacher_stands_still_in_the_hosts_box():
+def test_the_teacher_does_not_change_in_torchdistills_box():
     teacher, moved = distill("forward_in_eval_mode")
     assert moved == []
     assert not any(module.training for module in teacher.modules())
 
 
-def test_the_other_mode_is_a_visible_choice():
+def test_training_mode_can_be_chosen():
     teacher, moved = distill("forward_batch_only")
     assert moved == ["1.running_mean", "1.running_var", "1.num_batches_tracked"]
     assert teacher.training
 
 
 def test_a_teacher_in_eval_mode_has_no_dropout():
-    teacher = restless_net()
+    teacher = net_with_modes()
     batch = torch.randn(8, 5)
     first, second = (adapter.forward_in_eval_mode(teacher, batch, None, None) for _ in range(2))
     assert torch.equal(first, second)
@@ -412,8 +416,8 @@ def test_a_teacher_in_eval_mode_has_no_dropout():
     assert torch.equal(adapter.forward_in_eval_mode(teacher, batch), first)
 
 
-def test_quickstart_runs_through_the_hosts_own_classes(tmp_path):
-    """What torchdistill's example script for image classification does, call by call, on an unchanged recipe."""
+def test_quickstart_runs_with_torchdistills_own_classes(tmp_path):
+    """The calls of torchdistill's example script for image classification, on an unchanged recipe."""
     checkpoint = tmp_path / "teacher.pt"
     for name in ("teacher", "rkd_da"):
         text = (CONFIGS / "quickstart" / f"{name}.yaml").read_text()

@@ -1,8 +1,8 @@
-"""Time and memory of the angle loss of a batch that processes share, beside each computing all of it (gloo, CPU).
+"""Time and memory of the angle loss of a batch on several processes, compared with all of it on each (gloo, CPU).
 
-Run from the checkout, ``PYTHONPATH=. python tests/bench/processes.py [N ...]``; prints the README's table. What is
-compared takes turns, in all processes at once. ``predicted`` is the cost model of ``rkd_plugin/distributed.py``, whose
-constants are measured in the same rounds.
+Run ``PYTHONPATH=. python tests/bench/processes.py [N ...]`` in the checkout; it prints the README's table. The variants
+alternate, in all processes at once. ``predicted`` is the cost model of ``rkd_plugin/distributed.py``; its constants are
+measured in the same rounds.
 """
 
 import os
@@ -15,7 +15,7 @@ from torch import distributed, multiprocessing
 
 from rkd_plugin import rkd_angle_loss
 from rkd_plugin.bench import Case, batch
-from rkd_plugin.bench.measuring import _forget_peak, _peak
+from rkd_plugin.bench.measuring import peak, reset_peak
 from rkd_plugin.distributed import gather
 from rkd_plugin.environment import environment
 
@@ -24,7 +24,7 @@ HEAD = "N", "W", "each computes all, ms", "shared, ms", "times faster", "predict
 
 
 def steps(rank, processes, rows):
-    """Forward and backward of all of it, of what one vertex costs, of a share, and of what a share communicates."""
+    """Forward and backward of the whole batch, of one vertex, of one rank's share, and of its communication."""
     student, teacher = batch(Case(rows))
     own = slice(rank * rows // processes, (rank + 1) * rows // processes)
 
@@ -60,11 +60,11 @@ def growth(rank, processes, rows, address, results):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
     shared = steps(rank, processes, rows)[2]
-    steps(rank, processes, 512)[2]()  # what compiling takes is not the batch's
-    _forget_peak()
-    before = _peak()
+    steps(rank, processes, 512)[2]()  # the memory of compiling is not part of the growth
+    reset_peak()
+    before = peak()
     shared()
-    results[rank] = (_peak() - before) / 1e6
+    results[rank] = (peak() - before) / 1e6
     distributed.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""The benchmark runs, shows everything, and gives a wrong kernel no speed. Nothing here depends on a duration."""
+"""The benchmark runs, prints all its results, and raises for a wrong kernel. No test depends on a duration."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_table(capsys, quick_memory):
     assert torch.__version__ in environment
 
 
-def test_the_case_is_the_one_that_was_asked_for(quick_memory):
+def test_the_case_is_the_requested_one(quick_memory):
     measured = bench.main([SIZE], ["reference"], 3, 5, "bfloat16", "cpu", repeats=1)
     first, peer = measured["results"]
     assert [first[key] for key in ("rows", "student_dim", "teacher_dim", "dtype", "loss")] == [
@@ -65,7 +65,7 @@ def test_the_case_is_the_one_that_was_asked_for(quick_memory):
     student, teacher = bench.batch(bench.Case(SIZE, 3, 5, torch.bfloat16))
     assert (student.shape, teacher.shape, student.dtype) == ((SIZE, 3), (SIZE, 5), torch.bfloat16)
     assert bench.peer_bytes(bench.Case(SIZE, 3, 5, torch.bfloat16)) == 2 * (3 * SIZE**3 + 2 * SIZE**2 * 8)
-    # float32 inside keeps what bfloat16 gives; the gradient is rounded to bfloat16's eight bits.
+    # The computation in float32 is exact for bfloat16 inputs; the gradient is rounded to eight bits.
     assert first["value_error"] < 1e-6
     assert 1e-5 < first["gradient_error"] < 2**-8
     assert peer["loss"] == "torchdistill"
@@ -83,7 +83,7 @@ def test_peer_that_needs_too_much_memory_is_estimated(quick_memory):
     assert column(table, "both ms")[-1] != "-"
 
 
-def test_reference_has_no_row_where_it_is_too_large_unless_asked_for(quick_memory, monkeypatch):
+def test_reference_has_a_row_for_large_batches_only_if_requested(quick_memory, monkeypatch):
     monkeypatch.setattr(measuring, "REFERENCE_ROWS", SIZE - 1)
     losses = [row["loss"] for row in bench.main([SIZE], repeats=1, device="cpu")["results"]]
     assert losses == ["chunked", "torchdistill"]
@@ -91,7 +91,7 @@ def test_reference_has_no_row_where_it_is_too_large_unless_asked_for(quick_memor
     assert losses == ["reference", "torchdistill"]
 
 
-def test_json_can_be_shown_again(capsys, quick_memory, tmp_path):
+def test_json_can_be_shown_later(capsys, quick_memory, tmp_path):
     assert main(["bench", "--n", str(SIZE), "--repeats", "1", "--device", "cpu", "--json"]) == 0
     text = capsys.readouterr().out
     written = json.loads(text)
@@ -104,8 +104,8 @@ def test_json_can_be_shown_again(capsys, quick_memory, tmp_path):
 
 @pytest.mark.parametrize("what", ["value", "gradient"])
 @pytest.mark.parametrize("broken", [torch.float64, torch.float32])
-def test_wrong_kernel_gets_no_speed(monkeypatch, capsys, what, broken):
-    """Off by a thousandth, in one dtype, in the value or in the gradient only."""
+def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys, what, broken):
+    """With an error of a thousandth in one dtype, in the value or in the gradient only."""
     right = chunked.angle
 
     def wrong(student, *arguments):
@@ -120,8 +120,8 @@ def test_wrong_kernel_gets_no_speed(monkeypatch, capsys, what, broken):
     assert capsys.readouterr().out == ""
 
 
-def test_what_computes_large_batches_is_checked_too(monkeypatch):
-    """It takes part from some size on; a check of a small batch does not meet it."""
+def test_the_path_for_large_batches_is_checked_too(monkeypatch):
+    """A check of a small batch does not reach it."""
     monkeypatch.setattr(compiled, "ROWS", 100)
     monkeypatch.setattr(compiled, "sweep", lambda sides, delta, weights: None)
     measuring.check("chunked", "cpu", 100)
@@ -139,14 +139,14 @@ def test_what_computes_large_batches_is_checked_too(monkeypatch):
 
 
 def test_every_call_gets_a_new_teacher(quick_memory, monkeypatch):
-    """As in training; of one loss's calls that are timed, no two have the same values either."""
+    """As in training; the timed calls of one loss have different values."""
     seen, original = {}, measuring._contender
 
     def contender(name, *arguments):
         loss = original(name, *arguments)
 
         def call(student, teacher):
-            seen.setdefault(name, []).append(teacher)  # kept, so that no other tensor gets its memory
+            seen.setdefault(name, []).append(teacher)  # a reference, so that no other tensor gets its memory
             return loss(student, teacher)
 
         return call
@@ -166,20 +166,20 @@ def test_every_call_gets_a_new_teacher(quick_memory, monkeypatch):
 
 @pytest.mark.parametrize(("rows", "repeats"), [(1, 1), (2, 0)])
 def test_nothing_to_measure(rows, repeats):
-    with pytest.raises(ValueError, match=f"at least 2 rows and 1 repetition are needed, got {rows} and {repeats}"):
+    with pytest.raises(ValueError, match=f"expected at least 2 rows and 1 repetition, got {rows} and {repeats}"):
         bench.measure(bench.Case(rows), ["chunked"], False, repeats, 1.0)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dtype", "int8"], "floating-point ones, got 'int8'"),
+        (["--dtype", "int8"], "a floating-point dtype of torch, got 'int8'"),
         (["--impl", "quick"], "expected impl to be .*'quick'"),
-        (["--impl", "fused", "--device", "cpu"], "impl 'fused' needs .*; use impl='chunked'"),
+        (["--impl", "fused", "--device", "cpu"], "for impl 'fused', .*; use impl='chunked'"),
     ],
 )
-def test_what_cannot_be_measured(options, message, capsys, monkeypatch):
-    if find_spec("triton") is not None:  # nor is it interpreted here, as in the tests of that kernel
+def test_options_that_cannot_be_measured(options, message, capsys, monkeypatch):
+    if find_spec("triton") is not None:  # without the interpreter, which the tests of that kernel use
         monkeypatch.setattr("rkd_plugin.kernels.fused.INTERPRETED", False)
     assert main(["bench", "--n", "4", *options]) == 1
     error = capsys.readouterr().err
@@ -188,7 +188,7 @@ def test_what_cannot_be_measured(options, message, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["# Notes", "{}", "[1, 2]", '{"environment": {}, "results": [{"rows": 4}]}', "3"])
-def test_what_cannot_be_shown(text, capsys, tmp_path):
+def test_files_that_cannot_be_shown(text, capsys, tmp_path):
     (tmp_path / "kept.json").write_text(text)
     assert main(["bench", "--show", str(tmp_path / "kept.json")]) == 1
     expected = "expected what `rkd bench --json` printed, got something else; measure it again"
@@ -197,21 +197,21 @@ def test_what_cannot_be_shown(text, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_peak_growth_sees_what_is_allocated():
-    """In a fresh process: the peer's cubes, within what the estimate leaves out at so few rows."""
+    """In a new process: torchdistill's N^3 tensors; the estimate is less exact for so few rows."""
     case = bench.Case(128)
     assert 0.7 < bench.peak_growth("torchdistill", case) / bench.peer_bytes(case) < 1.3
 
 
-def test_saved_bytes_are_those_that_backward_needs():
+def test_saved_bytes():
     def loss(student, teacher):
-        return (student.exp() * teacher).sum()  # keeps exp(student), its inputs are not counted
+        return (student.exp() * teacher).sum()  # saves exp(student); inputs are not counted
 
     assert measuring._saved_bytes(loss, torch.randn(10, 7), torch.randn(10, 7)) == 10 * 7 * 4
 
 
 def test_exponents_are_fitted_through_large_batches():
     rows = [{"rows": n, "loss": "l", "both_ms": 3 * n**2.5, "estimated": False} for n in (8, 256, 512, 2048)]
-    rows[0]["both_ms"] = 1e9  # too small a batch to tell
+    rows[0]["both_ms"] = 1e9  # too small a batch to count
     assert showing.exponent(rows, "l", "both_ms") == pytest.approx(2.5)
     assert showing.exponent(rows[:3], "l", "both_ms") is None
     assert showing.exponent([*rows[:3], {**rows[3], "estimated": True}], "l", "both_ms") is None
@@ -232,7 +232,7 @@ def test_picture(tmp_path):
         assert len(image.convert("L").getcolors()) > 20
 
 
-# What was measured and committed
+# Committed results
 
 
 def test_there_are_results():
@@ -262,7 +262,7 @@ def test_committed_results_have_the_schema(path):
         assert row["estimated"] == (row["both_ms"] is None)
 
 
-def test_the_readmes_table_is_made_from_them(capsys):
+def test_the_readme_has_their_tables(capsys):
     text = README.read_text()
     shown = [path for path in RESULTS if f"rkd bench --show tests/bench/{path.name}" in text]
     assert shown
@@ -271,7 +271,7 @@ def test_the_readmes_table_is_made_from_them(capsys):
         assert capsys.readouterr().out.strip() in text
 
 
-def test_a_recipes_step_is_timed_beside_torchdistills(capsys):
+def test_a_step_of_a_recipe_is_compared_with_torchdistills(capsys):
     small = ["recipe.samples_per_epoch=512", "recipe.batch_size=64"]
     assert main(["bench", "quickstart/student", *small, "--steps", "2"]) == 0
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]

@@ -1,6 +1,6 @@
 """Write rkd.json: the losses as the authors' code defines them, in plain Python floats (float64), one term at a time.
 
-Nothing of this project is imported, so that the values stand on their own. Run ``python tests/golden/make_golden.py``.
+It imports nothing of this project, so that the values are independent. Run ``python tests/golden/make_golden.py``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def mean_loss(student: list[float], teacher: list[float]) -> float:
 def main() -> None:
     draw = random.Random(0)
     cases = []
-    # The last one is spread so unevenly that some errors leave the quadratic part of the loss.
+    # The rows of the last case are so unevenly spread that some errors are in the linear part of the loss.
     for rows, student_width, teacher_width, power in (
         (2, 2, 3, 1),
         (3, 1, 2, 1),

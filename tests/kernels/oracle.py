@@ -1,4 +1,4 @@
-"""Both losses and their gradients in decimal numbers of 420 digits: slow, and right at any magnitude."""
+"""Both losses and their gradients in decimal numbers of 420 digits: slow, and exact at any magnitude."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import product
 
 import torch
 
-STEP = Decimal(10) ** -345  # of differences in place of derivatives, far below the smallest number
+STEP = Decimal(10) ** -345  # of finite differences, far below the smallest float64
 
 
 def dot(x, y):
@@ -31,7 +31,7 @@ def unit(arm):
 
 
 def cosines(x):
-    """The same of the angle loss: a row for each vertex and arm; an arm and itself span no angle."""
+    """The same for the angle loss: a row for each vertex and arm; an arm and itself span no angle."""
     arms = [[unit(d) for d in row] for row in differences(x)]
     return [
         [Decimal(0) if b is c else dot(b, c) for c in at_vertex] for at_vertex in arms for b in at_vertex

@@ -1,7 +1,7 @@
-"""The Triton kernel: on a GPU with ``-m gpu``; in the default run interpreted on a CPU, and compiled for a GPU unseen.
+"""The Triton kernel: on a GPU with ``-m gpu``; by default interpreted on a CPU, and compiled for a GPU without one.
 
-The interpreter takes 10 ms for what a GPU does in one step, so batches are tiny: most of one tile, some of three. It
-has a process of its own, since Triton decides when a kernel is defined; there this file's tests find ``DEVICE`` a CPU.
+The interpreter takes 10 ms for one step of a GPU, so batches are tiny: most have one tile, some three. It has a process
+of its own, since Triton reads the setting when a kernel is defined; in that process ``DEVICE`` is a CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from test_kernels import (
     HARD,
     MAGNITUDES,
-    assert_refused,
+    assert_raises_for,
     assert_right,
     assert_within_budget,
     clusters,
@@ -36,7 +36,7 @@ from rkd_plugin.kernels import fused  # noqa: E402
 
 DEVICE = torch.device("cpu" if fused.INTERPRETED else "cuda")
 runs_kernel = pytest.mark.interpreted if fused.INTERPRETED else pytest.mark.gpu
-in_plain_process = pytest.mark.skipif(fused.INTERPRETED, reason="this is the interpreter's process")
+in_plain_process = pytest.mark.skipif(fused.INTERPRETED, reason="the process of the interpreter")
 
 every_loss = pytest.mark.parametrize("loss", [rkd_distance_loss, rkd_angle_loss], ids=lambda f: f.__name__)
 both_widths = pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -48,7 +48,7 @@ def slow_but(fast, cases):
 
 
 def short_arm():
-    """Two rows a ten-thousandth apart: of how they differ as seen from a third row, one float32 would keep 3 digits."""
+    """Two rows at a distance of 1e-4; their directions from a third row have 3 digits in one float32."""
     student, teacher = distinct(12)
     student[1] = student[0] + 1e-4 * torch.randn(6)
     return student, teacher
@@ -75,9 +75,9 @@ def batch(rows=7, dtype=torch.float64, **options):
 @in_plain_process
 @pytest.mark.parametrize("tier", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_under_the_interpreter(tier):
-    """All tests of this file that are marked so, in one process for each tier."""
+    """All tests of this file with this mark, in one process for each tier."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", f"interpreted and {tier}", __file__]
-    # An input that is not finite makes NumPy warn.
+    # NumPy warns for an input that is not finite.
     command += ["-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -87,12 +87,12 @@ def test_under_the_interpreter(tier):
 
 
 def angle_losses(student, teacher, vertices=None):
-    """Without the public function, which refuses a CPU."""
+    """Without the public function, which raises for a CPU."""
     return fused.angle(fused.relations(student), fused.relations(teacher), 1.0, vertices=vertices)
 
 
-class UnseenGPU:
-    """What Triton asks a driver for before it compiles."""
+class AbsentGPU:
+    """The part of a driver that Triton needs to compile."""
 
     def __init__(self, capability):
         self.capability = capability
@@ -103,7 +103,7 @@ class UnseenGPU:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self):
-        return self.capability  # what is compiled for one is not taken for another
+        return self.capability  # one cache entry per capability
 
     def get_current_stream(self, device):
         return 0
@@ -115,7 +115,7 @@ class UnseenGPU:
     ("capability", "rows"), [(90, 33), *(pytest.param(c, 64, marks=pytest.mark.slow) for c in (80, 90))]
 )
 def test_compiles_for_a_gpu(monkeypatch, capability, rows, wide):
-    """The interpreter takes Python that the compiler refuses: every launch of a step, up to the launch itself."""
+    """Every launch of a step, without running it: the interpreter accepts Python that the compiler does not."""
     compiled = []
 
     def compile_only(kernel):
@@ -125,23 +125,23 @@ def test_compiles_for_a_gpu(monkeypatch, capability, rows, wide):
     for kernel in (fused._squares_kernel, fused._squares_backward_kernel, fused._angle_kernel):
         compile_only(kernel)
     student, teacher = (x.to(wide) for x in distinct(rows))
-    monkeypatch.setattr(triton.runtime.driver, "_active", UnseenGPU(capability))
+    monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGPU(capability))
     with torch.no_grad():
         angle_losses(student, teacher)
     angle_losses(student.requires_grad_(), teacher).sum().backward()
     angle_losses(student, teacher, vertices=5).sum().backward()
-    # Squares of both sides, three times, and twice their gradient. The angles, of tiles of either kind: alone; all and
-    # some, with their gradient; and both again with weights.
+    # Squares of both sides, three times, and twice their gradient. Each angle kernel has two kinds of tiles: the losses
+    # only; all and some vertices with the gradient; and the last two again with weights.
     assert len(compiled) == 6 + 2 + 2 * 5
     for kernel in compiled:
-        assert not re.search(r"\b(atom|red)\.", kernel.asm["ptx"])  # nothing is added up in whatever order
-        # No product of two variables, as is any multiple of the number of rows, is narrower than an offset has to be.
+        assert not re.search(r"\b(atom|red)\.", kernel.asm["ptx"])  # no atomics: the order of all sums is fixed
+        # No product of two variables, such as a multiple of the number of rows, is narrower than 64 bits.
         assert narrow_products(kernel.asm["ttir"]) == []
         assert re.search(r"tensor<32x\d+xi64>", kernel.asm["ttir"])
 
 
 def narrow_products(ttir):
-    """Products of 32-bit integers in Triton's intermediate code, but for multiples of a constant."""
+    """Products of 32-bit integers in Triton's intermediate code, except multiples of a constant."""
     constants = set(re.findall(r"(%\w+) = arith.constant", ttir))
     spread = dict(re.findall(r"(%\w+) = tt.splat (%\w+)", ttir))
     products = re.findall(r"arith.muli (%\w+), (%\w+) : (?:tensor<[\dx]+x)?i32", ttir)
@@ -149,20 +149,20 @@ def narrow_products(ttir):
 
 
 @in_plain_process
-def test_says_where_it_cannot_run(monkeypatch):
+def test_raises_where_it_cannot_run(monkeypatch):
     x = torch.randn(4, 3)
     with pytest.raises(RuntimeError) as caught:
         rkd_angle_loss(x, x, impl="fused")
     assert str(caught.value) == (
-        "rkd_angle_loss: impl 'fused' needs tensors on a CUDA device, got cpu; use impl='chunked'"
+        "rkd_angle_loss: expected tensors on a CUDA device for impl 'fused', got cpu; use impl='chunked'"
     )
     monkeypatch.setattr(choose, "_HAS_TRITON", False)
     with pytest.raises(RuntimeError) as caught:
         rkd_da_loss(x, x, impl="fused")
-    assert str(caught.value) == "rkd_da_loss: impl 'fused' needs Triton, which is not installed; use impl='chunked'"
+    assert str(caught.value) == "rkd_da_loss: expected Triton for impl 'fused', found none; use impl='chunked'"
 
 
-def test_auto_takes_what_runs(monkeypatch):
+def test_auto_takes_a_kernel_that_runs(monkeypatch):
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -181,7 +181,7 @@ def test_auto_takes_what_runs(monkeypatch):
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 17, *slow_but((), [33, 64])])
 def test_error_budget(loss, rows, dtype, tolerance):
     if fused.INTERPRETED and rows == 64 and dtype in (torch.float16, torch.bfloat16):
-        rows = 4  # as float32 from the first step on, which takes its time
+        rows = 4  # the same as float32 after the first step; 64 rows take long
     assert_within_budget(loss, "fused", torch.randn(rows, 5), torch.randn(rows, 19), dtype, tolerance, DEVICE)
 
 
@@ -204,10 +204,10 @@ def test_any_magnitude(loss, case):
 
 @runs_kernel
 def test_tiles_of_rows_far_apart_and_others():
-    """Two close rows in different tiles: this pair of tiles is computed from the rows, the others as always."""
+    """Two close rows in different tiles: this pair of tiles is computed from the rows, the others are not."""
     student, teacher = (torch.randn(34, width).to(DEVICE) for width in (2, 3))
     student[33] = student[2] + 1e-6
-    weights = torch.rand(34).to(DEVICE)  # for which the gradient is computed in the backward pass
+    weights = torch.rand(34).to(DEVICE)  # the gradient is then computed in the backward pass
 
     def weighted(*batch, impl):
         return weights @ rkd_angle_loss(*batch, reduction="anchor", impl=impl)
@@ -221,7 +221,7 @@ def test_tiles_of_rows_far_apart_and_others():
 @pytest.mark.parametrize("derivative", ["hessian-vector product", "func.grad", "forward_ad"])
 def test_derivatives_that_it_does_not_have(derivative):
     with torch.device(DEVICE):
-        assert_refused(derivative, "fused")
+        assert_raises_for(derivative, "fused")
 
 
 @runs_kernel
@@ -239,7 +239,7 @@ def test_reductions_and_thresholds(reduction, huber_delta):
 @runs_kernel
 @pytest.mark.parametrize(("rows", "wide"), [(17, torch.float64), (34, torch.float32)])
 def test_upstream_weights(rows, wide):
-    """A weight per anchor: unequal ones, for which the gradient is recomputed, equal ones, and none."""
+    """A weight per anchor: different ones, for which the gradient is computed again, equal ones, and zeros."""
     student, teacher = batch(rows, wide)
     leaf = student.clone().requires_grad_()
     losses = rkd_angle_loss(leaf, teacher, reduction="anchor", impl="fused")
@@ -256,7 +256,7 @@ def test_upstream_weights(rows, wide):
 @runs_kernel
 @pytest.mark.parametrize("vertices", [0, 1, 5, 32, 33, 40])
 def test_some_vertices(vertices):
-    """The first rows, whose angles are between all rows; as many tiles lie before and behind the last of them."""
+    """The first rows are vertices of angles between all rows; there are tiles before and after the last of them."""
     student, teacher = batch(40)
     leaf, truth = (student.clone().requires_grad_() for _ in range(2))
     losses = angle_losses(leaf, teacher, vertices)
@@ -272,7 +272,7 @@ def test_some_vertices(vertices):
 @runs_kernel
 @every_loss
 def test_half_precision_is_computed_in_float32(loss, dtype):
-    """The value has the very bits of the float32 computation on the same numbers."""
+    """The value has the same bits as the float32 computation with the same numbers."""
     student, teacher = batch(17, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     value, gradient = evaluate(loss, student, teacher, impl="fused")
@@ -306,7 +306,7 @@ def test_collapsed_batch(constant, dtype):
 @every_loss
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize(("rows", "bad"), [(1, float("inf")), (2, float("nan")), (4, float("-inf"))])
-def test_not_a_number_is_passed_on(loss, side, rows, bad):
+def test_nan_in_gives_nan_out(loss, side, rows, bad):
     student, teacher = batch(rows, torch.float32)
     (student if side == "student" else teacher)[-1, 0] = bad
     assert loss(student, teacher, impl="fused").isnan()
@@ -349,7 +349,7 @@ def test_same_bits_every_time():
 @runs_kernel
 @both_widths
 def test_equal_relations_have_nothing_to_learn(wide):
-    """Exactly 0, value and gradient: not a rounding's worth of noise for an optimizer to scale up."""
+    """Value and gradient are exactly 0: an optimizer would scale up rounding errors."""
     teacher = torch.randn(20 if fused.INTERPRETED else 300, 8).to(DEVICE, wide)
     value, gradient = value_and_gradient(rkd_da_loss, 4 * teacher, teacher, impl="fused")
     assert value == 0
@@ -359,7 +359,7 @@ def test_equal_relations_have_nothing_to_learn(wide):
 @runs_kernel
 @pytest.mark.parametrize("span", [1, 5, 100])
 def test_spans(monkeypatch, span):
-    """What is added up in float64 in between: one row at a time, a broken last span, all at once."""
+    """The rows between two sums in float64: one at a time, an incomplete last span, all at once."""
     student, teacher = batch(13)
     monkeypatch.setattr(fused, "SPAN", span)
     ours = evaluate(rkd_angle_loss, student, teacher, impl="fused")
@@ -379,7 +379,7 @@ def test_index_tuples():
 
 @runs_kernel
 def test_under_pytorch(dtype):
-    """No gradient wanted, autocast, checkpointing, a functional call: the bits of the plain call."""
+    """Without a gradient, autocast, checkpointing, a functional call: the same bits as the plain call."""
     student, teacher = batch(5, dtype)
     model = torch.nn.Linear(6, 4).to(DEVICE, dtype)
 
@@ -421,7 +421,7 @@ def test_dynamo(reduction):
 @pytest.mark.parametrize("anchors", [None, 0.3])
 def test_agrees_with_chunked(rows, anchors, dtype):
     student, teacher = batch(rows, dtype)
-    weights = torch.rand(rows, device=DEVICE)  # unequal, for which the gradient is computed in the backward pass
+    weights = torch.rand(rows, device=DEVICE)  # the gradient is then computed in the backward pass
 
     def weighted(*batch, reduction, impl):
         torch.manual_seed(0)
@@ -435,15 +435,15 @@ def test_agrees_with_chunked(rows, anchors, dtype):
 
 
 @pytest.mark.gpu
-def test_auto_takes_it_on_this_card():
-    """Compiled and run, its values agree here."""
+def test_auto_takes_it_on_this_gpu():
+    """Its values agree here."""
     choose._AGREES.pop(DEVICE, None)
     assert choose.choose("loss", "auto", DEVICE) is fused
 
 
 @pytest.mark.gpu
 def test_cuda_graph():
-    """Forward and backward captured once, and run on new numbers."""
+    """Forward and backward captured once, and replayed with new numbers."""
     student, teacher = (x.cuda().float() for x in distinct(100))
     student.requires_grad_()
     stream = torch.cuda.Stream()
@@ -476,7 +476,7 @@ def test_second_device():
 
 @pytest.mark.gpu
 def test_memory_growth():
-    """N = 4096: by counting, matrices of 110 bytes an entry at the peak; the N^3 form would take 200,000 of them."""
+    """N = 4096: the matrices need 110 bytes per entry at the peak; the N^3 form needs 200,000."""
     student, teacher = (torch.randn(4096, width, device="cuda") for width in (128, 512))
     student.requires_grad_()
     torch.autograd.grad(rkd_da_loss(student[:64], teacher[:64], impl="fused"), student)
@@ -488,8 +488,8 @@ def test_memory_growth():
 
 @runs_kernel
 @pytest.mark.parametrize("fault", [None, "value", "gradient", "error"])
-def test_auto_leaves_a_kernel_alone_that_fails_on_this_device(monkeypatch, fault):
-    """Off by a hundredth, or with an exception; said once."""
+def test_auto_does_not_take_a_kernel_that_fails_on_this_device(monkeypatch, fault):
+    """With an error of a hundredth, or an exception; one warning."""
     right = fused.angle
 
     def wrong(*args):
@@ -503,7 +503,7 @@ def test_auto_leaves_a_kernel_alone_that_fails_on_this_device(monkeypatch, fault
         assert choose._fused_agrees(DEVICE)
         return
     monkeypatch.setattr(fused, "angle", wrong)
-    said = "OSError: no such instruction" if fault == "error" else "its values differ"
-    with pytest.warns(UserWarning, match=rf"impl 'fused' cannot be used on {DEVICE} \({said}\); 'auto' uses 'chunked'"):
+    reason = "OSError: no such instruction" if fault == "error" else "its values differ"
+    with pytest.warns(UserWarning, match=rf"impl 'fused' cannot be used on {DEVICE} \({reason}\); 'auto' uses"):
         assert not choose._fused_agrees(DEVICE)
     assert not choose._fused_agrees(DEVICE)  # silent, or the warning would be an error

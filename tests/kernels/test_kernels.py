@@ -1,7 +1,7 @@
-"""Every kernel against `reference` in float64: the numerical contract, on batches that are known to be hard.
+"""The numerical contract: every kernel compared with `reference` in float64, also on difficult batches.
 
-The budget of an error is what the published formula, written plainly, makes in the same dtype, plus the small constant
-of conftest.py.
+The allowed error is the error of the published formula in the same dtype, without numerical care, plus the small
+constant in conftest.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from rkd_plugin.bench import Case, batch, peak_growth
 from rkd_plugin.functional import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
-from rkd_plugin.kernels import chunked, compiled
+from rkd_plugin.kernels import compiled, strips
 from rkd_plugin.kernels.choose import _KERNELS
 
 SIZES = [0, 1, 2, 3, 17, 64, 129]
@@ -34,7 +34,7 @@ every_size = pytest.mark.parametrize("rows", SIZES)
 
 @pytest.fixture
 def impl(request, monkeypatch):
-    """A kernel's name; "compiled" is what `chunked` does with large batches, here with all of them."""
+    """The name of a kernel; "compiled" is `chunked` with its path for large batches, here for all batches."""
     if request.param != "compiled":
         return request.param
     monkeypatch.setattr(compiled, "ROWS", 1)
@@ -52,7 +52,7 @@ def evaluate(loss, student, teacher, **options):
 
 
 def plain(loss):
-    """The published formula as one would type it: no scaling, no care; right only where all rows differ."""
+    """The published formula without scaling or numerical care; right only if all rows differ."""
 
     def psi(x):
         if loss is rkd_distance_loss:
@@ -69,7 +69,7 @@ def plain(loss):
 
 
 def gradient_scale(student, value, gradient):
-    """The largest entry, or loss / length, as the units ask for, where symmetry makes that 0: angles on a line."""
+    """The largest entry, or loss / length, which has the same unit, if symmetry makes it 0: angles on a line."""
     if not len(student):
         return 0.0
     length = (student - student.mean(0)).square().sum(1).mean().sqrt()
@@ -87,7 +87,7 @@ def assert_within_budget(loss, impl, student, teacher, dtype, tolerance, device)
     if len(student) > 1 and all(len(x.unique(dim=0)) == len(x) for x in (student, teacher)):
         naive = evaluate(plain(loss), student.to(value.dtype), teacher.to(value.dtype))
         budget = [float((x - y).abs().max()) for x, y in zip(naive, truth, strict=True)]
-    # A value has been rounded to float32 at most, whatever the input.
+    # A value is rounded to float32 or better, for every input.
     value_limit = budget[0] + min(tolerance, 1e-6)
     gradient_limit = budget[1] + tolerance * gradient_scale(student.double(), *truth)
     assert ((value - truth[0]).abs() <= value_limit).all()
@@ -138,7 +138,7 @@ def test_error_budget(loss, impl, rows, dtype, tolerance, device):
 
 @every_kernel
 @every_loss
-@pytest.mark.parametrize("wide", [torch.float32, torch.float64])  # as which narrower inputs are computed, see below
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])  # narrower inputs are computed in float32, see below
 @pytest.mark.parametrize("case", HARD)
 def test_error_budget_of_hard_batches(loss, impl, case, wide, device):
     assert_within_budget(loss, impl, *HARD[case](), wide, TOLERANCE[wide], device)
@@ -153,8 +153,8 @@ def one_row(factor, which=0):
     return case
 
 
-def far_apart_in_turn():
-    """Rows that are closer and closer beside each other, down to what float32 can hold, and one that is far away."""
+def distances_of_all_sizes():
+    """Rows with smaller and smaller distances, down to the limit of float32, and one row far away."""
     student = torch.zeros(6, 3)
     for row in range(5):
         student[row] = torch.randn(3) * 10.0 ** (-7 * row)
@@ -174,7 +174,7 @@ MAGNITUDES = {
     "a-row-1e11-away": one_row(1e11),
     "a-row-1e30-away": one_row(1e30),
     "a-teacher-row-1e11-away": one_row(1e11, 1),
-    "far-apart-in-turn": far_apart_in_turn,
+    "distances-of-all-sizes": distances_of_all_sizes,
     "near-duplicates": near_duplicates,
     "an-offset-of-1e12": lambda: (torch.randn(6, 3).double() + 1e12, torch.randn(6, 4).double() - 1e12),
     "a-column-of-1e300": lambda: (F.pad(torch.randn(6, 2).double(), (1, 0), value=1e300), torch.randn(6, 4)),
@@ -185,7 +185,7 @@ MAGNITUDES = {
 
 @functools.cache
 def magnitude(case, loss):
-    """A batch, and the right value and gradient."""
+    """A batch, and its exact value and gradient."""
     torch.manual_seed(0)
     student, teacher = MAGNITUDES[case]()
     psi = oracle.distances if loss is rkd_distance_loss else oracle.cosines
@@ -234,7 +234,7 @@ def test_any_magnitudes_of_rows(loss, seed, powers, offset, wide):
 @every_kernel
 @pytest.mark.parametrize("which", [0, 1])
 def test_index_tuples_of_rows_far_apart(impl, which):
-    """Of all tuples, which is the loss itself."""
+    """All tuples as indices, which is the loss itself."""
     student, teacher = one_row(1e14, which)()
     every = tuple(torch.cartesian_prod(*[torch.arange(6)] * 3).T)
     pair = [
@@ -252,7 +252,7 @@ def test_thresholds_of_any_size(loss, impl, wide):
     student, teacher = (x.to(wide) for x in distinct(12))
     quadratic = evaluate(loss, student, teacher, impl=impl, huber_delta=1e3)
     torch.testing.assert_close(evaluate(loss, student, teacher, impl=impl, huber_delta=1e300), quadratic)
-    # Where it is linear, all is in proportion to it; float32 holds no less than 1e-45.
+    # Where the Huber function is linear, the loss is proportional to it; float32 ends at 1e-45.
     small, smaller = (evaluate(loss, student, teacher, impl=impl, huber_delta=d)[0] for d in (1e-20, 1e-30))
     torch.testing.assert_close(small, 1e10 * smaller, rtol=1e-5, atol=0)
     assert small.all()
@@ -297,7 +297,7 @@ def test_transforms_of_the_reference(loss):
 
 
 def twice(function, x):
-    """Hessian-vector product as one types it."""
+    """A Hessian-vector product by two calls of autograd."""
     x = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
     return torch.autograd.grad(gradient, x, torch.ones_like(x))
@@ -321,7 +321,7 @@ DERIVATIVES = {
 }
 
 
-def assert_refused(derivative, impl):
+def assert_raises_for(derivative, impl):
     function, weights = through_a_network(rkd_da_loss, impl=impl)
     with pytest.raises(RuntimeError) as caught:
         DERIVATIVES[derivative](function, weights)
@@ -332,13 +332,13 @@ def assert_refused(derivative, impl):
 
 @pytest.mark.parametrize("derivative", DERIVATIVES)
 def test_derivatives_that_a_fast_kernel_does_not_have(derivative):
-    """Each was silently 0 or wrong, or ended in a sentence of PyTorch's, until it was refused."""
-    assert_refused(derivative, "chunked")
+    """Without the check, each is silently 0 or wrong, or ends in an error of PyTorch."""
+    assert_raises_for(derivative, "chunked")
 
 
 @every_kernel
 def test_a_gradient_in_a_graph(impl):
-    """``create_graph=True`` changes nothing where nothing is differentiated again, nor does an overwritten student."""
+    """``create_graph=True`` alone changes nothing, and the student may be overwritten before the backward pass."""
     student, teacher = distinct()
     plain = evaluate(rkd_da_loss, student, teacher, impl=impl)[1]
     leaf = student.clone().requires_grad_()
@@ -352,7 +352,7 @@ def test_a_gradient_in_a_graph(impl):
 @every_kernel
 @every_loss
 def test_half_precision_is_computed_in_float32(loss, impl, dtype, device):
-    """The value has the very bits of the float32 computation on the same numbers."""
+    """The value has the same bits as the float32 computation with the same numbers."""
     student, teacher = (x.to(device, dtype) for x in distinct())
     wide = torch.promote_types(dtype, torch.float32)
     value, gradient = evaluate(loss, student, teacher, impl=impl)
@@ -364,12 +364,12 @@ def test_half_precision_is_computed_in_float32(loss, impl, dtype, device):
 
 @every_kernel
 @every_loss
-@pytest.mark.parametrize("magnitude", ["huge", "largest", "tiny", "smallest", "tiny-beside-large", "zero-beside-large"])
+@pytest.mark.parametrize("magnitude", ["huge", "largest", "tiny", "smallest", "tiny-and-large", "zero-and-large"])
 def test_extremes_stay_finite(loss, impl, magnitude, dtype, device):
     info = torch.finfo(dtype)
     student, teacher = (x.clamp(-2.9, 2.9).to(device) for x in distinct())
     expected = None
-    if magnitude.endswith("beside-large"):
+    if magnitude.endswith("and-large"):
         student[:5] *= 1e-30 if magnitude.startswith("tiny") else 0
     else:
         expected = evaluate(loss, student, teacher, impl="reference")[0].mean()
@@ -382,9 +382,12 @@ def test_extremes_stay_finite(loss, impl, magnitude, dtype, device):
     value, gradient = evaluate(loss, student, teacher, impl=impl)
     assert value.isfinite().all()
     assert gradient.isfinite().all()
-    assert gradient.any() or magnitude in ("huge", "largest")  # where it is smaller than the dtype holds
+    assert gradient.any() or magnitude in (
+        "huge",
+        "largest",
+    )  # there the gradient may underflow
     if expected is not None:
-        # A scale changes nothing but how many of the student's bits are left: 3 or 4 near 1e-6 in float16.
+        # A scale only changes how many bits of the student are left: 3 or 4 near 1e-6 in float16.
         assert abs(value.mean() - expected) < 0.05 * expected
 
 
@@ -419,7 +422,7 @@ def test_duplicates_keep_the_gradient_small(loss, impl, which, dtype, device):
     [(0, 2, torch.float32), (1 / 3, 3, torch.float64), (1000, 17, torch.float16), (1 / 3, 17, torch.bfloat16)],
 )
 def test_collapsed_batch(loss, impl, constant, rows, kind, device):
-    """All student rows equal: no direction to leave in, so the loss is finite and the gradient 0."""
+    """All student rows are equal: they have no direction, so the loss is finite and the gradient 0."""
     student = torch.full((rows, 4), constant, dtype=kind, device=device)
     value, gradient = evaluate(loss, student, torch.randn(rows, 3).to(device, kind), impl=impl)
     assert value.isfinite().all()
@@ -460,7 +463,7 @@ def test_two_rows_span_no_angle(impl, dtype, device):
         (17, "inf", torch.float32),
     ],
 )
-def test_not_a_number_is_passed_on(loss, impl, side, rows, bad, kind, device):
+def test_nan_in_gives_nan_out(loss, impl, side, rows, bad, kind, device):
     batch = [x.to(device, kind) for x in distinct(rows)]
     batch[side][-1, 0] = float(bad)
     assert loss(*batch, impl=impl).isnan()
@@ -480,7 +483,7 @@ def test_memory_layout_does_not_matter(loss, impl, dtype, device):
 @every_kernel
 @every_loss
 def test_sides_of_different_dtypes(loss, impl, dtype, device):
-    """Stored teacher vectors often are float64 or float16: the student's dtype decides."""
+    """The student's dtype decides; stored teacher vectors are often float64 or float16."""
     student, teacher = distinct()
     expected = evaluate(loss, student.to(device, dtype), teacher.half().to(device, dtype), impl=impl)
     for other in (torch.float64, torch.float16):
@@ -490,11 +493,11 @@ def test_sides_of_different_dtypes(loss, impl, dtype, device):
             torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("rows", [chunked.STRIP - 1, chunked.STRIP, chunked.STRIP + 1, 2 * chunked.STRIP + 5])
+@pytest.mark.parametrize("rows", [strips.STRIP - 1, strips.STRIP, strips.STRIP + 1, 2 * strips.STRIP + 5])
 @pytest.mark.parametrize("elements", [1, 200, 5000, 10**6])
 def test_strips_and_chunks(monkeypatch, rows, elements):
-    """Whole and broken strips, one vertex at a time, some at a time, all at once."""
-    monkeypatch.setattr(chunked, "ELEMENTS", elements)
+    """Complete and incomplete strips; one vertex, some vertices and all vertices at a time."""
+    monkeypatch.setattr(strips, "ELEMENTS", elements)
     student, teacher = distinct(rows)
     ours = evaluate(rkd_angle_loss, student, teacher, impl="chunked")
     torch.testing.assert_close(ours, evaluate(rkd_angle_loss, student, teacher, impl="reference"))
@@ -503,7 +506,7 @@ def test_strips_and_chunks(monkeypatch, rows, elements):
 @every_kernel
 @every_loss
 def test_upstream_weights(loss, impl):
-    """A weight per anchor: unequal ones, for which the gradient is recomputed, equal ones, and none."""
+    """A weight per anchor: different ones, for which the gradient is computed again, equal ones, and zeros."""
     student, teacher = distinct(40)
     for weights in (torch.rand(40).double() - 0.3, torch.full((40,), 2.5).double(), torch.zeros(40).double()):
         gradients = []
@@ -518,7 +521,7 @@ def test_upstream_weights(loss, impl):
 @every_kernel
 @pytest.mark.parametrize("rows", [17, 129])
 def test_deterministic(impl, rows, dtype):
-    """Twice the same bits, on a CPU."""
+    """The same bits twice, on a CPU."""
     student, teacher = (x.to(dtype) for x in distinct(rows))
     once, again = (evaluate(rkd_da_loss, student, teacher, impl=impl) for _ in range(2))
     torch.testing.assert_close(once, again, rtol=0, atol=0)
@@ -531,7 +534,7 @@ def angles(rows=12):
 
 @pytest.fixture
 def vertices(monkeypatch):
-    """The rows of each call of what is compiled, for batches of 12 rows or more."""
+    """The number of rows in each call of the compiled function, for batches of 12 rows or more."""
     seen, original = [], compiled._compiled
     monkeypatch.setattr(compiled, "ROWS", 12)
     monkeypatch.setattr(
@@ -546,7 +549,7 @@ def test_large_batches_are_compiled_and_small_ones_are_not(vertices):
     angles(12)
     assert vertices == [12] * 12
     assert compiled.FAILURES == []
-    with torch.no_grad():  # of the loss alone nothing is compiled
+    with torch.no_grad():  # the loss without a gradient is not compiled
         rkd_angle_loss(*distinct(), impl="chunked")
     assert vertices == [12] * 12
 
@@ -558,15 +561,15 @@ def test_large_batches_inside_a_compiled_step(vertices, backend):
     vertices.clear()
     torch._dynamo.reset()
     step = torch.compile(rkd_da_loss, fullgraph=True, backend=backend)
-    with fresh_cache():  # compiled from within the other compilation; what is on disk may come from elsewhere
+    with fresh_cache():  # compiled inside the other compilation; a new cache, not the one on disk
         for _ in range(2):
             torch.testing.assert_close(evaluate(step, student, teacher), expected)
     assert vertices == [12] * 24
     assert compiled.FAILURES == []
 
 
-def test_large_batches_under_autocast_and_without_gradients_of_others(vertices):
-    """What the surroundings switch on or off changes neither the bits nor what is compiled."""
+def test_large_batches_under_autocast_and_other_threads(vertices):
+    """Global settings change neither the bits nor the compiled function."""
     student, teacher = (x.float() for x in distinct(12))
     expected = evaluate(rkd_da_loss, student, teacher)
     with torch.autocast("cpu", torch.bfloat16):
@@ -581,8 +584,8 @@ def test_large_batches_under_autocast_and_without_gradients_of_others(vertices):
 
 
 @pytest.mark.parametrize("after", [0, 5])
-def test_without_a_compiler_all_goes_on_in_silence(vertices, monkeypatch, recwarn, after):
-    """Also where it fails in the middle of a batch: nothing of it stays in the sums."""
+def test_without_a_compiler_strips_are_used_without_a_warning(vertices, monkeypatch, recwarn, after):
+    """Also if it fails in the middle of a batch: the sums start again."""
     batch = [x.float() for x in distinct(12)]
     with torch._dynamo.config.patch(disable=True):
         expected = evaluate(rkd_angle_loss, *batch, impl="chunked")
@@ -611,28 +614,28 @@ def test_compiling_can_be_switched_off(vertices):
 
 
 def test_peak_memory():
-    """1024 rows, teacher 512 wide, student 128, forward and backward; the N^3 form would take 17 GB."""
+    """1024 rows, teacher of width 512, student of width 128, forward and backward; the N^3 form needs 17 GB."""
     assert peak_growth("chunked", Case(1024)) < 64e6  # 8 matrices of N^2 float64; measured: under 7
-    # The meter sees the cubes where there are some: N^3 of float32 is 67 MB at N = 256, and the formula needs several.
+    # The measurement sees N^3 tensors: one in float32 has 67 MB at N = 256, and the formula needs several.
     assert peak_growth("reference", Case(256)) > 200e6
 
 
 def test_many_rows(device):
-    """As many rows as above: some vertices of the chunked form against the plain formula, one vertex at a time."""
+    """1024 rows: some vertices of ``chunked`` compared with the plain formula, one vertex at a time."""
     student, teacher = batch(Case(1024, device=str(device)))
     value, gradient = evaluate(rkd_angle_loss, student, teacher, impl="chunked")
     for vertex in (0, 31, 32, 500, 1023):
         units = (F.normalize(x.double() - x[vertex], dim=1) for x in (student, teacher))
         expected = F.smooth_l1_loss(*(u @ u.mT for u in units), reduction="sum") / 1024**2
         torch.testing.assert_close(value[vertex].double(), expected, rtol=1e-6, atol=0)
-    # Neither shifting nor scaling the student changes the loss, so that its gradient is at right angles to both.
+    # The loss is invariant to shifting and scaling the student, so its gradient is orthogonal to both.
     for products in (gradient, gradient * student):
         assert abs(products.double().sum()) < 1e-5 * products.double().abs().sum()
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
 def test_equal_relations_have_nothing_to_learn(impl):
-    """Exactly 0, value and gradient: not a rounding's worth of noise for an optimizer to scale up."""
+    """Value and gradient are exactly 0: an optimizer would scale up rounding errors."""
     teacher = torch.randn(40, 8)
     student = (4 * teacher).requires_grad_()
     loss = rkd_da_loss(student, teacher, impl=impl)

@@ -1,4 +1,4 @@
-"""Teacher banks: the numbers of a live teacher, what is refused, and what is never read."""
+"""Teacher banks: the numbers of a live teacher, errors, and memory."""
 
 import errno
 import json
@@ -39,7 +39,7 @@ from rkd_plugin.experiments.running.experiment import Experiment
 from rkd_plugin.experiments.support.files import alone_in
 from rkd_plugin.teacher_bank import Bank, files, fingerprint, views
 
-# Convolutions round otherwise in batches of another composition, and a step carries it on.
+# The rounding of convolutions depends on the batch, and training steps amplify it.
 CLOSE = 1e-4
 KWARGS = "{width: 4, embedding_dim: 8, l2_normalize: False}"
 STUDENT = f"models.student_model={{key: ConvEmbedding, kwargs: {KWARGS}, src_ckpt: PATH}}"
@@ -117,7 +117,7 @@ def digits(teacher, *overrides):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A checkpoint of a teacher that was not trained, and of a student beside it."""
+    """A checkpoint of an untrained teacher; that of a student is in the same folder."""
     folder = tmp_path_factory.mktemp("teacher")
     experiment = Experiment(read("quickstart/teacher"))
     write_checkpoint(folder / "teacher.pt", {"model": experiment.student.state_dict()})
@@ -165,14 +165,14 @@ def test_a_run_from_a_bank_has_the_losses_of_one_with_the_teacher(balanced, teac
     built = []
     build = Experiment._build
     monkeypatch.setattr(Experiment, "_build", lambda self, config: built.append(config["key"]) or build(self, config))
-    told = losses(read(path, [f"recipe.teacher_bank={whole}"]), tmp_path / "told")
+    precomputed = losses(read(path, [f"recipe.teacher_bank={whole}"]), tmp_path / "precomputed")
     assert built == ["BankTeacher", "ConvEmbedding"]
-    assert told == pytest.approx(live, rel=CLOSE)
+    assert precomputed == pytest.approx(live, rel=CLOSE)
     assert live[1] < live[0]
 
 
 def step(recipe):
-    """Loss of the first training step, and the images that it was of."""
+    """The loss of the first training step, and its images."""
     experiment = Experiment(recipe)
     box = experiment.box()
     box.pre_epoch_process(epoch=0)
@@ -183,7 +183,7 @@ def step(recipe):
 
 
 def same_weights(folder):
-    """Checkpoints of both models of `MAPS`, and the changes of the text that take them."""
+    """Checkpoints of both models of `MAPS`, and the changes of the recipe that load them."""
     model = Experiment(maps_recipe(folder)).student
     write_checkpoint(folder / "model.pt", {"model": model.state_dict()})
     name = "{network: resnet8, num_classes: 3}}"
@@ -198,7 +198,7 @@ def test_several_modules_maps_and_views(hook, count, tmp_path):
     bank = embed(recipe, tmp_path / "bank", views=count)
     assert {(array.path, array.io) for array in bank.arrays} == {(".", "output"), (hook, "output")}
     loss, images = step(read(recipe.path, [f"recipe.teacher_bank={tmp_path / 'bank'}"]))
-    # The teacher itself, of the images that the student saw.
+    # The teacher itself, with the images of the student.
     experiment = Experiment(recipe)
     box = experiment.box()
     box.pre_epoch_process(epoch=0)
@@ -244,7 +244,7 @@ def test_keys_are_indices_of_the_data_set(teacher, bank):
         torch.testing.assert_close(supplement["teacher_bank"][0], expected[indices], rtol=CLOSE, atol=1e-6)
 
 
-def test_what_packaged_recipes_read_of_their_teachers():
+def test_modules_that_packaged_recipes_read():
     assert teacher_reads(read("few_shot/omniglot/rkd").data) == {(".", "output"): {"auto"}}
     assert teacher_reads(read("classification/cifar100/hkd").data) == {
         (".", "output"): {None}, ("backbone", "output"): {"auto"},
@@ -265,7 +265,7 @@ def test_dtypes(kind, teacher, whole, tmp_path):
     assert size - 128 == bank.count * 64 * (4 if kind == "float32" else 2)
 
 
-def test_a_vector_that_a_dtype_cannot_hold_is_said(teacher, tmp_path, monkeypatch):
+def test_a_vector_that_overflows_a_dtype_raises(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "encoded", lambda tensor, dtype: files.encoded(tensor * 1e6, dtype))
     with pytest.raises(ValueError, match=r"expected finite vectors, got NaN or Inf .* use --dtype bfloat16 or float32"):
         embed(digits(teacher), tmp_path / "bank", dtype="float16")
@@ -274,7 +274,7 @@ def test_a_vector_that_a_dtype_cannot_hold_is_said(teacher, tmp_path, monkeypatc
     embed(digits(teacher), tmp_path / "other", dtype="bfloat16")
 
 
-# Writing: stopped, shared, told apart.
+# Writing: interrupted, and by several processes.
 
 KILLED = """
 import os, signal, sys
@@ -304,19 +304,19 @@ def python(program, *arguments, **environment):
 
 
 def contents(folder):
-    held = {path.name: path.read_bytes() for path in folder.iterdir()}
-    header = json.loads(held.pop("bank.json"))
-    return held, {name: value for name, value in header.items() if name not in ("environment", "checksum")}
+    arrays = {path.name: path.read_bytes() for path in folder.iterdir()}
+    header = json.loads(arrays.pop("bank.json"))
+    return arrays, {name: value for name, value in header.items() if name not in ("environment", "checksum")}
 
 
-def test_killed_in_the_middle_it_goes_on(teacher, whole, tmp_path, monkeypatch):
+def test_a_killed_embed_resumes(teacher, whole, tmp_path, monkeypatch):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(digits(teacher).resolved())
     folder = tmp_path / "bank"
     assert python(KILLED, recipe, folder).returncode == -signal.SIGKILL
     with pytest.raises(ValueError, match="is unfinished"):
         Bank(folder)
-    # What the third batch had of rows is there, and is not taken for whole; nor is a row that was changed since.
+    # The rows of the third batch are there, but incomplete: they are written again, as is a row that has changed.
     vectors, sums = (np.load(folder / name, mmap_mode="r+") for name in ("0.npy", "checksums.npy"))
     assert vectors[128:192].any()
     assert sums[:2].all()
@@ -335,7 +335,7 @@ def test_killed_in_the_middle_it_goes_on(teacher, whole, tmp_path, monkeypatch):
     assert not written
 
 
-def test_another_bank_is_never_written_over(teacher, bank):
+def test_another_bank_is_never_overwritten(teacher, bank):
     before = contents(bank)
     with pytest.raises(
         FileExistsError, match=re.escape(f"{bank} contains another teacher bank, which differs in dtype;")
@@ -361,7 +361,7 @@ distributed.destroy_process_group()
 
 
 def two_processes(tmp_path, *recipes):
-    """Exit codes and standard errors of two processes that write one bank, each from a recipe of its own."""
+    """Exit codes and standard errors of two processes that write one bank, each from its own recipe."""
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     written = [tmp_path / f"{rank}.yaml" for rank in range(2)]
     for path, recipe in zip(written, recipes, strict=True):
@@ -382,7 +382,7 @@ def test_processes_take_turns_with_shards(teacher, whole, tmp_path):
     codes, errors = two_processes(tmp_path, digits(teacher), digits(teacher))
     assert codes == [0, 0], errors
     assert contents(tmp_path / "bank") == contents(whole)
-    # Fifteen shards of 64 rows, the last of 5: the first process, which alone has a bar, takes eight of them.
+    # Fifteen shards of 64 rows, the last of 5: rank 0, which alone prints a progress bar, writes eight of them.
     assert [max(map(int, re.findall(r"/(\d+) ", text)), default=0) for text in errors] == [7 * 64 + 5, 0]
 
 
@@ -398,12 +398,12 @@ def test_processes_with_other_teachers_write_no_bank(teacher, tmp_path):
     assert not (tmp_path / "bank").exists()
 
 
-def test_a_folder_belongs_to_one_embed(teacher, tmp_path):
+def test_only_one_embed_writes_to_a_folder(teacher, tmp_path):
     with alone_in(tmp_path / "bank"), pytest.raises(BlockingIOError, match="is in use by another run"):
         embed(digits(teacher), tmp_path / "bank")
 
 
-def test_arrays_of_no_bank_are_not_written_over(teacher, tmp_path):
+def test_other_arrays_are_not_overwritten(teacher, tmp_path):
     np.save(tmp_path / "0.npy", np.ones(3))
     with pytest.raises(FileExistsError, match=r"expected no arrays in .*, found 0\.npy, of no bank; give"):
         embed(digits(teacher), tmp_path)
@@ -423,14 +423,14 @@ def test_a_full_disk_is_one_sentence_before_anything_is_computed(teacher, whole,
     assert contents(tmp_path / "bank") == contents(whole)
 
 
-def test_the_disk_has_room_for_all_rows_from_the_start(tmp_path):
+def test_disk_space_is_allocated_at_the_start(tmp_path):
     layout = files.Layout(5000, [64], "float32", 64)
     files.ShardWriter(tmp_path, layout).allocate()
-    # What has no blocks of its own ends the process with SIGBUS when the disk is full.
+    # A file without allocated blocks ends the process with SIGBUS when the disk is full.
     assert (tmp_path / "0.npy").stat().st_blocks * 512 >= 5000 * 64 * 4
 
 
-def test_a_checksum_of_0_is_one(tmp_path):
+def test_a_checksum_of_0_is_valid(tmp_path):
     layout = files.Layout(2, [1], "float32", 1)
     block = np.array([[0x6DD90A9D], [1]], np.uint32).view(np.float32)  # four bytes whose CRC-32 is 0
     assert zlib.crc32(block[0].tobytes()) == 0
@@ -441,7 +441,7 @@ def test_a_checksum_of_0_is_one(tmp_path):
     assert all(map(files.ShardReader(tmp_path, layout).is_whole, range(2)))
 
 
-# What is refused, with the path and the reason.
+# Errors, with the path and the reason.
 
 
 def flipped(path, at):
@@ -451,7 +451,7 @@ def flipped(path, at):
 
 
 def header_with(folder, **changes):
-    """A header that is whole, as one that someone else wrote."""
+    """A valid header with other values, as another program may write it."""
     header = json.loads((folder / "bank.json").read_text())
     header.pop("checksum")
     header |= changes
@@ -494,7 +494,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_files_are_refused(name, bank):
+def test_broken_files_raise(name, bank):
     damage, reason = BROKEN[name]
     damage(bank)
     with pytest.raises((ValueError, FileNotFoundError), match=reason) as raised:
@@ -538,7 +538,7 @@ def test_other_images_of_a_header_are_other_data(bank):
         Bank(bank).over(Digits(classes=range(5)))
 
 
-def test_every_flipped_bit_of_the_header_is_refused(bank):
+def test_every_flipped_bit_of_the_header_raises(bank):
     size = (bank / "bank.json").stat().st_size
     for at in range(0, size, 7):
         flipped(bank / "bank.json", at)
@@ -548,7 +548,7 @@ def test_every_flipped_bit_of_the_header_is_refused(bank):
     Bank(bank)
 
 
-def test_a_shard_is_checked_when_a_row_of_it_is_read_first(bank):
+def test_a_shard_is_checked_at_its_first_read(bank):
     flipped(bank / "0.npy", 128 + 5 * 256)
     opened = Bank(bank)
     opened.read([64, 900])
@@ -571,9 +571,9 @@ for path in sys.argv[1:]:
 """
 
 
-def test_a_file_that_is_cut_under_a_reader_is_one_sentence(bank, tmp_path):
+def test_a_file_that_is_truncated_while_it_is_read_raises(bank, tmp_path):
     paths = [bank, *(saved(tmp_path, form, torch.ones(2**12, 64)) for form in ("npy", "safetensors", "pt"))]
-    done = python(CUT, *paths)  # reading the map of a file that was cut ends the process
+    done = python(CUT, *paths)  # reading the memory map of a truncated file ends the process
     assert done.returncode == 0, (done.returncode, done.stderr)
     for path, text in zip(paths, done.stdout.splitlines(), strict=True):
         name = "0.npy" if path == bank else path.name
@@ -609,14 +609,14 @@ OTHER = {
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_other_data_is_refused(name, bank):
+def test_other_data_raises(name, bank):
     data, reason = OTHER[name]
     with pytest.raises(ValueError, match=re.escape(f"the teacher bank {bank} is of other data: {reason}")):
         Bank(bank).over(data())
     Bank(bank).over(Subset(Digits(range(5)), range(901)))
 
 
-def test_names_of_files_and_transforms_tell_data_apart(tmp_path):
+def test_data_sets_differ_by_file_names_and_transforms(tmp_path):
     def folders(order, transform=None):
         data = Inverted(classes=[0])
         data.samples = [(f"/there/{at}/x.png", 0) for at in order]
@@ -624,24 +624,24 @@ def test_names_of_files_and_transforms_tell_data_apart(tmp_path):
         return data
 
     count = len(Digits(classes=[0]))
-    held = fingerprint.of_data(folders(range(count)), 0)
-    assert fingerprint.difference(held, fingerprint.of_data(folders(range(count)), 0)) == ""
+    found = fingerprint.of_data(folders(range(count)), 0)
+    assert fingerprint.difference(found, fingerprint.of_data(folders(range(count)), 0)) == ""
     turned = fingerprint.of_data(folders(reversed(range(count))), 0)
-    assert fingerprint.difference(held, turned) == "its files, or their order, differ"
+    assert fingerprint.difference(found, turned) == "its files, or their order, differ"
     resized = fingerprint.of_data(folders(range(count), v2.Resize(8)), 0)
-    assert fingerprint.difference(held, resized).startswith("its transform was none, the data set's is Resize(")
+    assert fingerprint.difference(found, resized).startswith("its transform was none, the data set's is Resize(")
 
 
-def test_joined_data_sets_are_told_apart(whole):
+def test_joined_data_sets_differ_by_their_parts(whole):
     parts = Digits(classes=range(2)), Digits(classes=range(2, 5))
     joined = ConcatDataset(parts)
-    held = fingerprint.of_data(joined, 0)
-    assert held["labels"] is not None
-    assert fingerprint.difference(held, fingerprint.of_data(Subset(joined, range(len(joined))), 0)) == ""
-    assert fingerprint.difference(held, fingerprint.of_data(ConcatDataset(parts[::-1]), 0)) == "its labels differ"
+    found = fingerprint.of_data(joined, 0)
+    assert found["labels"] is not None
+    assert fingerprint.difference(found, fingerprint.of_data(Subset(joined, range(len(joined))), 0)) == ""
+    assert fingerprint.difference(found, fingerprint.of_data(ConcatDataset(parts[::-1]), 0)) == "its labels differ"
 
 
-def test_another_teacher_is_refused(teacher, whole, tmp_path):
+def test_another_teacher_raises(teacher, whole, tmp_path):
     torch.manual_seed(5)
     other = Experiment(read("quickstart/teacher", ["recipe.seed=5"])).student
     write_checkpoint(tmp_path / "other.pt", {"model": other.state_dict()})
@@ -657,7 +657,7 @@ def test_another_teacher_is_refused(teacher, whole, tmp_path):
         match=f"the teacher bank {whole} is of another teacher: .*kwargs.width was .* and is 16",
     ):
         wider.validate()
-    # Who has the vectors need not have the network.
+    # With the vectors, the network itself is not needed.
     Experiment(digits(tmp_path / "none.pt", f"recipe.teacher_bank={whole}")).box()
 
 
@@ -667,7 +667,7 @@ def problem(*overrides, name="quickstart/rkd_da"):
     return dict(raised.value.problems)
 
 
-def test_check_tells_what_is_wrong_and_opens_the_header_alone(bank, tmp_path, capsys):
+def test_check_reports_problems_and_opens_only_the_header(bank, tmp_path, capsys):
     assert (
         "expected a teacher bank at nowhere, found none"
         in problem("recipe.teacher_bank=nowhere")["recipe.teacher_bank"]
@@ -685,7 +685,7 @@ def test_check_tells_what_is_wrong_and_opens_the_header_alone(bank, tmp_path, ca
     assert "no problems" in capsys.readouterr().out
 
 
-def test_what_a_bank_cannot_stand_for_is_a_problem(tmp_path):
+def test_modules_that_a_bank_does_not_have_are_a_problem(tmp_path):
     wrapped = (
         "kwargs: {batch_size: 8}",
         "kwargs: {batch_size: 8}\n    dataset_wrapper: {key: SSKDDatasetWrapper, kwargs: {transform: 1}}",
@@ -698,7 +698,7 @@ def test_what_a_bank_cannot_stand_for_is_a_problem(tmp_path):
         assert "expected none with a teacher bank, " in dict(raised.value.problems)[f"train.train_data_loader.{place}"]
 
 
-def test_what_cannot_be_embedded_is_said_before_anything_is_written(teacher, whole, tmp_path):
+def test_embed_raises_before_it_writes(teacher, whole, tmp_path):
     kd_of_maps = "teacher_module_path: '.',", "teacher_module_path: backbone.layer2,"
     cases = [
         (read("quickstart/student"), {}, "expected a loss that reads a teacher, found none"),
@@ -725,7 +725,7 @@ def test_a_named_data_set(teacher, tmp_path):
 # Random transforms.
 
 
-def test_a_random_transform_needs_views_and_a_bank_that_holds_them(tmp_path):
+def test_a_random_transform_needs_a_bank_of_views(tmp_path):
     plain, random = maps_recipe(tmp_path), maps_recipe(tmp_path, FLIP)
     with pytest.raises(
         ValueError, match=r"draws no random numbers, got one that does \(it draws .* PyTorch\); give --views"
@@ -746,7 +746,7 @@ def test_a_random_transform_needs_views_and_a_bank_that_holds_them(tmp_path):
 
 
 class Noisy(Digits):
-    """Draws random numbers in ``__getitem__``, of one kind."""
+    """Draws random numbers of one library in ``__getitem__``."""
 
     def __init__(self, draw):
         super().__init__(classes=range(3))
@@ -767,7 +767,7 @@ class Transformed(Digits):
         return self.transform(image), label
 
 
-def test_drawing_random_numbers_is_seen_even_if_it_seldom_changes_an_image():
+def test_random_numbers_are_noticed_even_if_they_rarely_change_an_image():
     draws = {
         "PyTorch": lambda: torch.rand(()).item() > 1,
         "NumPy": lambda: np.random.rand() > 1,
@@ -793,11 +793,11 @@ def test_views_are_drawn_again_from_every_generator():
         views.check_repeats(Noisy(iter(range(10**6)).__next__), 0)
 
 
-# Arrays that others made.
+# Arrays of other programs.
 
 
 def saved(folder, form, tensor):
-    """A file of one kind with a tensor."""
+    """A file of one format with a tensor."""
     path = folder / f"dino.{form}"
     if form.lower() == "npy":
         with path.open("wb") as file:
@@ -818,7 +818,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_arrays_of_others(form, tmp_path, monkeypatch):
+def test_external_arrays(form, tmp_path, monkeypatch):
     kept = torch.randn(40, 5).to(FORMS[form])
     path = saved(tmp_path, form, kept)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -842,7 +842,7 @@ def test_arrays_in_memory_and_in_other_orders():
         Bank(torch.zeros(4, 2, 2))
 
 
-def test_a_run_learns_from_an_array_of_others(teacher, whole, tmp_path):
+def test_a_run_learns_from_an_external_array(teacher, whole, tmp_path):
     path = saved(tmp_path, "safetensors", Bank(whole).read(range(901))[0])
     recipe = digits(teacher, f"recipe.teacher_bank={path}")
     recipe.validate()
@@ -899,7 +899,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_bad_arrays_of_others_are_refused(name, tmp_path):
+def test_bad_external_arrays_raise(name, tmp_path):
     file, write, reason = FOREIGN[name]
     write(tmp_path / file)
     with pytest.raises((ValueError, FileNotFoundError), match=reason) as raised:
@@ -909,7 +909,7 @@ def test_bad_arrays_of_others_are_refused(name, tmp_path):
     assert "; give" in str(raised.value)
 
 
-def test_one_array_does_not_stand_for_two_modules(tmp_path):
+def test_one_array_is_not_used_for_two_modules(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((24, 5), np.float32))
     recipe = maps_recipe(tmp_path, overrides=[f"recipe.teacher_bank={tmp_path / 'x.npy'}"])
     with pytest.raises(
@@ -938,7 +938,7 @@ print(resident() - before, seconds, int(vectors.count_nonzero()))
 
 
 def sparse(folder, rows, width):
-    """A bank of zeros that takes no room on the disk, and is whole in every other respect."""
+    """A valid bank of zeros that uses no disk space."""
     folder.mkdir()
     layout = files.Layout(rows, [width], "float32", files.shard_rows([width], "float32"))
     np.lib.format.open_memmap(folder / "0.npy", "w+", np.float32, (rows, width))
@@ -968,7 +968,7 @@ def test_a_large_bank_is_not_loaded(tmp_path):
 
 
 class Items(Dataset):
-    """Vectors and labels, as PML's trainers take them."""
+    """Vectors and labels for PML's trainers."""
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
@@ -983,7 +983,7 @@ class Items(Dataset):
 
 
 def trained(data, teacher=None, bank=None, trunk=False, **options):
-    """The student's weights after PML's trainer with a trunk of both, or `RKDTrainer`; of a teacher or its bank."""
+    """The student's weights after PML's trainer with a trunk, or `RKDTrainer`, with a teacher or its bank."""
     torch.manual_seed(1)
     student = torch.nn.Linear(6, 3)
     options = {"dataset": data, **options}
@@ -1038,8 +1038,8 @@ def test_pmls_trainers_learn_the_same_from_a_bank(trunk, name, tmp_path):
     teacher = torch.nn.Linear(6, 5)
     np.save(tmp_path / "teacher.npy", teacher(data.x).detach().numpy())
     live = trained(data, teacher, trunk=trunk, **options)
-    told = trained(data, bank=Bank(tmp_path / "teacher.npy"), trunk=trunk, **options)
-    torch.testing.assert_close(told, live, rtol=CLOSE, atol=1e-6)
+    precomputed = trained(data, bank=Bank(tmp_path / "teacher.npy"), trunk=trunk, **options)
+    torch.testing.assert_close(precomputed, live, rtol=CLOSE, atol=1e-6)
     np.save(tmp_path / "teacher.npy", teacher(data.x.flip(0)).detach().numpy())
     other = trained(data, bank=Bank(tmp_path / "teacher.npy"), trunk=trunk, **options)
     assert not torch.allclose(other, live, rtol=CLOSE)
@@ -1053,13 +1053,13 @@ def test_a_batch_with_vectors_is_moved_and_cast_as_one(tmp_path):
     assert labels.tolist() == [0, 0, 0, 0]
     moved = c_f.to_device(data, device=torch.device("meta"), dtype=torch.float64)
     assert (moved.device.type, moved.dtype) == ("meta", torch.float64)
-    assert torch.equal(moved.teacher, torch.zeros(4, 5))  # the loss moves it where it is read
+    assert torch.equal(moved.teacher, torch.zeros(4, 5))  # the loss moves it
 
 
-def test_what_pmls_trainers_refuse_beside_a_bank(tmp_path):
+def test_pmls_trainers_raise_for_a_bank_that_does_not_fit(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((40, 5), np.float32))
     bank, teacher = Bank(tmp_path / "x.npy"), torch.nn.Linear(6, 5)
-    with pytest.raises(ValueError, match="RKDTrainer: expected no teacher beside a teacher_bank"):
+    with pytest.raises(ValueError, match="RKDTrainer: expected a teacher or a teacher_bank, got both"):
         trained(Items(), teacher, bank)
     with pytest.raises(ValueError, match=r"TeacherStudentTrunk: expected either .* got both"):
         trained(Items(), teacher, bank, trunk=True)
@@ -1072,12 +1072,12 @@ def test_what_pmls_trainers_refuse_beside_a_bank(tmp_path):
         ):
             trained(Items(), bank=str(bank.path), trunk=trunk)
 
-    class OfTwoModules:
-        def over(self, data):
-            return [(data[index], [torch.zeros(5)] * 2) for index in range(len(data))]
+    class OfTwoModules(Bank):
+        def read(self, rows):
+            return 2 * super().read(rows)
 
     with pytest.raises(ValueError, match="expected a teacher_bank of one module, got 2"):
-        trained(Items(), bank=OfTwoModules())
+        trained(Items(), bank=OfTwoModules(bank.path))
 
 
 # The command.
@@ -1097,7 +1097,7 @@ def test_the_command(teacher, tmp_path, capsys):
     assert "expected a recipe and --out BANK, or --verify BANK" in capsys.readouterr().err
 
 
-def test_only_the_bank_may_be_added_by_an_override():
+def test_only_the_bank_can_be_added_by_an_override():
     assert read("quickstart/rkd_da", ["recipe.teacher_bank=x"]).settings["teacher_bank"] == "x"
     assert "teacher_bank: 'x'" in read("quickstart/rkd_da", ["recipe.teacher_bank='x'"]).resolved()
     for override in ("recipe.teacher_banc=x", "train.teacher_bank=x", "teacher_bank=x"):

@@ -1,4 +1,4 @@
-"""Labels, files and class names are found in whatever wraps, cuts or joins a data set, and are never converted."""
+"""Labels, files and class names are found in data sets that wrap, split or join others, and are never converted."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from rkd_plugin.teacher_bank.labels import check_labels, class_names, files_of, 
 
 
 class Birds(Dataset):
-    """As torchvision's data sets of folders."""
+    """With the attributes of torchvision's ``ImageFolder``."""
 
     def __init__(self, labels=(0, 1, 2, 1), classes=("auk", "jay", "owl")):
         self.samples = [(f"{index}.png", label) for index, label in enumerate(labels)]
@@ -70,7 +70,7 @@ def test_labels_of_many_kinds_of_data_sets(data):
     assert all(type(label) is int for label in found)
 
 
-def test_labels_alone_in_pairs():
+def test_labels_in_pairs():
     birds = Birds()
     del birds.targets
     assert labels_of(birds, "data") == [0, 1, 2, 1]
@@ -83,7 +83,7 @@ def test_the_transform_of_labels_is_applied():
 
 
 class Forwarding:
-    """A wrapper that has all attributes of what it wraps, and other items."""
+    """A wrapper with all attributes of the data set inside, and other items."""
 
     def __init__(self, dataset, indices=None):
         self.dataset = dataset
@@ -98,8 +98,8 @@ class Forwarding:
         return getattr(self.__dict__["dataset"], name)
 
 
-def test_labels_of_other_items_are_not_taken():
-    """Silence would train on labels of other images."""
+def test_labels_of_other_items_are_not_used():
+    """A run would train on labels of other images."""
     assert labels_of(Forwarding(Birds()), "data") is None
     assert labels_of(Forwarding(Birds(), [3, 2]), "data") == [1, 2]
     assert labels_of(ConcatDataset([Birds(), TensorDataset(torch.zeros(2, 1))]), "data") is None
@@ -108,7 +108,7 @@ def test_labels_of_other_items_are_not_taken():
     assert item_name(object(), 4) == "image 4"
 
 
-def test_names_of_classes_that_contradict_each_other_are_not_taken():
+def test_contradicting_class_names_are_not_used():
     other = Birds(classes=("owl", "jay", "auk"))
     assert class_names(ConcatDataset([Birds(), Birds(classes=("auk", "jay"))])) == {0: "auk", 1: "jay", 2: "owl"}
     assert class_names(ConcatDataset([Birds(), other])) == {}
@@ -129,7 +129,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_is_no_label_is_refused(kind):
+def test_invalid_labels_raise(kind):
     labels, message = WRONG[kind]
     with pytest.raises(ValueError, match=f"^here: expected labels that are {message}"):
         check_labels(labels, "here")

@@ -1,4 +1,4 @@
-"""RKD losses as losses of pytorch-metric-learning."""
+"""The RKD losses as losses of pytorch-metric-learning."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch import Tensor
 
 from rkd_plugin.adapters.pml.tensors import TensorWithTeacher, embeddings_of, plain
-from rkd_plugin.functional import Gather, Impl, Options, Pairs, Triplets, relation_terms
+from rkd_plugin.functional import relation_terms
+from rkd_plugin.kernels.pairwise import widen
+from rkd_plugin.options import Gather, Impl, Options, Pairs, Triplets
 
 
 class _RelationalLoss(BaseMetricLossFunction):
-    """What the three losses share; each names its terms in ``_sub_loss_names``."""
+    """The base of the three losses; each names its terms in ``_sub_loss_names``."""
 
     def __init__(
         self,
@@ -42,13 +44,13 @@ class _RelationalLoss(BaseMetricLossFunction):
         self._options().check(name)
         if gather is not False and any(isinstance(module, ClassWeightedReducer) for module in self.modules()):
             raise ValueError(
-                f"{name}: ClassWeightedReducer needs the label of every row, and gather brings none; "
-                "use DistributedLossWrapper(loss, efficient=False) instead of gather"
+                f"{name}: expected a reducer that needs no labels with gather, got ClassWeightedReducer, since gather "
+                "exchanges no labels; use DistributedLossWrapper(loss, efficient=False) instead of gather"
             )
         lp = self.distance
         if not isinstance(lp, LpDistance) or lp.p != 2 or lp.power != 1:
             raise ValueError(
-                f"{name}: distance must be Euclidean, got {type(lp).__name__} with p={lp.p} and "
+                f"{name}: expected a Euclidean distance, got {type(lp).__name__} with p={lp.p} and "
                 f"power={lp.power}; pass LpDistance(p=2, power=1), with normalize_embeddings True or False"
             )
         self.add_to_recordable_attributes(list_of_names=["distance_weight", "angle_weight", "huber_delta"])
@@ -71,7 +73,7 @@ class _RelationalLoss(BaseMetricLossFunction):
         )
 
     def get_default_distance(self) -> Any:
-        """Embeddings as they come: both losses are invariant to scale, and the teacher's norms are knowledge too."""
+        """No normalisation of the rows: both losses are invariant to scale, and the norms are part of the relations."""
         return LpDistance(p=2, normalize_embeddings=False)
 
     def forward(
@@ -82,26 +84,26 @@ class _RelationalLoss(BaseMetricLossFunction):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Any:
-        """The loss of a batch of embeddings beside the teacher's.
+        """The loss between the embeddings of a batch and the teacher's.
 
         Args:
-            embeddings: the student's, ``(N, D_s)``, floating point. In half precision they give a float32 loss, and a
-                gradient that saturates at the largest number of their dtype.
-            labels: ``(N,)``; not used, but by a ``ClassWeightedReducer``.
-            indices_tuple: 3 or 4 index vectors of a PML miner. Only the mined pairs then count for distances, each as
-                often as it was mined, and only the mined triplets for angles (vertex at the anchor, arms to positive
-                and negative); the mean distance still runs over the whole batch. No tuples, no loss.
-            ref_emb: the teacher's, ``(N, D_t)``, floating point: row i is of the example in row i of ``embeddings``.
-                Moved to the student's device. May be left out if ``embeddings`` bring them, as those of
-                `TeacherStudentTrunk` do.
+            embeddings: the student's, ``(N, D_s)``, floating point. For half precision the loss is float32, and the
+                gradient saturates at the largest number of the dtype.
+            labels: ``(N,)``; used by a ``ClassWeightedReducer`` only.
+            indices_tuple: 3 or 4 index vectors of a PML miner. Then only the mined pairs count for the distances, each
+                as often as it was mined, and only the mined triplets for the angles (vertex at the anchor, arms to
+                positive and negative). The mean distance is still over the whole batch. Without tuples the loss is 0.
+            ref_emb: the teacher's, ``(N, D_t)``, floating point: row i is the example of row i of ``embeddings``.
+                They are moved to the student's device. Not needed if ``embeddings`` is a `TensorWithTeacher`, as
+                `TeacherStudentTrunk` returns.
             ref_labels: not used.
 
         Returns:
-            What the reducer makes of one loss per anchor and term; a scalar by default.
+            The result of the reducer, which gets one loss per anchor and term; a scalar by default.
 
         Raises:
-            TypeError: if a side is not one floating point tensor, as a model's tuple, dict or ``ModelOutput``; if
-                ``indices_tuple`` is no tuple of index vectors.
+            TypeError: if a side is not one floating-point tensor, such as a model's tuple, dict or ``ModelOutput``; if
+                ``indices_tuple`` is not a tuple of index vectors.
             ValueError: if the teacher's embeddings are missing, a side is not ``(N, D)``, the numbers of rows differ,
                 or ``indices_tuple`` does not fit the batch.
             RuntimeError: if ``gather`` is set inside a ``DistributedLossWrapper``, which gathers too.
@@ -112,22 +114,22 @@ class _RelationalLoss(BaseMetricLossFunction):
         if ref_emb is None or ref_emb is embeddings:
             raise ValueError(
                 f"{name}: expected the teacher's embeddings, got none; call loss(student, ref_emb=teacher), train with "
-                "RKDTrainer, or with TeacherStudentTrunk, whose student has the embedder inside"
+                "RKDTrainer, or with TeacherStudentTrunk and the embedder inside its student"
             )
         student = embeddings_of(name, "student", plain(embeddings))
         teacher = embeddings_of(name, "teacher", ref_emb)
         if len(teacher) != len(student):
             raise ValueError(
-                f"{name}: embeddings and ref_emb must have one row per example, got {len(student)} and "
+                f"{name}: expected one row per example in embeddings and ref_emb, got {len(student)} and "
                 f"{len(teacher)} rows; under DistributedLossWrapper pass ref_emb=teacher and set efficient=False"
             )
         if self.gather is not False and _inside_distributed_wrapper():
             raise RuntimeError(
                 f"{name}: expected gather=False inside DistributedLossWrapper, which gathers too, got {self.gather!r}; "
-                "drop the wrapper, and keep gather, which shares the work among processes"
+                "remove the wrapper and keep gather, which distributes the work over the processes"
             )
-        # PML keeps sub-losses in the dtype of the embeddings, where a float16 loss would lose its digits.
-        return super().forward(_widen(student), labels, indices_tuple, teacher.to(student.device), ref_labels)
+        # PML casts the terms to the dtype of the embeddings; float16 would lose digits of the loss.
+        return super().forward(_float32(student), labels, indices_tuple, teacher.to(student.device), ref_labels)
 
     def compute_loss(
         self,
@@ -141,14 +143,14 @@ class _RelationalLoss(BaseMetricLossFunction):
 
         * ``MeanReducer`` (default), ``DivisorReducer``: as ``reduction="mean"`` in `rkd_plugin.functional`.
         * ``SumReducer``: N times that.
-        * ``ThresholdReducer``, ``AvgNonZeroReducer``: the mean over the anchors whose loss lies within the bounds.
-        * ``PerAnchorReducer``: what its inner reducer gives, since the losses are per anchor already.
+        * ``ThresholdReducer``, ``AvgNonZeroReducer``: the mean over the anchors whose loss is within the bounds.
+        * ``PerAnchorReducer``: the result of its inner reducer, since there is one loss per anchor.
         * ``ClassWeightedReducer``: weighted by the anchor's label.
         * ``DoNothingReducer``: the dictionary of vectors. ``MultipleReducers``: one reducer for each of the terms
           ``distance_loss`` and ``angle_loss``, then their sum.
         """
         name = type(self).__name__
-        ref_emb = _widen(ref_emb.detach())
+        ref_emb = _float32(ref_emb.detach())
         student, teacher = self.distance.maybe_normalize(embeddings), self.distance.maybe_normalize(ref_emb)
         self.distance.reset_stats()
         self.distance.set_default_stats(embeddings, ref_emb, student, teacher)
@@ -161,7 +163,7 @@ class _RelationalLoss(BaseMetricLossFunction):
         return losses
 
     def _reducible(self, losses: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
-        """A term as PML's reducers take it."""
+        """A term in the form that PML's reducers expect."""
         if losses is None or not len(losses):
             zero: dict[str, Any] = self.zero_loss()
             return zero
@@ -169,7 +171,7 @@ class _RelationalLoss(BaseMetricLossFunction):
             "losses": losses.to(dtype),
             "indices": c_f.torch_arange_from_size(losses),
             "reduction_type": "element",
-            "divisor": len(losses),  # read by DivisorReducer alone
+            "divisor": len(losses),  # read by DivisorReducer only
         }
 
     @torch.no_grad()
@@ -185,27 +187,27 @@ class _RelationalLoss(BaseMetricLossFunction):
 class RKDDistanceLoss(_RelationalLoss):
     """`rkd_plugin.rkd_distance_loss` as a loss of PML: ``loss(student, labels, ref_emb=teacher)``.
 
-    Row i of ``ref_emb`` is the teacher's embedding of the example in row i of the student's; the widths may differ.
-    ``forward`` describes a call, ``compute_loss`` what each reducer gives. ``CrossBatchMemory`` and
-    ``SelfSupervisedLoss`` raise on this loss, since their memories and views have no teacher: use a larger batch, or
+    Row i of ``ref_emb`` is the teacher's embedding of the example in row i of the student's; the widths may differ. See
+    ``forward`` for a call, and ``compute_loss`` for the result of each reducer. ``CrossBatchMemory`` and
+    ``SelfSupervisedLoss`` raise for this loss, since their memories and views have no teacher: use a larger batch, or
     ``gather``.
 
     Args:
-        huber_delta: where the loss turns from quadratic to linear; positive.
+        huber_delta: the threshold between the quadratic and the linear part of the Huber function; positive.
         impl: the kernel: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"fused"``, as in
             `rkd_plugin.rkd_distance_loss`.
-        gather: True, or a process group: the loss of the batches of all its processes together. A reducer then sees the
-            anchors of all of them; statistics remain those of this process. ``DistributedLossWrapper(loss,
-            efficient=False)`` gives the same gradients, with all of the work on each process. One of the two, not both.
-        kwargs: of every PML loss. ``distance``: an ``LpDistance(p=2, power=1)``, whose ``normalize_embeddings=True``
-            scales both sides to length 1 (default: False). ``reducer``. ``embedding_regularizer`` and
+        gather: True, or a process group: the loss is over the batches of all processes, or of the group. The reducer
+            then gets the anchors of all processes; statistics are those of this process. ``DistributedLossWrapper(loss,
+            efficient=False)`` gives the same gradients, but each process does all the work. Use one of the two.
+        kwargs: of every loss of PML. ``distance``: an ``LpDistance(p=2, power=1)``, whose ``normalize_embeddings=True``
+            scales the rows of both sides to length 1 (default: False). ``reducer``. ``embedding_regularizer`` and
             ``embedding_reg_weight``. ``collect_stats``: True records ``student_mean_distance``, ``student_zero_share``
             (of pairs at distance 0), the same of the teacher, and ``distance_loss_mean``.
 
     Raises:
         TypeError: if an option has the wrong type.
-        ValueError: if an option has a value that it cannot have, ``distance`` is not Euclidean, or ``gather`` meets a
-            ``ClassWeightedReducer``, which would need all labels.
+        ValueError: if an option has an invalid value, ``distance`` is not Euclidean, or ``gather`` is set with a
+            ``ClassWeightedReducer``, which would need the labels of all processes.
 
     Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019.
 
@@ -227,21 +229,21 @@ class RKDDistanceLoss(_RelationalLoss):
 class RKDAngleLoss(_RelationalLoss):
     """`rkd_plugin.rkd_angle_loss` as a loss of PML: ``loss(student, labels, ref_emb=teacher)``.
 
-    Row i of ``ref_emb`` is the teacher's embedding of the example in row i of the student's; the widths may differ.
-    ``forward`` describes a call, ``compute_loss`` what each reducer gives. ``CrossBatchMemory`` and
-    ``SelfSupervisedLoss`` raise on this loss, since their memories and views have no teacher: use a larger batch, or
+    Row i of ``ref_emb`` is the teacher's embedding of the example in row i of the student's; the widths may differ. See
+    ``forward`` for a call, and ``compute_loss`` for the result of each reducer. ``CrossBatchMemory`` and
+    ``SelfSupervisedLoss`` raise for this loss, since their memories and views have no teacher: use a larger batch, or
     ``gather``.
 
     Args:
-        huber_delta: where the loss turns from quadratic to linear; positive.
+        huber_delta: the threshold between the quadratic and the linear part of the Huber function; positive.
         impl: the kernel: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"fused"``, as in `rkd_plugin.rkd_angle_loss`.
-        gather: True, or a process group: the loss of the batches of all its processes together. A reducer then sees the
-            anchors of all of them; statistics remain those of this process. ``DistributedLossWrapper(loss,
-            efficient=False)`` gives the same gradients, with all of the work on each process. One of the two, not both.
-        anchors: how many rows (an integer) or which share of them (a float up to 1) are vertices, drawn anew in each
-            call; None: all. Not beside mined tuples, which name their vertices.
-        kwargs: of every PML loss. ``distance``: an ``LpDistance(p=2, power=1)``, whose ``normalize_embeddings=True``
-            scales both sides to length 1 (default: False). ``reducer``. ``embedding_regularizer`` and
+        gather: True, or a process group: the loss is over the batches of all processes, or of the group. The reducer
+            then gets the anchors of all processes; statistics are those of this process. ``DistributedLossWrapper(loss,
+            efficient=False)`` gives the same gradients, but each process does all the work. Use one of the two.
+        anchors: the number of rows (an integer), or the fraction of them (a float up to 1), that are vertices, drawn
+            at random in each call; None: all. Not together with mined tuples, which name their vertices.
+        kwargs: of every loss of PML. ``distance``: an ``LpDistance(p=2, power=1)``, whose ``normalize_embeddings=True``
+            scales the rows of both sides to length 1 (default: False). ``reducer``. ``embedding_regularizer`` and
             ``embedding_reg_weight``. ``collect_stats``: True records ``student_mean_distance``, ``student_zero_share``
             (of pairs at distance 0), the same of the teacher, and ``angle_loss_mean``.
 
@@ -275,23 +277,24 @@ class RKDAngleLoss(_RelationalLoss):
 class RKDDALoss(_RelationalLoss):
     """`rkd_plugin.rkd_da_loss` as a loss of PML with two terms: ``loss(student, labels, ref_emb=teacher)``.
 
-    Row i of ``ref_emb`` is the teacher's embedding of the example in row i of the student's; the widths may differ.
-    ``forward`` describes a call, ``compute_loss`` what each reducer gives. ``CrossBatchMemory`` and
-    ``SelfSupervisedLoss`` raise on this loss, since their memories and views have no teacher: use a larger batch, or
+    Row i of ``ref_emb`` is the teacher's embedding of the example in row i of the student's; the widths may differ. See
+    ``forward`` for a call, and ``compute_loss`` for the result of each reducer. ``CrossBatchMemory`` and
+    ``SelfSupervisedLoss`` raise for this loss, since their memories and views have no teacher: use a larger batch, or
     ``gather``.
 
     Args:
-        distance_weight: of the distance term; 0 skips it. The paper: 1 in metric learning.
-        angle_weight: of the angle term; 0 skips it, and its cubic cost. The paper: 2 in metric learning.
-        huber_delta: where either loss turns from quadratic to linear; positive.
+        distance_weight: of the distance term; 0 skips it. The paper has 1 in metric learning.
+        angle_weight: of the angle term; 0 skips it, and its cubic cost. The paper has 2 in metric learning.
+        huber_delta: of both terms: the threshold between the quadratic and the linear part of the Huber function.
         impl: the kernel: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"fused"``, as in `rkd_plugin.rkd_da_loss`.
-        gather: True, or a process group: the loss of the batches of all its processes together. A reducer then sees the
-            anchors of all of them; statistics remain those of this process. ``DistributedLossWrapper(loss,
-            efficient=False)`` gives the same gradients, with all of the work on each process. One of the two, not both.
-        anchors: how many rows (an integer) or which share of them (a float up to 1) are vertices of angles, drawn anew
-            in each call; None: all. Not beside mined tuples, which name their vertices.
-        kwargs: of every PML loss. ``distance``: an ``LpDistance(p=2, power=1)``, whose ``normalize_embeddings=True``
-            scales both sides to length 1 (default: False). ``reducer``. ``embedding_regularizer`` and
+        gather: True, or a process group: the loss is over the batches of all processes, or of the group. The reducer
+            then gets the anchors of all processes; statistics are those of this process. ``DistributedLossWrapper(loss,
+            efficient=False)`` gives the same gradients, but each process does all the work. Use one of the two.
+        anchors: the number of rows (an integer), or the fraction of them (a float up to 1), that are vertices of the
+            angle term, drawn at random in each call; None: all. Not together with mined tuples, which name their
+            vertices.
+        kwargs: of every loss of PML. ``distance``: an ``LpDistance(p=2, power=1)``, whose ``normalize_embeddings=True``
+            scales the rows of both sides to length 1 (default: False). ``reducer``. ``embedding_regularizer`` and
             ``embedding_reg_weight``. ``collect_stats``: True records ``student_mean_distance``, ``student_zero_share``
             (of pairs at distance 0), the same of the teacher, and the weighted means ``distance_loss_mean`` and
             ``angle_loss_mean``.
@@ -328,32 +331,25 @@ class RKDDALoss(_RelationalLoss):
         return ["distance_loss", "angle_loss"]
 
 
-def _widen(x: Tensor) -> Tensor:
-    """``x`` in float32 at least; the gradient that comes back saturates instead of overflowing."""
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return x
-    wide = x.float()
-    if wide.requires_grad:
-        limit = torch.finfo(x.dtype).max
-        wide.register_hook(lambda grad: grad.clamp(-limit, limit))  # type: ignore[no-untyped-call]
-    return wide
+def _float32(x: Tensor) -> Tensor:
+    return widen(x, torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _mined(name: str, indices_tuple: Any, device: torch.device, angles: bool) -> tuple[Pairs | None, Triplets | None]:
-    """The pairs and, for ``angles``, the triplets of a PML miner, as `rkd_plugin.functional` takes them."""
+    """The pairs and, if ``angles``, the triplets of a PML miner, as `rkd_plugin.functional` expects them."""
     if indices_tuple is None:
         return None, None
     expected = f"{name}: expected indices_tuple to be 3 or 4 index vectors of a PML tuple miner"
     if not isinstance(indices_tuple, tuple | list) or not all(isinstance(index, Tensor) for index in indices_tuple):
         raise TypeError(f"{expected}, got {type(indices_tuple).__name__}; pass what miner(embeddings, labels) returns")
     shapes = [tuple(index.shape) for index in indices_tuple]
-    # Anchors beside positives, and beside negatives, which follow them or have anchors of their own.
+    # 3 vectors: anchors, positives, negatives. 4 vectors: anchors, positives, more anchors, negatives.
     fits = (
         len(shapes) in (3, 4) and shapes[0] == shapes[1] and shapes[-1] == shapes[-2] and {1} == set(map(len, shapes))
     )
     if not fits:
         raise ValueError(f"{expected}, got shapes {shapes}; pass what miner(embeddings, labels) returns")
-    # The host's empty tuples are what torch.tensor([]) is.
+    # PML's empty tuples are torch.tensor([]), which is float.
     fractional = [
         index.dtype for index in indices_tuple if len(index) and index.dtype not in (torch.int64, torch.int32)
     ]
@@ -366,7 +362,7 @@ def _mined(name: str, indices_tuple: Any, device: torch.device, angles: bool) ->
 
 
 def _inside_distributed_wrapper() -> bool:
-    """Whether `DistributedLossWrapper` is among the callers, since a module does not know what wraps it."""
+    """Whether `DistributedLossWrapper` is on the call stack; a module does not know which module wraps it."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is DistributedLossWrapper.forward.__code__:

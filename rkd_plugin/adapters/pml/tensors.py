@@ -1,4 +1,4 @@
-"""What student and teacher hand to each other: one tensor of embeddings a side, and rows that bring the teacher's."""
+"""The embeddings in a model's output, and a tensor of rows with the teacher's embeddings of these rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 Part = str | int | Callable[[Any], Tensor] | None
 
-# They change no row but in dtype, device or memory.
+# They change the dtype, device or memory of the rows, and nothing else.
 _SAME_ROWS = {
     *(Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16),
     *(Tensor.cpu, Tensor.cuda, Tensor.clone, Tensor.contiguous),
@@ -18,11 +18,11 @@ _SAME_ROWS = {
 
 
 class TensorWithTeacher(Tensor):
-    """Rows of images or of the student's embeddings, with the teacher's embeddings of the same rows as ``teacher``.
+    """Images or the student's embeddings, with the teacher's embeddings of the same rows as attribute ``teacher``.
 
-    Whatever reads such a tensor, as a classifier, a miner or another loss, reads the rows alone. Results are plain
-    tensors, except of what keeps each row beside its teacher's: a change of dtype or device, a choice of rows or of
-    columns by slices, and ``torch.cat`` of such tensors along the rows.
+    A classifier, a miner or another loss reads it as the tensor of the images or embeddings. The result of an operation
+    is a plain tensor, except where each row stays with its teacher's row: a change of dtype or device, a selection of
+    rows, a slice of columns, and ``torch.cat`` of such tensors along the rows.
 
     Example:
         >>> rows = TensorWithTeacher.of(torch.zeros(4, 3), torch.zeros(4, 5))
@@ -36,7 +36,7 @@ class TensorWithTeacher(Tensor):
 
     @classmethod
     def of(cls, rows: Tensor, teacher: Tensor) -> TensorWithTeacher:
-        """``rows (N, ...)`` that bring ``teacher (N, D_t)``; gradients flow through the rows as before.
+        """``rows (N, ...)`` with ``teacher (N, D_t)``; gradients flow through the rows as before.
 
         Raises:
             ValueError: if the numbers of rows differ.
@@ -59,11 +59,12 @@ class TensorWithTeacher(Tensor):
 
 
 def _teacher_of(func: Any, first: Any = None, *args: Any, **kwargs: Any) -> Tensor | None:
-    """The teacher's rows of what ``func`` returns, or None where they cannot be known."""
+    """The teacher's rows of the result of ``func``, or None if they are not known."""
     if func is torch.cat:
         tensors, dim = kwargs.get("tensors", first), kwargs.get("dim", args[0] if args else 0)
         if dim == 0 and all(isinstance(x, TensorWithTeacher) for x in tensors):
-            return torch.cat([x.teacher for x in tensors])
+            joined: Tensor = torch.cat([x.teacher for x in tensors])
+            return joined
     elif not isinstance(first, TensorWithTeacher):
         return None
     elif func in _SAME_ROWS:
@@ -79,16 +80,22 @@ def _teacher_of(func: Any, first: Any = None, *args: Any, **kwargs: Any) -> Tens
 
 
 def plain(x: Any) -> Any:
-    """``x``, without the teacher's rows if it brings them."""
+    """``x`` as a plain tensor, if it is a `TensorWithTeacher`; otherwise ``x``."""
     return x.as_subclass(Tensor) if isinstance(x, TensorWithTeacher) else x
 
 
 def one_tensor(where: str, side: str, output: Any, part: Part = None) -> Tensor:
-    """The floating point tensor among what a model returns: ``part`` of it, or all of it for None.
+    """The floating-point tensor in a model's output.
+
+    Args:
+        where: the caller, for error messages.
+        side: ``"student"`` or ``"teacher"``, for error messages.
+        output: of the model.
+        part: of the output: a name, an index, or a function of it; None: the whole output.
 
     Raises:
-        TypeError: if that is something else; names the side and the type.
-        ValueError: if the model returns no such part.
+        TypeError: if this is not a floating-point tensor; names the side and the type.
+        ValueError: if the output has no such part.
     """
     if callable(part):
         output = part(output)
@@ -101,18 +108,18 @@ def one_tensor(where: str, side: str, output: Any, part: Part = None) -> Tensor:
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{where}: expected {side}_output={part!r} to choose a part of the {side}'s output, got "
-                f"{_described(output)}; name one that it has, its index, or a function of it"
+                f"{_described(output)}; give the name or the index of a part, or a function of the output"
             ) from error
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise TypeError(
-            f"{where}: expected the {side}'s embeddings as one floating point tensor, got {_described(output)}; "
-            f"give that tensor alone, which a model's option {side}_output chooses by name, index or function"
+            f"{where}: expected the {side}'s embeddings as one floating-point tensor, got {_described(output)}; "
+            f"choose it with {side}_output, a name, an index or a function, or pass the tensor itself"
         )
     return output
 
 
 def embeddings_of(where: str, side: str, output: Any, part: Part = None) -> Tensor:
-    """`one_tensor`, if it is ``(N, D)``; raises ValueError if not."""
+    """`one_tensor`; raises ValueError if its shape is not ``(N, D)``."""
     x = one_tensor(where, side, output, part)
     if x.ndim != 2:
         raise ValueError(

@@ -1,11 +1,10 @@
-"""What a torchdistill experiment names in YAML once it lists ``dependencies: ['rkd_plugin.adapters.torchdistill']``.
+"""Components for torchdistill's YAML files that list ``dependencies: ['rkd_plugin.adapters.torchdistill']``.
 
 Losses (mid-level): ``RKDDistanceLoss``, ``RKDAngleLoss``, ``RKDDALoss`` on any pair of hooked modules, and ``PMLLoss``,
-any loss of pytorch-metric-learning. Model wrapper: ``TrainedWith``, for a loss that has parameters. Forward processes,
-for teachers: ``forward_in_eval_mode``, and ``no_forward`` for a stage without one. Pre-epoch process: ``seeded_epoch``.
-Scheduler: ``MultiStepFractionLR``.
-In place of a teacher, the precomputed outputs of a teacher bank: ``BankTeacher`` and ``WithTeacherBank``.
-torchdistill's own ``RKDLoss`` stays as it is.
+any loss of pytorch-metric-learning. Model wrapper: ``TrainedWith``, for a loss with parameters. Forward processes for
+teachers: ``forward_in_eval_mode``, and ``no_forward`` for a stage without a teacher. Pre-epoch process:
+``seeded_epoch``. Scheduler: ``MultiStepFractionLR``. For the precomputed outputs of a teacher bank: ``BankTeacher`` and
+``WithTeacherBank``. torchdistill's own ``RKDLoss`` is unchanged.
 """
 
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules

@@ -1,4 +1,4 @@
-"""A teacher bank in place of a teacher."""
+"""Precomputed teacher outputs: a teacher bank instead of a teacher."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rkd_plugin.adapters.torchdistill.hooks import IO
 from rkd_plugin.adapters.torchdistill.registering import dataset_wrapper, model
 from rkd_plugin.teacher_bank import Bank
 
-_VECTORS = "teacher_bank"  # the key under which the host's dictionary brings them
+_VECTORS = "teacher_bank"  # the key of the vectors in torchdistill's supplementary dictionary
 
 
 @dataset_wrapper
 class WithTeacherBank(BaseDatasetWrapper):
-    """torchdistill's wrapper of a data set that is trained on, with a bank's vectors for `BankTeacher`.
+    """A wrapper of the training data set that adds a bank's vectors for `BankTeacher`.
 
-    ``rkd run`` names both where ``recipe.teacher_bank`` is set; a YAML for torchdistill's own scripts does it itself::
+    ``rkd run`` sets both if ``recipe.teacher_bank`` is set; a YAML for torchdistill's own scripts names them::
 
         models.teacher_model:     {key: BankTeacher, kwargs: {bank: PATH}}
         train.teacher:            {forward_proc: forward_batch_supp_dict, requires_grad: False}
@@ -41,7 +41,7 @@ class WithTeacherBank(BaseDatasetWrapper):
         self.with_teacher = Bank(bank).over(org_dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, Any, dict[str, Any]]:
-        """Image, label, and the host's dictionary with the vectors."""
+        """Image, label, and torchdistill's supplementary dictionary with the vectors."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any, dict[str, Any]]]:
@@ -51,12 +51,12 @@ class WithTeacherBank(BaseDatasetWrapper):
 
 @model
 class BankTeacher(AuxiliaryModelWrapper):
-    """In place of a teacher: its modules' inputs and outputs are what a bank holds of them; see `WithTeacherBank`.
+    """A teacher model whose modules' inputs and outputs come from a bank; see `WithTeacherBank`.
 
     Args:
         bank: path of a `Bank`.
-        module_path: of an array alone, whose place it takes: a module of the teacher ...
-        module_io: ... and its ``"input"`` or ``"output"``.
+        module_path: for a single array, the module of the teacher whose input or output it contains.
+        module_io: for a single array, ``"input"`` or ``"output"``.
     """
 
     def __init__(self, bank: str | Path, module_path: str = ".", module_io: IO = "output") -> None:
@@ -66,17 +66,17 @@ class BankTeacher(AuxiliaryModelWrapper):
         self.vectors: Sequence[Tensor] = ()
 
     def forward(self, sample_batch: Tensor, supplement: Mapping[str, Any]) -> Tensor | None:
-        """The teacher's output ``(N, D)``, None if the bank holds that of other modules alone."""
+        """The teacher's output ``(N, D)``, None if the bank has other modules only."""
         if _VECTORS not in supplement:
             raise ValueError("BankTeacher: expected a data set wrapped in WithTeacherBank; name it as dataset_wrapper")
         self.vectors = [vectors.to(sample_batch.device, non_blocking=True) for vectors in supplement[_VECTORS]]
         return dict(zip(self.places, self.vectors, strict=True)).get((".", "output"))
 
     def secondary_forward(self, io_dict: dict[str, dict[str, Any]]) -> None:
-        """The host's hook, which finds here what its hooks would keep of a network."""
-        # Nothing is kept where the stage's forward process was `no_forward`.
+        """The hook of torchdistill: store the vectors where its forward hooks store those of a network."""
+        # There are no vectors if the forward process of the stage is `no_forward`.
         for (path, io), vectors in zip(self.places, self.vectors, strict=False):
             io_dict.setdefault(path, {})[io] = vectors
 
     def compile(self, *_: Any, **__: Any) -> None:
-        """Nothing is worth it."""
+        """Do nothing: there is nothing to compile."""

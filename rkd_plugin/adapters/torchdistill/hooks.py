@@ -1,4 +1,4 @@
-"""What hooks keep of a model's modules, and the vectors that a loss compares of it."""
+"""The inputs and outputs that hooks store of a model's modules, and the vectors that a loss compares."""
 
 from __future__ import annotations
 
@@ -15,24 +15,32 @@ Hooked = Mapping[str, Mapping[str, Any]]
 
 
 def find_hooked(io_dict: Hooked, side: str, path: str, io: str) -> Tensor:
-    """The tensor that a hook left at ``io_dict[path][io]``."""
+    """The tensor that a hook stored at ``io_dict[path][io]``.
+
+    Raises:
+        TypeError: if it is not one tensor.
+        ValueError: if the module is not hooked.
+    """
     if path not in io_dict or io not in io_dict[path]:
         there = ", ".join(f"{name!r} ({', '.join(kinds) or 'nothing'})" for name, kinds in io_dict.items()) or "nothing"
         raise ValueError(
-            f"the {side} has no {io} of module {path!r}, only {there}; list it under train.{side}.forward_hook.{io}"
+            f"expected the {side}'s {io} of module {path!r}, got only {there}; list it under "
+            f"train.{side}.forward_hook.{io}"
         )
     value = io_dict[path][io]
     if not isinstance(value, Tensor):
-        raise TypeError(f"the {side}'s {io} of module {path!r} must be one tensor, got {type(value).__name__}")
+        raise TypeError(
+            f"expected the {side}'s {io} of module {path!r} to be one tensor, got {type(value).__name__}; hook another"
+        )
     return value
 
 
 @contextmanager
 def reading(model: nn.Module, reads: Iterable[tuple[str, str]]) -> Iterator[dict[tuple[str, str], Any]]:
-    """Within the block, a forward pass of ``model`` fills the dictionary with what the modules take or return.
+    """In the block, a forward pass of ``model`` fills the dictionary with inputs and outputs of its modules.
 
     Args:
-        model: of which the modules are.
+        model: the model of the modules.
         reads: pairs of a module's path, ``"."`` for the model, and ``"input"`` or ``"output"``.
     """
     values: dict[tuple[str, str], Any] = {}
@@ -69,11 +77,10 @@ _POOLINGS = {
 
 
 def pooling(value: Tensor, pool: Pool = "auto") -> Pool | None:
-    """The pooling that makes vectors of a module's input or output, never ``"auto"``; None for vectors.
+    """The name of the pooling that gives vectors for a module's input or output, never ``"auto"``; None for vectors.
 
     Raises:
-        ValueError: if ``pool`` does not fit the shape, or is ``"auto"`` and the shape leaves open which axis holds
-            the channels.
+        ValueError: if ``pool`` does not fit the shape, or is ``"auto"`` and the axis of the channels is ambiguous.
     """
     shape = tuple(value.shape)
     if len(shape) < 3:
@@ -99,7 +106,7 @@ def pooling(value: Tensor, pool: Pool = "auto") -> Pool | None:
 
 
 def is_channels_last(shape: Sequence[int]) -> bool:
-    """Whether a map of four or five axes looks like ``(N, H, W, C)``: most are square, and have more channels."""
+    """Whether a map of four or five axes looks like ``(N, H, W, C)``: most maps are square, with more channels."""
     return shape[-3] == shape[-2] != shape[-1]
 
 

@@ -15,13 +15,13 @@ from rkd_plugin.adapters.torchdistill.registering import mid_level_loss
 
 
 class HookedLoss(nn.Module):
-    """Finds student and teacher embeddings in the host's dictionaries, for the loss of two tensors it is mixed into."""
+    """A mixin for a loss of two tensors that finds student and teacher embeddings in torchdistill's dictionaries."""
 
     renamed: ClassVar[Mapping[str, str]] = {
         "student_output_path": "student_module_path",
         "teacher_output_path": "teacher_module_path",
     }
-    """Arguments of torchdistill's losses, and what they are called here."""
+    """Arguments of torchdistill's losses, and their names here."""
 
     def __init__(
         self,
@@ -41,23 +41,23 @@ class HookedLoss(nn.Module):
                 )
         super().__init__(**options)
         if options.get("reduction") == "anchor":
-            raise ValueError(f"{name}: torchdistill sums scalar terms, so reduction must not be 'anchor'")
+            raise ValueError(f"{name}: expected a scalar for torchdistill, got reduction 'anchor'; use 'mean'")
         sides = ("student", "teacher")
         if isinstance(pool, Mapping) and not set(pool) <= set(sides):
-            raise ValueError(f"{name}: pool must be for 'student' and 'teacher', got {', '.join(map(repr, pool))}")
+            raise ValueError(f"{name}: expected pool for 'student' and 'teacher', got {', '.join(map(repr, pool))}")
         self.pools = {side: pool.get(side, "auto") if isinstance(pool, Mapping) else pool for side in sides}
         for value in self.pools.values():
             if value not in get_args(Pool):
-                raise ValueError(f"{name}: pool must be one of {get_args(Pool)}, got {value!r}")
+                raise ValueError(f"{name}: expected pool to be one of {get_args(Pool)}, got {value!r}")
         self.l2_normalize = l2_normalize
         self.paths = {"student": student_module_path, "teacher": teacher_module_path}
         self.ios = {"student": student_module_io, "teacher": teacher_module_io}
         for side, io in self.ios.items():
             if io not in get_args(IO):
-                raise ValueError(f"{name}: {side}_module_io must be one of {get_args(IO)}, got {io!r}")
+                raise ValueError(f"{name}: expected {side}_module_io to be one of {get_args(IO)}, got {io!r}")
 
     def forward(self, student: Tensor | Hooked, teacher: Tensor | Hooked, *_: Any) -> Tensor:
-        """The host's dictionaries, or, under ``SimpleLossWrapper``, two tensors; further arguments are not needed."""
+        """The dictionaries of torchdistill, or two tensors under ``SimpleLossWrapper``; ignores further arguments."""
         try:
             loss: Tensor = super().forward(self.embeddings("student", student), self.embeddings("teacher", teacher))
         except (TypeError, ValueError) as error:
@@ -65,7 +65,7 @@ class HookedLoss(nn.Module):
         return loss
 
     def embeddings(self, side: str, source: Tensor | Hooked) -> Tensor:
-        """``(N, D)``: what the loss compares of a side's hooked module, pooled and scaled as the options say.
+        """``(N, D)``: the vectors of a side's hooked module, pooled and scaled by the options.
 
         Raises:
             TypeError: if the module's output is not one tensor.
@@ -74,13 +74,13 @@ class HookedLoss(nn.Module):
         path = self.paths[side]
         if isinstance(source, Mapping):
             if path is None:
-                raise ValueError(f"{side}_module_path must name one of {list(source)}, and was not given")
+                raise ValueError(f"expected {side}_module_path to be one of {list(source)}, got None; set it")
             source = find_hooked(source, side, path, self.ios[side])
         try:
             vectors = pooled(source, self.pools[side])
         except ValueError as error:
             raise ValueError(f"the {side}: {error}") from error
-        # In half precision a length may overflow.
+        # In float32 at least, since a length in half precision may overflow.
         return (
             normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32))) if self.l2_normalize else vectors
         )
@@ -98,30 +98,30 @@ class RKDDistanceLoss(HookedLoss, losses.RKDDistanceLoss):
     """See `rkd_plugin.rkd_distance_loss`; between any two hooked modules, of any widths.
 
     Args:
-        student_module_path: the student's hooked module, ``'.'`` for its output. Needed but under SimpleLossWrapper.
-        teacher_module_path: the teacher's.
-        student_module_io: ``'input'`` or ``'output'`` of that module.
-        teacher_module_io: likewise.
-        pool: what makes vectors ``(N, D)`` of larger outputs; one name, or ``{student: ..., teacher: ...}``:
+        student_module_path: the student's hooked module, ``'.'`` for its output. Not needed under SimpleLossWrapper.
+        teacher_module_path: the teacher's hooked module.
+        student_module_io: ``'input'`` or ``'output'`` of the student's module.
+        teacher_module_io: the same for the teacher.
+        pool: how larger outputs become vectors ``(N, D)``; one name, or ``{student: ..., teacher: ...}``:
 
             * ``'avg'``: the mean over the positions of maps ``(N, C, L)``, ``(N, C, H, W)`` or ``(N, C, D, H, W)``.
             * ``'avg_channels_last'``: the same of maps ``(N, H, W, C)`` or ``(N, D, H, W, C)``, as in a Swin block.
-              This is an order of axes, not ``torch.channels_last``, the memory format.
-            * ``'mean'``, ``'cls'``, ``'last'``: the mean, the first or the last of tokens ``(N, T, D)``, padding
-              included.
-            * ``'flatten'``: all numbers in a row, as torchdistill's ``RKDLoss`` does it.
-            * ``'auto'``: ``'avg'`` for four axes and more; three axes, and maps ``(N, S, S, C)``, raise.
-        l2_normalize: whether both sides' rows are then scaled to length 1, as the authors' code does for image
+              This is the order of the axes, not the memory format ``torch.channels_last``.
+            * ``'mean'``, ``'cls'``, ``'last'``: the mean, the first or the last of tokens ``(N, T, D)``, including
+              padding.
+            * ``'flatten'``: all numbers of an example, as in torchdistill's ``RKDLoss``.
+            * ``'auto'``: ``'avg'`` for four axes and more; three axes, and maps ``(N, S, S, C)``, raise an error.
+        l2_normalize: whether the rows of both sides are then scaled to length 1, as in the authors' code for image
             classification.
         options: ``reduction``, ``huber_delta``, ``impl``, ``gather``; for RKDAngleLoss and RKDDALoss also ``anchors``;
-            for RKDDALoss also ``distance_weight``, ``angle_weight``. ``gather: true`` compares the batch of all
-            processes, see `rkd_plugin.distributed`.
+            for RKDDALoss also ``distance_weight``, ``angle_weight``. With ``gather: true`` the loss is over the batches
+            of all processes, see `rkd_plugin.distributed`.
 
     Raises:
-        TypeError: for an unknown option (naming the one of torchdistill's ``RKDLoss`` that it replaces), or a module
-            whose output is no tensor.
-        ValueError: if a module is not hooked (naming those that are), ``pool`` does not fit its shape, or the batches
-            differ in length.
+        TypeError: if an option is unknown (for an option of torchdistill's ``RKDLoss`` the message has the new name),
+            or the output of a module is not a tensor.
+        ValueError: if a module is not hooked (the message names those that are), ``pool`` does not fit its shape, or
+            the batches differ in length.
 
     Example:
         >>> import torch
@@ -153,8 +153,8 @@ class RKDAngleLoss(HookedLoss, losses.RKDAngleLoss):
 class RKDDALoss(HookedLoss, losses.RKDDALoss):
     """See `rkd_plugin.rkd_da_loss`; arguments as `RKDDistanceLoss`.
 
-    torchdistill's ``RKDLoss`` calls the weights ``dist_factor`` and ``angle_factor``, and flattens feature maps, which
-    are averaged here: ``pool: flatten`` gives its numbers.
+    torchdistill's ``RKDLoss`` calls the weights ``dist_factor`` and ``angle_factor``. It flattens feature maps, while
+    this loss averages them: ``pool: flatten`` gives the same numbers.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {

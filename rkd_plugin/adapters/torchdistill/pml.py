@@ -18,17 +18,17 @@ _TRAINED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 @model_wrapper
 class TrainedWith(AuxiliaryModelWrapper):
-    """A model and the modules that train with it, such as a loss of pytorch-metric-learning with proxies.
+    """A model and further modules to train, such as a loss of pytorch-metric-learning with proxies.
 
     ``train.student.auxiliary_model_wrapper: {key: TrainedWith, kwargs: {modules: {proxies: *loss}}}``, where ``&loss``
-    marks the ``!import_call`` of a `PMLLoss`. The model's own hooks are then under ``student_model.`` (or ``model.``,
-    where there is no teacher).
+    marks the ``!import_call`` of a `PMLLoss`. The paths of the model's modules then start with ``student_model.`` (or
+    ``model.`` without a teacher).
 
     Args:
         modules: name -> module; their parameters go to the optimizer and into the checkpoint.
-        student_model: given by torchdistill, or
-        model: likewise, where there is no teacher.
-        kwargs: further arguments of torchdistill, about devices.
+        student_model: from torchdistill, with a teacher.
+        model: from torchdistill, without a teacher.
+        kwargs: further arguments of torchdistill for devices.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class TrainedWith(AuxiliaryModelWrapper):
         _TRAINED.update(self.trained.values())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns."""
+        """The output of the model."""
         return getattr(self, self.path)(*args, **kwargs)
 
 
@@ -54,13 +54,13 @@ class PMLLoss(nn.Module):
     """Any loss of pytorch-metric-learning, with or without a miner, as a mid-level loss.
 
     Args:
-        loss: the loss, built in YAML by ``!import_call``, its distance, reducer and regulariser likewise.
+        loss: the loss, built in YAML by ``!import_call``, as are its distance, reducer and regularizer.
         miner: the miner, or None.
         student_module_path: the hooked module whose output is the embedding, ``'.'`` for the student's output.
         student_module_io: ``'input'`` or ``'output'`` of that module.
 
     Raises:
-        TypeError: if ``loss`` is no module.
+        TypeError: if ``loss`` is not a module.
         ValueError: if ``loss`` has parameters and no `TrainedWith` trains them, or the module is not hooked.
         FloatingPointError: if the loss or the miner fails on embeddings that are NaN or Inf.
 
@@ -80,10 +80,11 @@ class PMLLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(loss, nn.Module):
-            raise TypeError(f"PMLLoss: loss must be a module, built with !import_call, got {loss!r}")
+            raise TypeError(f"PMLLoss: expected loss to be a module, got {loss!r}; build it with !import_call")
         if loss not in _TRAINED and any(True for _ in loss.parameters()):
             raise ValueError(
-                f"PMLLoss: {type(loss).__name__} has parameters, which torchdistill does not give to the optimizer; "
+                f"PMLLoss: expected a loss without parameters, or one in TrainedWith, got {type(loss).__name__}, whose "
+                "parameters torchdistill does not pass to the optimizer; "
                 "name it under auxiliary_model_wrapper with the key TrainedWith as well"
             )
         self.loss = loss
@@ -92,9 +93,9 @@ class PMLLoss(nn.Module):
         self.student_module_io = student_module_io
 
     def forward(self, student_io_dict: Hooked, teacher_io_dict: Hooked, targets: Tensor, *_: Any) -> Tensor:
-        """The host's dictionaries and class labels ``(N,)`` -> a scalar."""
+        """The dictionaries of torchdistill and class labels ``(N,)`` -> a scalar."""
         embeddings = find_hooked(student_io_dict, "student", self.student_module_path, self.student_module_io)
-        # In half precision the host's distances are coarse, and some of its miners fail.
+        # In half precision PML's distances are inexact, and some of its miners fail.
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
             try:

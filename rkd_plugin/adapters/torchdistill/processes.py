@@ -1,4 +1,4 @@
-"""How a teacher runs, what an epoch begins with, and when the learning rate falls."""
+"""Forward processes of teachers, the start of an epoch, and a schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from rkd_plugin.adapters.torchdistill.registering import forward_proc, pre_epoch
 
 @forward_proc
 def forward_in_eval_mode(model: nn.Module, sample_batch: Any, *_: Any, **__: Any) -> Any:
-    """``train.teacher.forward_proc`` of every recipe here: a teacher whose BatchNorm and dropout stand still.
+    """``train.teacher.forward_proc`` of every recipe here: the teacher in eval mode.
 
-    torchdistill leaves the teacher in training mode, so that its running statistics drift with every batch and dropout
-    blurs what it teaches. To have it that way, name ``'forward_batch_only'`` instead.
+    torchdistill leaves the teacher in training mode, where each batch changes the running statistics of BatchNorm, and
+    dropout is active. ``'forward_batch_only'`` gives torchdistill's behaviour.
     """
     if any(module.training for module in model.modules()):
         model.eval()
@@ -30,20 +30,20 @@ def forward_in_eval_mode(model: nn.Module, sample_batch: Any, *_: Any, **__: Any
 
 @forward_proc
 def no_forward(model: nn.Module, *_: Any, **__: Any) -> None:
-    """``train.stage2.teacher.forward_proc`` where the student goes on alone: the teacher costs nothing."""
+    """``train.stage2.teacher.forward_proc`` of a stage without distillation: skip the teacher's forward pass."""
 
 
 @scheduler
 class MultiStepFractionLR(torch.optim.lr_scheduler.MultiStepLR):
-    """PyTorch's ``MultiStepLR`` with milestones as fractions, so that they follow the number of epochs.
+    """PyTorch's ``MultiStepLR`` with milestones as fractions of the number of epochs.
 
     Args:
-        optimizer: given by torchdistill.
+        optimizer: from torchdistill.
         num_epochs: of the training, at least 1.
-        milestones: fractions of ``num_epochs``, above 0 and up to 1; each is rounded to a whole epoch, the first at
-            the earliest. After each of them the learning rate is multiplied by ``gamma``.
+        milestones: fractions of ``num_epochs``, above 0 and up to 1, after which the learning rate is multiplied by
+            ``gamma``; each is rounded to a whole epoch, at least 1.
         gamma: the factor.
-        last_epoch: as PyTorch's.
+        last_epoch: as in ``MultiStepLR``.
 
     Raises:
         ValueError: if a milestone is not above 0 and up to 1.
@@ -72,15 +72,15 @@ class MultiStepFractionLR(torch.optim.lr_scheduler.MultiStepLR):
 
 
 def seed_epoch(seed: int, epoch: int) -> None:
-    """Random numbers for an epoch, from 1, or for building the models, 0; they depend on nothing that came before."""
+    """Seed the generators for an epoch, counted from 1, or, with 0, for building the models."""
     set_seed((seed * 1_000_003 + epoch) % 2**32 if epoch else seed)
 
 
 @pre_epoch_proc
 def seeded_epoch(self: Any, epoch: int = 0, **kwargs: Any) -> None:
-    """``train.pre_epoch_process``: the host's own, then `seed_epoch` from the seed that the script was started with.
+    """``train.pre_epoch_process``: torchdistill's default one, then `seed_epoch` with the seed of the script.
 
-    So torchdistill's scripts with ``--seed S`` draw the random numbers of ``rkd run`` with ``recipe.seed=S``.
+    Then torchdistill's scripts with ``--seed S`` draw the same random numbers as ``rkd run`` with ``recipe.seed=S``.
     """
     if hasattr(self, "teacher_model"):
         default_pre_epoch_process_with_teacher(self, epoch=epoch, **kwargs)

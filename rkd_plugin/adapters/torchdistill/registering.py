@@ -1,4 +1,4 @@
-"""torchdistill's registries, without overwriting what others registered."""
+"""Decorators that register in torchdistill without overwriting a name."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 def keeping_others(register: Callable[[T], T], registry: Mapping[str, Any]) -> Callable[[T], T]:
-    """A host's decorator that refuses a name that something else holds; the host itself would overwrite it."""
+    """A decorator of torchdistill that raises if another component has the name; torchdistill overwrites it."""
 
     def decorate(component: T) -> T:
-        held = registry.get(component.__name__, component)
-        if (held.__module__, held.__qualname__) != (component.__module__, component.__qualname__):
+        registered = registry.get(component.__name__, component)
+        if (registered.__module__, registered.__qualname__) != (component.__module__, component.__qualname__):
             raise ValueError(
-                f"torchdistill's {component.__name__!r} is already {held.__module__}.{held.__qualname__}; "
-                f"register that one under another key"
+                f"torchdistill: expected no other component named {component.__name__!r}, got {registered.__module__}."
+                f"{registered.__qualname__}; register that one under another key"
             )
         return register(component)
 
