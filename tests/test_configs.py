@@ -148,7 +148,7 @@ def test_criterion_of_every_recipe_runs(name):
 
 # What a method decides alone.
 OWN = "dependencies train*.forward_hook.* train*.auxiliary_model_wrapper.* train.hints.criterion.*"
-# What only some methods have, and where a recipe tells that its method does; of a criterion it is each term alone.
+# Settings of some methods only, and places where a recipe names its method; each term of a criterion counts alone.
 TERM = "train.criterion.kwargs.sub_terms"
 PARTS = {
     "models.teacher_model.key": "recipe.teacher_* models.teacher_model.* train.teacher.*",
@@ -250,7 +250,7 @@ def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def siblings(folder: str) -> dict[str, dict[str, Any]]:
-    """The settings of a folder's recipes; those of CIFAR-100 scaled down stand beside the others."""
+    """The settings of a folder's recipes; those of CIFAR-100 scaled down are among the others."""
     found = {name.rpartition("/")[2]: settings(name) for name in ALL if name.rpartition("/")[0] == folder}
     if folder == "classification/cifar100":
         found |= {key: settings(f"classification/{key.replace('small', 'small_cifar100')}") for key in SMALL}
@@ -396,7 +396,7 @@ def test_a_header_has_a_command_and_a_result(name):
     assert {by.verb for by in found} <= {"run", "reproduce"}
     assert name in {by.name for by in found}
     assert all(trained(by) for by in found)
-    assert re.search(r"\bResults?\b|[Nn]ot yet run", " ".join(header(name)))
+    assert re.search(r"\bResults?\b|Not yet run|not yet run", " ".join(header(name)))
 
 
 @pytest.mark.parametrize("name", TEST_SETS)

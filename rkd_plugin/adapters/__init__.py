@@ -1,1 +1,1 @@
-"""One file per host, imported by whoever has that host."""
+"""One package per host; importing it needs that host."""

@@ -1,1 +1,1 @@
-"""Parts of experiments that know nothing of recipes: processes, files, signals, memory, threads and errors."""
+"""Parts of experiments that do not use recipes: processes, files, signals, memory, threads and errors."""
