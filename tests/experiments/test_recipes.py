@@ -236,7 +236,7 @@ def test_settings_are_required_where_they_are_used():
     assert (read("quickstart/rkd_da").task, read("quickstart/rkd_da", ["recipe.seed=3"]).seed) == ("metric_learning", 3)
     with pytest.raises(RecipeError, match=r"recipe\.seed: expected int"):
         _ = read("quickstart/rkd_da", ["recipe.seed=x"]).seed
-    with pytest.raises(RecipeError, match=r"recipe\.task: required"):
+    with pytest.raises(RecipeError, match=r"recipe\.task: expected str"):
         _ = parse("a: 1", Path("x.yaml")).task
 
 
