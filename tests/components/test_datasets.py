@@ -598,3 +598,15 @@ def test_images_that_cannot_be_cached(resized, got, tmp_path):
     with pytest.raises(ValueError, match=f"Cached: expected uint8 tensors of one size, got {got}"):
         cached(root, tmp_path / "cache", resized=resized)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_cache_beside_the_data(tmp_path):
+    for name in ("auk", "jay"):
+        write_image(tmp_path / "images" / name / "1.png")
+    data = ClassFolders(tmp_path / "images", "train+test", transform=v2.Compose([v2.Resize((4, 4)), v2.PILToTensor()]))
+    cached = Cached(Subset(data, [0, 1]), True)
+    assert cached.path.parent == tmp_path / "images" / ".cache"
+    assert ClassFolders(tmp_path / "images", "train+test").classes == ["auk", "jay"]  # the cache is no class
+    with pytest.raises(ValueError, match="expected a data set with a root for folder=True, got TensorDataset without"):
+        Cached(TensorDataset(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)), True)
+    assert Cached(data, False).path is None

@@ -33,7 +33,8 @@ class Cached(Dataset[tuple[Any, int]]):
     Args:
         dataset: its images are uint8 tensors ``(C, H, W)`` of one size, as from Resize to height and width, and
             PILToTensor. `rkd_plugin.teacher_bank.labels` finds their files and labels.
-        folder: folder of the file, which needs ``C * H * W`` bytes per image; None to decode at each access.
+        folder: folder of the file, which needs ``C * H * W`` bytes per image; True for ``.cache`` in the data set's
+            ``root``; None or False to decode at each access.
         transform: a transform of a uint8 tensor, such as a random crop.
         batched: whether the transform gets all images of a batch at once, ``(N, C, H, W)``, which is faster; a random
             transform is then the same for all of them.
@@ -62,7 +63,7 @@ class Cached(Dataset[tuple[Any, int]]):
     def __init__(
         self,
         dataset: Any,
-        folder: str | Path | None,
+        folder: str | Path | bool | None,
         transform: Callable[[Tensor], Any] | None = None,
         batched: bool = False,
     ) -> None:
@@ -75,7 +76,7 @@ class Cached(Dataset[tuple[Any, int]]):
                 "an attribute targets with the label of each item"
             )
         self.targets = labels
-        self.folder = folder
+        self.folder = folder = _folder(dataset, folder)
         self.transform = transform
         self._images: np.ndarray[Any, Any] | None = None
         self.path: Path | None = None
@@ -127,6 +128,21 @@ class Cached(Dataset[tuple[Any, int]]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_images": None}
+
+
+def _folder(dataset: Any, folder: str | Path | bool | None) -> Path | None:
+    """The folder of the file; see `Cached`."""
+    if folder is None or folder is False:
+        return None
+    if folder is not True:
+        return Path(folder)
+    root = next((part.root for part in unwrapped(dataset) if isinstance(getattr(part, "root", None), str | Path)), None)
+    if root is None:
+        raise ValueError(
+            f"Cached: expected a data set with a root for folder=True, got {type(dataset).__name__} without; give the "
+            "folder's path"
+        )
+    return Path(root, ".cache")
 
 
 def _identify(dataset: Any) -> tuple[str, str]:
