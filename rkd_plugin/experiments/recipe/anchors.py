@@ -53,7 +53,7 @@ class _AtOnce(yaml.constructor.SafeConstructor):
         return Tagged(node.tag, value)  # which may be a key
 
 
-_AtOnce.add_constructor(None, _AtOnce.call)
+_AtOnce.add_constructor(None, _AtOnce.call)  # type: ignore[type-var]
 
 
 def _unfilled(node: yaml.Node, value: Any) -> Iterator[str]:
