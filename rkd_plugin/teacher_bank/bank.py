@@ -231,8 +231,9 @@ def _checked(values: Any, is_bfloat16: bool = False) -> Any:
         is_bfloat16: whether uint16 holds the bits of bfloat16.
     """
     if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        is_float = values.is_floating_point() and values.layout is torch.strided
+        values = values.detach()
+        is_float = values.is_floating_point() and values.layout is torch.strided and not values.is_meta
+        values = values.cpu() if is_float else values
     else:
         is_float = values.dtype.kind == "f" or (is_bfloat16 and values.dtype == np.uint16)
     if values.ndim != 2 or not values.shape[1] or not is_float:
@@ -255,7 +256,10 @@ def _safetensors(path: Path) -> Array:
 def _npz(path: Path) -> Any:
     _check_stored(path)
     with np.load(path, allow_pickle=False) as content:
-        return content[_only(content.files)]
+        values = content[_only(content.files)]
+    if not isinstance(values, np.ndarray):  # the file is not NumPy's
+        raise ValueError(f"one array was expected, got {type(values).__name__}")
+    return values
 
 
 def _pytorch(path: Path) -> Any:

@@ -358,6 +358,8 @@ RESULTS = {
             "NaN as text": lambda r: r | {"final": dict.fromkeys(r["final"], "NaN")},
             "another metric": lambda r: r | {"best": {"epoch": 1, "recall": 3.0}},
             "epoch is text": lambda r: r | {"best": r["best"] | {"epoch": "1"}},
+            "another metric is a list": lambda r: r | {"final": r["final"] | {"another": [1]}},
+            "larger than any float": lambda r: r | {"final": dict.fromkeys(r["final"], 10**400)},
             "no epochs": lambda r: r | {"history": []},
             "an epoch is a number": lambda r: r | {"history": [*r["history"], 3]},
             "seconds are null": lambda r: r | {"seconds": None},

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -881,6 +882,8 @@ FOREIGN = {
     "two arrays": ("x.npz", lambda p: np.savez(p, FLOATS, FLOATS), "one array was expected, got 'arr_0', 'arr_1'"),
     "compressed": ("x.npz", lambda p: np.savez_compressed(p, FLOATS), "an archive without compression was expected"),
     "objects in an archive": ("x.npz", lambda p: np.savez(p, np.array([print], object)), "cannot be used as a teacher"),
+    "a text in an archive": ("x.npz", lambda p: ZipFile(p, "w").writestr("x", "hello"), "expected, got bytes"),
+    "without memory": ("x.pt", lambda p: torch.save(torch.ones(4, 3, device="meta"), p), "of floats was expected, got"),
     "code": ("x.pt", lambda p: torch.save(print, p), "x.pt could not be read: "),
     "a list": ("x.pt", lambda p: torch.save([1], p), "one tensor was expected, got list"),
     "old kind": ("x.pt", lambda p: torch.save(torch.ones(2, 2), p, _use_new_zipfile_serialization=False), "x.pt"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,11 @@ def read_result(path: Path) -> dict[str, Any]:
         raise ValueError(f"{str(error).removesuffix('; delete that file')}; {again}") from error
     epoch = _epoch_like(result.get("history"))
     metrics = {name: value for name, value in epoch.items() if name not in EPOCH}
-    example = {"history": [epoch], "final": metrics, "best": {"epoch": 0} | metrics}
+    # Whatever else they hold is printed as a number as well.
+    final, best = (
+        dict.fromkeys(held if isinstance(held := result.get(when), dict) else (), 0.0) for when in ("final", "best")
+    )
+    example = {"history": [epoch], "final": final | metrics, "best": best | {"epoch": 0} | metrics}
     wrong = _unlike(result, RESULT | example) or (None if metrics else "expected an epoch in history, found none")
     if wrong:
         raise ValueError(f"{path}: {wrong}; {again}")
@@ -213,7 +218,8 @@ def _unlike(got: Any, example: Any, where: str = "", whole: bool = True) -> str 
         if isinstance(example, kind):
             is_negative = kind is allowed is int and isinstance(got, int) and got < 0
             is_wrong = not is_dict(got) if kind is Mapping else not isinstance(got, allowed)
-            if is_wrong or is_negative or (isinstance(got, bool) and kind is not bool):
+            is_larger = kind is float and isinstance(got, int) and abs(got) > sys.float_info.max  # than any float
+            if is_wrong or is_negative or is_larger or (isinstance(got, bool) and kind is not bool):
                 return f"expected {words} for {short(where) or 'all of it'}, got {_value(got)}"
             break
     inner: Iterable[tuple[Any, Any]] = ()
