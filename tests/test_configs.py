@@ -60,6 +60,13 @@ def test_every_recipe_is_without_problems(name):
 class AtOnce(yaml.FullLoader):
     """Keeps what torchdistill's tags are given at the moment when they would call: a list from above is empty then."""
 
+    # Without the tags that torchdistill registers with FullLoader itself.
+    yaml_constructors = {  # noqa: RUF012
+        tag: construct
+        for tag, construct in yaml.FullLoader.yaml_constructors.items()
+        if tag is None or not tag.startswith("!")
+    }
+
 
 def call(loader: yaml.FullLoader, suffix: str, node: yaml.MappingNode) -> Tagged:
     return Tagged(f"!{suffix}", copy.deepcopy(loader.construct_mapping(node, deep=True)))

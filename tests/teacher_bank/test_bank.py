@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -304,17 +305,29 @@ def python(program, *arguments, **environment):
     )
 
 
+def interrupt():
+    raise KeyboardInterrupt
+
+
 def contents(folder):
     arrays = {path.name: path.read_bytes() for path in folder.iterdir()}
     header = json.loads(arrays.pop("bank.json"))
     return arrays, {name: value for name, value in header.items() if name not in ("environment", "checksum")}
 
 
-def test_a_killed_embed_resumes(teacher, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["interrupted", pytest.param("killed", marks=pytest.mark.slow)])
+def test_a_stopped_embed_resumes(teacher, whole, tmp_path, monkeypatch, how):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(digits(teacher).resolved())
     folder = tmp_path / "bank"
-    assert python(KILLED, recipe, folder).returncode == -signal.SIGKILL
+    if how == "killed":
+        assert python(KILLED, recipe, folder).returncode == -signal.SIGKILL
+    else:
+        with monkeypatch.context() as patched:
+            left = [files.checksum] * 2
+            patched.setattr(files, "checksum", lambda block: left.pop()(block) if left else interrupt())
+            with pytest.raises(KeyboardInterrupt):
+                embed(read(recipe), folder)
     with pytest.raises(ValueError, match="is unfinished"):
         Bank(folder)
     # The rows of the third batch are there, but incomplete: they are written again, as is a row that has changed.
@@ -1090,7 +1103,8 @@ def test_the_command(teacher, tmp_path, capsys):
     folder = tmp_path / "bank"
     command = ["embed", "quickstart/rkd_da", f"recipe.teacher_checkpoint={teacher}", "--out", str(folder)]
     assert cli.main(command) == 0
-    assert f"learn from it with recipe.teacher_bank={folder}" in capsys.readouterr().out
+    (advice,) = re.findall("learn from it with (.*)", capsys.readouterr().out)
+    assert read("quickstart/rkd_da", shlex.split(advice)).settings["teacher_bank"] == str(folder)
     assert cli.main(["embed", "--verify", str(folder)]) == 0
     assert "901 rows are unchanged" in capsys.readouterr().out
     flipped(folder / "0.npy", -1)
