@@ -245,8 +245,8 @@ def test_keys_are_indices_of_the_data_set(teacher, bank):
 
 
 def test_modules_that_packaged_recipes_read():
-    assert teacher_reads(read("few_shot/omniglot/rkd_da").data) == {(".", "output"): {"auto"}}
-    assert teacher_reads(read("classification/small_cifar100/hkd_rkd_da").data) == {
+    assert teacher_reads(read("few_shot/omniglot/rkd").data) == {(".", "output"): {"auto"}}
+    assert teacher_reads(read("classification/cifar100/hkd").data) == {
         (".", "output"): {None}, ("backbone", "output"): {"auto"},
     }  # fmt: skip
     for name, _, is_suite in names():
@@ -1093,7 +1093,7 @@ def test_the_command(teacher, tmp_path, capsys):
     folder = tmp_path / "bank"
     command = ["embed", "quickstart/rkd_da", f"recipe.teacher_checkpoint={teacher}", "--out", str(folder)]
     assert cli.main(command) == 0
-    assert f"learn from it with recipe.teacher_bank={folder}" in capsys.readouterr().out
+    assert f'recipe.teacher_bank="{folder}"' in capsys.readouterr().out
     assert cli.main(["embed", "--verify", str(folder)]) == 0
     assert "901 rows are as they were written" in capsys.readouterr().out
     flipped(folder / "0.npy", -1)
