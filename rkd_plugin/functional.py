@@ -24,7 +24,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rkd_plugin.kernels.choose import choose, differentiable
-from rkd_plugin.options import Gather, Impl, Options, Pairs, Reduction, Triplets, check_batch, checked_indices
+from rkd_plugin.options import (
+    Gather,
+    Impl,
+    Options,
+    Pairs,
+    Reduction,
+    Triplets,
+    check_batch,
+    checked_indices,
+    warn_of_lost_distances,
+)
 
 if TYPE_CHECKING:
     from rkd_plugin.distributed import GlobalBatch
@@ -226,6 +236,7 @@ def relation_terms(name: str, student: Tensor, teacher: Tensor, options: Options
     """
     options.check(name)
     check_batch(name, student, teacher)
+    warn_of_lost_distances(name, student, teacher)
     pairs = checked_indices(name, "pairs", options.pairs, 2, student)
     triplets = checked_indices(name, "triplets", options.triplets, 3, student)
     options = replace(options, pairs=pairs, triplets=triplets)

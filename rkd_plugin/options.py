@@ -6,12 +6,15 @@ A check raises one sentence: the name of the loss, what is expected, what it got
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args
 
 import torch
 from torch import Tensor
+
+from rkd_plugin.kernels.derivatives import transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -121,6 +124,29 @@ def check_batch(name: str, student: Tensor, teacher: Tensor) -> None:
         raise ValueError(
             f"{name}: expected student and teacher on one device, got {student.device} and {teacher.device}"
         )
+
+
+def warn_of_lost_distances(name: str, student: Tensor, teacher: Tensor) -> None:
+    """Warn of float64 rows so close, beside the largest difference of the batch, that the kernels count them as equal.
+
+    The limit is described in `rkd_plugin.kernels`; entries of narrower dtypes never reach it. Nothing is looked at
+    without values to look at: while a function is compiled, traced or transformed.
+    """
+    for side, x in (("student", student), ("teacher", teacher)):
+        has_values = type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
+        if x.dtype is not torch.float64 or not has_values or not x.numel():
+            continue
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed(x):
+            continue
+        rows = x.detach()
+        # Differences to two rows: the first one may be far from all others.
+        sizes = torch.stack([(rows - row).abs().amax(1) for row in rows[:2]])
+        if bool(((sizes > 0) & (sizes < sizes.max() * 2.0**-500)).any()):
+            warnings.warn(
+                f"{name}: expected {side} rows whose distances differ by less than a factor of 2^500, got others; the "
+                "smaller distances count as 0",
+                stacklevel=4,
+            )
 
 
 def _check_dense(name: str, side: str, x: Tensor) -> None:

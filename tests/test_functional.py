@@ -675,3 +675,13 @@ def test_tuples_together_with_anchors_or_gather():
     for loss, tuples in ((rkd_angle_loss, {"triplets": triplet}), (rkd_distance_loss, {"pairs": pair})):
         with pytest.raises(ValueError, match="expected gather=False with pairs or triplets, which name rows of this"):
             loss(X, X, gather=True, **tuples)
+
+
+@pytest.mark.parametrize("far", [0, 3])
+def test_distances_that_count_as_zero_are_warned_of(far):
+    rows = torch.randn(6, 3, dtype=torch.float64)
+    rows[far] = 1e300
+    match = "rkd_angle_loss: expected teacher rows whose distances differ by less than a factor of 2.500, got others"
+    with pytest.warns(UserWarning, match=match):
+        rkd_angle_loss(torch.randn(6, 3, dtype=torch.float64), rows)
+    rkd_angle_loss(rows.clone(), rows * 0.5) if far < 0 else rkd_angle_loss(rows * 1e-160, rows * 1e-160)

@@ -15,6 +15,16 @@ def add_recipe(parser: argparse.ArgumentParser, about: str = RECIPE, optional: b
     parser.add_argument("overrides", nargs="*", help=OVERRIDES)
 
 
+def command_of(options: argparse.Namespace) -> dict[str, str]:
+    """The verb and its options without overrides; of a path only whether it is given, since nodes may differ in it."""
+    values = {name: value for name, value in vars(options).items() if name not in ("overrides", "recipe")}
+    paths = {"out", "checkpoint", "data", "verify"}
+    return {
+        "verb" if name == "verb" else f"option --{name}": str(value if name not in paths else value is not None)
+        for name, value in values.items()
+    }
+
+
 def unrecognized(words: Sequence[str], takes_overrides: bool) -> str:
     """The error for words that are no argument of a verb, with the form of an override if one was intended.
 

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from rkd_plugin.cli.arguments import add_recipe
+from rkd_plugin.cli.arguments import add_recipe, command_of
 from rkd_plugin.experiments.support.threads import limit_spinning
 from rkd_plugin.printing import show
 
@@ -45,7 +45,7 @@ def execute(options: argparse.Namespace) -> None:
     if not options.recipe or not options.out:
         raise ValueError("expected a recipe and --out BANK, or --verify BANK; see `rkd embed --help`")
     recipe = read(options.recipe, options.overrides)
-    with process_group():
+    with process_group(command_of(options)):
         bank = embed(recipe, options.out, options.data, options.dtype, options.views)
         if rank() > 0:
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rkd_plugin.cli.arguments import RECIPE, add_recipe
+from rkd_plugin.cli.arguments import RECIPE, add_recipe, command_of
 from rkd_plugin.experiments.support.threads import limit_spinning
 from rkd_plugin.printing import show
 
@@ -59,7 +59,7 @@ def execute(options: argparse.Namespace) -> None:
         recipe = read(options.recipe, options.overrides)
         checkpoint = options.checkpoint and Path(options.checkpoint)
         folder = Path("runs", "eval", recipe.path.stem)
-    with process_group():
+    with process_group(command_of(options)):
         data = read(options.data) if options.data else None
         evaluation = evaluate(recipe, checkpoint, data, options.classes == "all")
         if rank() > 0:

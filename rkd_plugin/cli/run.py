@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rkd_plugin.cli.arguments import add_recipe
+from rkd_plugin.cli.arguments import add_recipe, command_of
 from rkd_plugin.experiments.support.threads import limit_spinning
 from rkd_plugin.printing import show
 
@@ -37,7 +37,7 @@ def execute(options: argparse.Namespace) -> None:
     folder = options.out or default_folder(options.recipe)
     had_ended = (folder / "result.json").is_file()
     keep_memory()
-    with process_group():
+    with process_group(command_of(options)):
         result = runner.run(recipe, folder)
         if rank() > 0:
             return

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from torchvision.datasets.utils import download_url
 
+DAMAGED = tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError
+
 
 def download(owner: str, url: str, path: Path, md5: str, remedy: str) -> None:
     """Download ``url`` to ``path``, unless the published file is there.
@@ -59,7 +61,15 @@ def unpack(archive: Path, folder: Path) -> None:
             if not Path(unpacked, folder.name).is_dir():
                 raise tarfile.TarError(f"it has no folder {folder.name}")
             Path(unpacked, folder.name).rename(folder)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         cause = " ".join(str(error).split())  # it has several lines for a file of another kind
         raise ValueError(f"{where}{cause}; get it again from its publisher") from error
 

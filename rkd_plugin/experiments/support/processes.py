@@ -27,13 +27,17 @@ T = TypeVar("T")
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
+def process_group(command: Mapping[str, str] | None = None) -> Iterator[None]:
     """Initialise a process group of all launched processes in the block: NCCL on GPUs, gloo on CPUs.
 
     A single process that ``torchrun`` launched has a group too; a process without a launcher has none.
 
+    Args:
+        command: what all processes must be started with, such as the verb; compared before anything else is exchanged.
+
     Raises:
         ConnectionError: if another process ended early (with gloo; NCCL waits until its timeout).
+        ValueError: if a process was started with another command.
     """
     launched()
     if "RANK" not in os.environ or is_initialized():
@@ -44,6 +48,7 @@ def process_group() -> Iterator[None]:
         torch.cuda.set_device(_local_rank() % torch.cuda.device_count())
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
+        check_equal(command or {})
         yield
     except RuntimeError as error:
         # gloo raises no special type, and a long message.
