@@ -155,7 +155,7 @@ def test_what_cannot_be_read_names_how_to_convert_it(tmp_path):
     model = network()
     (tmp_path / "folder").mkdir()
     cases = {
-        "whole.pt": (lambda path: torch.save(model, path), r"got an object of torch\S+Sequential; where you trust"),
+        "whole.pt": (lambda path: torch.save(model, path), r"got an object of torch\S+Sequential; if you trust"),
         "two.pt": (
             lambda path: torch.save({"student": model.state_dict(), "teacher": model.state_dict()}, path),
             r"got student, teacher; save one of them: torch\.save\(torch\.load\(FILE\)\['student'\], NEW\)",
@@ -442,7 +442,7 @@ def scheduled(path):
 def test_an_edited_schedule_is_one_sentence(tmp_path, monkeypatch):
     recipe, folder = scheduled(tmp_path / "scheduled.yaml"), tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_is_settled", lambda history, _: len(history) == 1)
+        patch.setattr(runner, "_stops_early", lambda history, _: len(history) == 1)
         runner.run(recipe, folder)
     (folder / "result.json").unlink()
     state = read_checkpoint(folder / "last.pt")

@@ -185,7 +185,7 @@ def test_a_checkpoint_of_other_classes(runs, capsys, tmp_path):
     ten = "models.teacher_model.kwargs.num_classes=10"
     said = (
         "describes, ImageClassifier: its last layer, linear, has 100 outputs instead of 10; give "
-        "models.{}.kwargs.num_classes=100, or give a checkpoint of 10"
+        "models.{}.kwargs.num_classes=100, or use a checkpoint of 10"
     )
     trained = error_of(
         capsys, "run", STUDENT, *overrides(runs / "data", *taught(checkpoint), ten), "--out", tmp_path / "out"
@@ -208,7 +208,7 @@ def test_a_file_that_is_no_checkpoint_of_ours(runs, capsys, tmp_path):
     torch.save(weights["linear.bias"], paths["tensor"])
     write_checkpoint(paths["empty"], {})
     messages = {
-        "text": "could not read it, as it is of another kind; where you trust the file, load it with its own",
+        "text": "could not read it, as it is of another kind; if you trust the file, load it with its own",
         "cut": "could not read it, as it is truncated or changed; give an intact copy",
         "executed": r"expected the weights of a model in .*, got model \(an object of pathlib(._local)?.PosixPath\)",
         "tensor": "expected the weights of a model in .*, got Tensor; where",

@@ -268,7 +268,7 @@ def empty(path):
 def test_a_damaged_checkpoint_is_reported_and_the_best_one_used(stopped, undisturbed, damage):
     damage(stopped / "last.pt")
     epoch = len(read_checkpoint(stopped / "best.pt")["history"])
-    reason = rf"at .*last\.pt, could not read it, as it is truncated or changed;.* from .*best\.pt, epoch {epoch}$"
+    reason = rf"at .*last\.pt, could not read it, as it is truncated or changed;.* after .*best\.pt, epoch {epoch}$"
     with pytest.warns(UserWarning, match=reason):
         assert without_times(run(stopped)["history"]) == without_times(undisturbed[1]["history"])
     assert files(stopped) == files(undisturbed[0])
@@ -279,7 +279,9 @@ def test_without_an_earlier_one_it_is_refused_and_stays(stopped):
     for name in ("last.pt", "best.pt"):
         flip(stopped / name)
     before = {path: path.read_bytes() for path in stopped.iterdir()}
-    with pytest.raises(DamagedError, match=r"expected a checkpoint .* at .*last\.pt, could not read it, as it is cut"):
+    with pytest.raises(
+        DamagedError, match=r"expected a checkpoint .* at .*last\.pt, could not read it, as it is truncated"
+    ):
         run(stopped)
     assert {path: path.read_bytes() for path in before} == before
 
@@ -474,7 +476,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_term(stopped):
     kept = (stopped / "last.pt").read_bytes()
     match = (
         r"^epoch 4: the loss became nan in step \d through its term triplet, although the images are finite; "
-        r"lower the learning rate, .*; the checkpoint of epoch 3 stays$"
+        r"lower the learning rate, .*; the checkpoint of epoch 3 is kept$"
     )
     refused(FloatingPointError, match, stopped)
     assert (stopped / "last.pt").read_bytes() == kept
@@ -491,7 +493,11 @@ def test_of_two_terms_the_one_that_is_not_finite_is_named(undisturbed, tmp_path)
     rkd = text[text.index("        rkd:\n") : text.index("\ntest:")]
     (tmp_path / "two.yaml").write_text(text.replace(rkd, rkd + rkd.replace(" rkd:", " second:")))
     refused(
-        FloatingPointError, r"in step 1 through its term rkd, though", tmp_path / "o", overrides, tmp_path / "two.yaml"
+        FloatingPointError,
+        r"in step 1 through its term rkd, although",
+        tmp_path / "o",
+        overrides,
+        tmp_path / "two.yaml",
     )
 
 

@@ -13,8 +13,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 
 from rkd_plugin.experiments.running import metrics
-from rkd_plugin.experiments.running.embed import embed
-from rkd_plugin.experiments.running.metrics import Layer, classification, retrieval
+from rkd_plugin.experiments.running.metrics import Layer, classification, embed, retrieval
 
 
 def by_hand(outputs, labels, recall_at):

@@ -189,7 +189,7 @@ def test_fast_is_the_stated_fraction_of_the_schedule(tmp_path):
     assert recipe.settings["samples_per_epoch"] == 128
     folder, _ = suites.reproduce(name, tmp_path / "two", [3], overrides=["recipe.num_epochs=2"], fast=True)
     assert len(json.loads((folder / "teacher-seed3" / "result.json").read_text())["history"]) == 2
-    with pytest.raises(RecipeError, match=r"suite\.fast: no fast schedule is stated here"):
+    with pytest.raises(RecipeError, match=r"suite\.fast: expected a fast schedule, found none"):
         suites.reproduce(written(tmp_path), tmp_path, fast=True)
 
 

@@ -47,9 +47,9 @@ def side(name, process, path):
         (["eval", "quickstart/student", "--checkpoint", "{}"], "posix.mkdir, which reading would execute"),
         (
             ["run", "quickstart/rkd_da", side("student", "forward_batch_only", "{}")],
-            "give it to the model under `models:",
+            "name it under `models:",
         ),
-        (["run", "quickstart/rkd_da", side("teacher", "forward_in_eval_mode", "{}")], "give it to the model under"),
+        (["run", "quickstart/rkd_da", side("teacher", "forward_in_eval_mode", "{}")], "name it under `models:"),
     ],
 )
 def test_no_checkpoint_is_executed(command, message, mine, tmp_path, monkeypatch, capsys):
