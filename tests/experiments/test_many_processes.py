@@ -17,7 +17,7 @@ import many_processes
 import pytest
 import torch
 
-from rkd_plugin import cli
+from rkd_plugin import cli, distributed
 from rkd_plugin.experiments.recipe import read
 from rkd_plugin.experiments.running.checkpoints import read_checkpoint
 from rkd_plugin.experiments.running.experiment import Experiment
@@ -338,7 +338,7 @@ def test_a_rank_with_other_values_is_named(monkeypatch):
 
 def test_weights_that_differ_in_one_number_are_found(monkeypatch):
     sent = []
-    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(processes, "barrier", lambda: None)
     monkeypatch.setattr(processes, "all_gather", lambda values: sent.append(values) or sent)
     model = torch.nn.BatchNorm1d(3).bfloat16()
@@ -422,7 +422,8 @@ def test_a_first_host_that_nobody_names(slurm):
 
 @pytest.fixture
 def as_if_two(monkeypatch):
-    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    for module in (distributed, processes):
+        monkeypatch.setattr(module, "world_size", lambda: 2)
     monkeypatch.setattr(processes, "all_gather", lambda value: [value] * 2)
     monkeypatch.setattr(processes, "rank_zero_first", nullcontext)
 

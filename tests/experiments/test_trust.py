@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torchdistill.models.registry import MODEL_DICT
 
 from rkd_plugin.cli import main
 from rkd_plugin.experiments.recipe import building, check, examine, read
+from rkd_plugin.experiments.recipe.building import NotBuiltError
 
 
 class Folder:
@@ -97,6 +100,33 @@ def test_a_model_that_takes_too_long_to_build_is_not_built_to_the_end(layers, mo
     assert findings.problems == []
     expected = "its module paths, as building the model takes longer than 0.2 seconds"
     assert findings.unchecked == [("models.model", expected)]
+
+
+def without_gradients(count):
+    torch.set_grad_enabled(False)  # as `no_grad` has it, between two lines of its own
+    while True:
+        pass
+
+
+def in_callbacks(count):
+    references = []
+    while True:
+        layer = nn.ReLU()
+        references.append(weakref.WeakKeyDictionary({layer: 0}))
+        del layer  # which calls back
+
+
+@pytest.mark.parametrize("build", [without_gradients, in_callbacks])
+def test_a_model_that_is_stopped_anywhere_leaves_nothing_behind(build, monkeypatch):
+    monkeypatch.setattr(building, "_SECONDS", 0.05)
+    handler = signal.getsignal(signal.SIGPROF)
+    for _ in range(5):
+        with pytest.raises(NotBuiltError, match="longer than"):
+            building._build.__wrapped__(build, '{"count": 0}')
+        assert torch.is_grad_enabled()
+        assert torch.get_default_device() == torch.device("cpu")
+        assert signal.getsignal(signal.SIGPROF) is handler
+        assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
 
 
 def test_a_model_of_a_number_that_fills_the_memory_is_not_built(monkeypatch):

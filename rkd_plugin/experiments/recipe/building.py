@@ -7,8 +7,10 @@ import json
 import signal
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -81,9 +83,11 @@ def _largest_number(value: Any) -> float:
 
 @functools.lru_cache(maxsize=64)
 def _build(builder: Any, kwargs: str) -> Any:
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"), _time_limit(_SECONDS):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         warnings.simplefilter("ignore")
-        return builder(**json.loads(kwargs))
+        # A time limit may stop the builder inside `no_grad`, at a point where that cannot switch gradients on again.
+        with torch.set_grad_enabled(torch.is_grad_enabled()), _time_limit(_SECONDS):
+            return builder(**json.loads(kwargs))
 
 
 @contextmanager
@@ -93,11 +97,14 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
-    def stop(*_: Any) -> None:
+    def stop(_: int, frame: FrameType | None) -> None:
+        if frame and frame.f_code.co_filename == weakref.__file__:  # the error would be lost in a callback
+            signal.setitimer(signal.ITIMER_PROF, 0.001, seconds)
+            return
         raise NotBuiltError(f"building the model takes longer than {seconds:g} seconds")
 
     before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds, seconds)
     try:
         yield
     finally:
