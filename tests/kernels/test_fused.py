@@ -34,6 +34,9 @@ from rkd_plugin.kernels import choose, chunked, reference
 triton = pytest.importorskip("triton")
 from rkd_plugin.kernels import fused  # noqa: E402
 
+# Numbers of float64 at both ends of its range are among the cases.
+pytestmark = pytest.mark.filterwarnings("ignore:.*distances differ by less than a factor:UserWarning")
+
 DEVICE = torch.device("cpu" if fused.INTERPRETED else "cuda")
 runs_kernel = pytest.mark.interpreted if fused.INTERPRETED else pytest.mark.gpu
 in_plain_process = pytest.mark.skipif(fused.INTERPRETED, reason="the process of the interpreter")
