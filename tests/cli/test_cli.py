@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rkd_plugin.cli import VERBS, main
+from rkd_plugin.cli.arguments import unrecognized
 from rkd_plugin.cli.streams import lasting_streams
 from rkd_plugin.experiments.running import runner
 from rkd_plugin.experiments.tables import suite
@@ -150,6 +151,7 @@ def test_an_option_instead_of_an_override_prints_usage_and_the_override(capsys):
     assert error.startswith("usage: rkd run ")
     assert "unrecognized arguments: --num_epochs" in error
     assert error.endswith("write an override without dashes: recipe.num_epochs=2\n")
+    assert unrecognized(["--lr", "", "--x"], True).endswith(" recipe.lr=")  # an empty word
 
 
 @pytest.mark.parametrize("verb", ["run", "reproduce"])
@@ -202,6 +204,7 @@ def python(code, shell="", **environment):
 def test_closed_streams_are_not_those_of_files(tmp_path):
     code = f"""
 import os, sys
+from rkd_plugin.cli.arguments import unrecognized
 from rkd_plugin.cli.streams import lasting_streams
 with lasting_streams(), open({str(tmp_path / "checkpoint")!r}, "w") as file:
     print("result")
@@ -234,7 +237,8 @@ def test_a_full_disk_behind_stdout_is_one_sentence():
 
 
 def test_ascii_terminals_get_what_they_can_show():
-    code = "from rkd_plugin.cli.streams import lasting_streams as l\n"
+    code = "from rkd_plugin.cli.arguments import unrecognized
+from rkd_plugin.cli.streams import lasting_streams as l\n"
     code += "from rkd_plugin.printing import show\n"
     done = python(code + "with l(): show('50 ± 2')", PYTHONIOENCODING="ascii:strict")
     assert (done.returncode, done.stdout) == (0, "50 \\xb1 2\n")
