@@ -204,7 +204,6 @@ def python(code, shell="", **environment):
 def test_closed_streams_are_not_those_of_files(tmp_path):
     code = f"""
 import os, sys
-from rkd_plugin.cli.arguments import unrecognized
 from rkd_plugin.cli.streams import lasting_streams
 with lasting_streams(), open({str(tmp_path / "checkpoint")!r}, "w") as file:
     print("result")
@@ -237,8 +236,7 @@ def test_a_full_disk_behind_stdout_is_one_sentence():
 
 
 def test_ascii_terminals_get_what_they_can_show():
-    code = "from rkd_plugin.cli.arguments import unrecognized
-from rkd_plugin.cli.streams import lasting_streams as l\n"
+    code = "from rkd_plugin.cli.streams import lasting_streams as l\n"
     code += "from rkd_plugin.printing import show\n"
     done = python(code + "with l(): show('50 ± 2')", PYTHONIOENCODING="ascii:strict")
     assert (done.returncode, done.stdout) == (0, "50 \\xb1 2\n")
