@@ -39,6 +39,6 @@ def unrecognized(words: Sequence[str], takes_overrides: bool) -> str:
     key, equals, value = first.lstrip("-").partition("=")
     if not takes_overrides or not first.startswith("-") or not key:
         return message
-    value = value if equals else next((word for word in rest if word[0] != "-"), "VALUE")
+    value = value if equals else next((word for word in rest if not word.startswith("-")), "VALUE")
     path = key if "." in key else f"recipe.{key.replace('-', '_')}"
     return f"{message}; write an override without dashes: {path}={value}"

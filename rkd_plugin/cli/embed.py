@@ -52,4 +52,4 @@ def execute(options: argparse.Namespace) -> None:
     for array in bank.arrays or ():
         show(f"the {array.io} of {array.path!r}: {bank.count} images, {bank.views or 1} views, {array.width} wide")
     advice = shlex.quote(quoted("recipe.teacher_bank", options.out))
-    show(f"in {options.out}; train with it: {advice}")
+    show(f"in {options.out}; learn from it with {advice}")

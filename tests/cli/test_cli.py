@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rkd_plugin.cli import VERBS, main
+from rkd_plugin.cli.arguments import unrecognized
 from rkd_plugin.cli.streams import lasting_streams
 from rkd_plugin.experiments.running import runner
 from rkd_plugin.experiments.tables import suite
@@ -149,6 +150,7 @@ def test_an_option_instead_of_an_override_prints_usage_and_the_override(capsys):
     assert error.startswith("usage: rkd run ")
     assert "unrecognized arguments: --num_epochs" in error
     assert error.endswith("write an override without dashes: recipe.num_epochs=2\n")
+    assert unrecognized(["--lr", "", "--x"], True).endswith(" recipe.lr=")  # an empty word
 
 
 @pytest.mark.parametrize("verb", ["run", "reproduce"])

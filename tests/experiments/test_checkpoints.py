@@ -160,7 +160,7 @@ def test_what_cannot_be_read_names_how_to_convert_it(tmp_path):
             lambda path: torch.save({"student": model.state_dict(), "teacher": model.state_dict()}, path),
             r"got student, teacher; save one of them: torch\.save\(torch\.load\(FILE\)\['student'\], NEW\)",
         ),
-        "protocol.pt": (lambda path: torch.save(model.state_dict(), path, pickle_protocol=4), "another kind; where"),
+        "protocol.pt": (lambda path: torch.save(model.state_dict(), path, pickle_protocol=4), "another kind; if you"),
         "script.pt": (
             program,
             r"a program of TorchScript; keep torch\.save\(torch\.jit\.load\(FILE\)\.state_dict\(\), NEW\)",

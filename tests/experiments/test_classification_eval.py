@@ -211,8 +211,8 @@ def test_a_file_that_is_no_checkpoint_of_ours(runs, capsys, tmp_path):
         "text": "could not read it, as it is of another kind; if you trust the file, load it with its own",
         "cut": "could not read it, as it is truncated or changed; give an intact copy",
         "executed": r"expected the weights of a model in .*, got model \(an object of pathlib(._local)?.PosixPath\)",
-        "tensor": "expected the weights of a model in .*, got Tensor; where",
-        "empty": "expected the weights of a model in .*, got nothing; where",
+        "tensor": "expected the weights of a model in .*, got Tensor; if you",
+        "empty": "expected the weights of a model in .*, got nothing; if you",
     }  # fmt: skip
     for name, path in paths.items():
         evaluated = error_of(capsys, "eval", runs / "student", "--checkpoint", path)

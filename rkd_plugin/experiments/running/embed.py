@@ -159,7 +159,7 @@ def _reader(
         names = {None if way is None else pooling(value, way) for way in ways}
         if value.ndim > 2 and (None in names or len(names) > 1):
             raise ValueError(
-                f"{where}: expected vectors for a bank, or maps that all losses pool in the same way, got "
+                f"{where}: expected vectors for a bank, or maps that every loss pools in the same way, got "
                 f"{tuple(value.shape)} for a loss that reads maps; train with the teacher itself"
             )
         pool: Any = next(iter(names)) if value.ndim > 2 else None
