@@ -314,7 +314,7 @@ def test_hint_regressors_train_with_the_student_and_go_with_their_stage():
 
 def test_a_loss_with_proxies_trains_with_the_model():
     model, proxies = Net(4), ProxyAnchorLoss(num_classes=4, embedding_size=4)
-    with pytest.raises(ValueError, match=r"ProxyAnchorLoss has parameters, .* the key TrainedWith as well"):
+    with pytest.raises(ValueError, match=r"got ProxyAnchorLoss, whose parameters .* the key TrainedWith as well"):
         PMLLoss(proxies)
     config = {
         "num_epochs": 1,

@@ -96,7 +96,7 @@ def test_options_that_cannot_be():
         PrototypicalLoss(0)
     with pytest.raises(ValueError, match=r"part must be one of \('all', 'support', 'query'\), got 'queries'"):
         OnEpisodePart("queries", 1, {"key": "RKDDALoss", "kwargs": {}})
-    with pytest.raises(ValueError, match=r"no output of module 'fc', only '\.'"):
+    with pytest.raises(ValueError, match=r"expected the student's output of module 'fc', got only '\.'"):
         PrototypicalLoss(1, "fc")(hooked(torch.zeros(2, 1)), {}, torch.zeros(2))
 
 

@@ -163,7 +163,7 @@ def test_what_cannot_be_read_names_how_to_convert_it(tmp_path):
         "protocol.pt": (lambda path: torch.save(model.state_dict(), path, pickle_protocol=4), "another kind; if you"),
         "script.pt": (
             program,
-            r"a program of TorchScript; keep torch\.save\(torch\.jit\.load\(FILE\)\.state_dict\(\), NEW\)",
+            r"a program of TorchScript; save torch\.save\(torch\.jit\.load\(FILE\)\.state_dict\(\), NEW\)",
         ),
         "folder": (lambda _: None, "got the folder .*folder; .*format_utils dcp_to_torch"),
         "sparse.pt": (lambda path: torch.save({"w": torch.eye(3).to_sparse()}, path), "dense weights .*, got w with"),

@@ -73,7 +73,7 @@ def test_a_kernel_that_cannot_run_here_is_one_sentence(tmp_path, capsys):
     kwargs = "{student_module_path: '.', teacher_module_path: '.', impl: fused}"
     assert main([*RUN, f"{LOSS}={kwargs}", "--out", str(tmp_path / "run")]) == 1
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "rkd run" in line)
-    assert "impl 'fused' needs" in line
+    assert "for impl 'fused', got cpu" in line
     assert line.endswith("use impl='chunked'")
 
 

@@ -494,7 +494,7 @@ def test_of_two_terms_the_one_that_is_not_finite_is_named(undisturbed, tmp_path)
         *TINY[:3],
         f"recipe.teacher_checkpoint={undisturbed[0] / 'last.pt'}",
         "models.teacher_model.kwargs={width: 4, embedding_dim: 8, l2_normalize: True}",
-        "train.criterion.kwargs.sub_terms.rkd.criterion.kwargs.distance_weight=.inf",
+        "train.criterion.kwargs.sub_terms.rkd.criterion.kwargs.distance_weight=1.0e+308",
     ]
     text = Path(read("quickstart/rkd_da").path).read_text()
     rkd = text[text.index("        rkd:\n") : text.index("\ntest:")]
