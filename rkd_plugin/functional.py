@@ -72,7 +72,8 @@ def rkd_distance_loss(
         huber_delta: the threshold between the quadratic and the linear part of the Huber function; positive.
         impl: the kernel: ``"reference"``, ``"chunked"``, ``"fused"``, or ``"auto"``, which takes ``"fused"`` for CUDA
             tensors if Triton is installed and ``"chunked"`` otherwise. Second derivatives and the transforms of
-            ``torch.func`` need ``"reference"``.
+            ``torch.func`` need ``"reference"``, and a loss that is not compiled: PyTorch gives a wrong second
+            derivative of any compiled function, without an error.
         pairs: ``(from, to)``, index vectors ``(P,)``, int64 or int32: only these pairs count, and the mean of the loss
             is over them. The mean distance :math:`\mu` is still over the whole batch.
         gather: True, or a process group: the loss is over the batches of all processes of ``torch.distributed``, or of

@@ -136,7 +136,8 @@ def warn_of_lost_distances(name: str, student: Tensor, teacher: Tensor) -> None:
         has_values = type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
         if x.dtype is not torch.float64 or not has_values or not x.numel():
             continue
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed(x):
+        is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        if torch.compiler.is_compiling() or is_traced or transformed(x):
             continue
         rows = x.detach()
         # Differences to two rows: the first one may be far from all others.

@@ -22,7 +22,8 @@ class TensorWithTeacher(Tensor):
 
     A classifier, a miner or another loss reads it as the tensor of the images or embeddings. The result of an operation
     is a plain tensor, except where each row stays with its teacher's row: a change of dtype or device, a selection of
-    rows, a slice of columns, and ``torch.cat`` of such tensors along the rows.
+    rows, a slice of columns, and ``torch.cat`` of such tensors along the rows. Do not write to its rows in place: the
+    teacher's rows stay as they are.
 
     Example:
         >>> rows = TensorWithTeacher.of(torch.zeros(4, 3), torch.zeros(4, 5))
