@@ -362,6 +362,20 @@ def test_ranks_with_other_recipes_all_end_with_an_error(alone, tmp_path):
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize(
+    ("other", "what"), [(["eval", "--classes", "all"], "option --classes"), (["embed", "--views", "2"], "verb")]
+)
+def test_ranks_with_another_command_all_end_with_an_error(alone, other, what):
+    verb, *options = other
+    recipe = alone[1]["classification"]
+    out = ["--out", "bank"] if verb == "embed" else []
+    done = tasks_of_slurm(["-m", "rkd_plugin", "eval", recipe], ["-m", "rkd_plugin", verb, recipe, *options, *out])
+    for one in done:
+        assert one.returncode == 1
+        assert f"rank 1 of 2: expected the {what}" in one.stderr
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("verb", ["run", "eval"])
 def test_ranks_with_other_weights_all_end_with_an_error(alone, tmp_path, verb):
     """One path on two machines with different files."""
