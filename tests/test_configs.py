@@ -191,7 +191,7 @@ DIFFERENCES = {
         Apart("recipe.hint_epochs train.hints.num_epochs train.hints.scheduler.*", SMALL, "scaled down"),
         Apart("recipe.*network models.*.network *teacher*small_images", SMALL, "scaled down"),
         Apart("recipe.teacher_checkpoint models.*_ckpt", SMALL, "scaled down: runs of another suite"),
-        Apart("recipe.channels_last *num_workers", SMALL, "for two cores"),
+        Apart("recipe.channels_last *num_workers *num_workers.*", SMALL, "for two cores"),
         Apart("*.at_pairs.*", SMALL, "its networks have three blocks"),
     ],
     "classification/tiny_imagenet": [Apart(WEIGHTS, {"rkd"}, "a method without RKD unless an override says so")],
@@ -309,7 +309,7 @@ def test_every_recipe_has_siblings():
 @pytest.mark.parametrize(
     ("name", "path"),
     [
-        ("alone", "recipe.num_workers"),
+        ("alone", "recipe.num_workers.key"),
         ("alone", "models.student_model.kwargs.num_classes"),
         ("fitnet", "train.optimizer.kwargs.lr"),
         ("fitnet", "train.val_data_loader.kwargs.batch_size"),
