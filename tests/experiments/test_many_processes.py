@@ -403,8 +403,8 @@ def test_what_processes_do_not_share_is_refused(monkeypatch, capsys, variables):
     monkeypatch.setattr(os, "environ", os.environ.copy())  # which gains the launcher's
     assert cli.main(["reproduce", "quickstart"]) == 1
     assert capsys.readouterr().err == (
-        "rkd reproduce, rank 1 of 2: expected one process, got 2, which can share the work of `rkd run` and `rkd eval` and "
-        "`rkd embed` only; start this without torchrun or srun\n"
+        "rkd reproduce, rank 1 of 2: expected one process, got 2, which can share the work of `rkd run` and `rkd eval` "
+        "and `rkd embed` only; start this without torchrun or srun\n"
     )
 
 

@@ -80,7 +80,7 @@ def test_a_map_that_torchdistill_would_flatten_is_noted():
         walk = walked("resnet18", path, pool=pool)
         assert not walk.found
         assert len(walk.notes) == count
-        assert all(text.endswith("RKDLoss flattens; set pool to 'avg' or 'flatten'") for _, text in walk.notes)
+        assert all(text.endswith("RKDLoss flattens it; set pool to 'avg' or 'flatten'") for _, text in walk.notes)
 
 
 def test_a_model_that_takes_no_images_is_not_guessed_at(monkeypatch):

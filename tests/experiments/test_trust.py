@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import weakref
 
 import pytest
@@ -116,16 +117,25 @@ def in_callbacks(count):
         del layer  # which calls back
 
 
-@pytest.mark.parametrize("build", [without_gradients, in_callbacks])
+def in_callbacks_of_its_own(count):
+    references = []
+    while True:
+        layer = nn.ReLU()
+        references.append(weakref.ref(layer, lambda _: sum(range(2_000))))
+        del layer
+
+
+@pytest.mark.parametrize("build", [without_gradients, in_callbacks, in_callbacks_of_its_own])
 def test_a_model_that_is_stopped_anywhere_leaves_nothing_behind(build, monkeypatch):
     monkeypatch.setattr(building, "_SECONDS", 0.05)
-    handler = signal.getsignal(signal.SIGPROF)
+    handler, hook = signal.getsignal(signal.SIGPROF), sys.unraisablehook
     for _ in range(5):
         with pytest.raises(NotBuiltError, match="longer than"):
             building._build.__wrapped__(build, '{"count": 0}')
         assert torch.is_grad_enabled()
         assert torch.get_default_device() == torch.device("cpu")
         assert signal.getsignal(signal.SIGPROF) is handler
+        assert sys.unraisablehook is hook
         assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import signal
+import sys
 import threading
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -97,12 +96,17 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
-    def stop(_: int, frame: FrameType | None) -> None:
-        if frame and frame.f_code.co_filename == weakref.__file__:  # the error would be lost in a callback
-            signal.setitimer(signal.ITIMER_PROF, 0.001, seconds)
-            return
+    def stop(*_: object) -> None:
         raise NotBuiltError(f"building the model takes longer than {seconds:g} seconds")
 
+    def again(lost: Any) -> None:
+        """Python drops what is raised in a callback or a finalizer."""
+        if isinstance(lost.exc_value, NotBuiltError):
+            signal.setitimer(signal.ITIMER_PROF, 0.001, seconds)
+        else:
+            report(lost)
+
+    report, sys.unraisablehook = sys.unraisablehook, again
     before = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, seconds, seconds)
     try:
@@ -110,3 +114,4 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
+        sys.unraisablehook = report
