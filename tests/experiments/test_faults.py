@@ -95,7 +95,7 @@ def test_the_second_run_in_a_folder_is_refused_until_the_first_is_killed(tmp_pat
     first = in_child(run, folder, [*overrides[1:], "recipe.num_epochs=1000"])
     until((folder / "last.pt").is_file)
     before = files(folder)
-    with pytest.raises(BlockingIOError, match=r"shared is in use by another run; wait for that one to end, or give"):
+    with pytest.raises(BlockingIOError, match=r"shared is in use by another run; wait until that one ends, or give"):
         run(folder, [*overrides[1:], "recipe.num_epochs=1000"])
     assert first.is_alive()
     assert {name for name in files(folder) if not name.startswith(".")} >= before
