@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rkd_plugin.kernels.choose import choose, differentiable
+from rkd_plugin.kernels.pairwise import widest
 from rkd_plugin.options import (
     Gather,
     Impl,
@@ -220,7 +221,7 @@ class Terms(NamedTuple):
 
     distance: Tensor | None  # None if its weight is 0
     angle: Tensor | None
-    zero: Tensor  # 0, connected to the student's graph, or NaN for a row that is not finite; both terms contain it
+    zero: Tensor | None  # of both weights 0: zeros, connected to the student's graph, or NaN for rows not finite
 
 
 def relation_terms(name: str, student: Tensor, teacher: Tensor, options: Options) -> Terms:
@@ -248,23 +249,18 @@ def relation_terms(name: str, student: Tensor, teacher: Tensor, options: Options
         student, teacher = batch.student, batch.teacher
     teacher = teacher.detach()
     with _without_autocast(student.device.type):
-        zero = (student * 0).sum(1, dtype=_wide(student)) + (teacher * 0).sum(1, dtype=_wide(student))
+        if not options.distance_weight and not options.angle_weight:
+            return Terms(None, None, _zero(student, teacher))
         if batch is None and options.anchors is None:
-            distance, angle = _sums(kernel, student, teacher, options)
+            distance, angle = _sums(kernel, student, teacher, options, _weights(student, options))
         else:
             distance, angle = _sums_of_vertices(kernel, student, teacher, options, batch)
-        if distance is not None:
-            distance = zero + _reduce(float(options.distance_weight) * distance, options.reduction, 2, pairs)
-        if angle is not None:
-            angle = zero + _reduce(float(options.angle_weight) * angle, options.reduction, 3, triplets)
-    return Terms(distance, angle, zero)
+    return Terms(distance, angle, None)
 
 
 def _loss(name: str, student: Tensor, teacher: Tensor, options: Options) -> Tensor:
-    terms = relation_terms(name, student, teacher, options)
-    total = terms.zero
-    for term in (terms.angle, terms.distance):
-        total = total if term is None else total + term
+    terms = [term for term in relation_terms(name, student, teacher, options) if term is not None]
+    total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
     return (total if options.reduction == "anchor" else total.sum()).to(_wide(student))
 
 
@@ -284,15 +280,41 @@ def _without_autocast(device_type: str) -> Any:
     return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
+def _zero(student: Tensor, teacher: Tensor) -> Tensor:
+    """``(N,)``: 0, connected to the student's graph, or NaN for a row that is not finite."""
+    return (student * 0).sum(1, dtype=_wide(student)) + (teacher * 0).sum(1, dtype=_wide(student))
+
+
+def _weights(student: Tensor, options: Options) -> tuple[Tensor | None, Tensor | None]:
+    """The weights of the rows in both terms, from the term's weight and the reduction; None for a weight of 0."""
+
+    def weights(weight: float, order: int, tuples: tuple[Tensor, ...] | None) -> Tensor | None:
+        share = float(weight) * _share(student.shape[0], options.reduction, order, tuples)
+        return student.new_full(student.shape[:1], share, dtype=widest(student)) if weight else None
+
+    return weights(options.distance_weight, 2, options.pairs), weights(options.angle_weight, 3, options.triplets)
+
+
 def _sums(
-    kernel: ModuleType, student: Tensor, teacher: Tensor, options: Options, vertices: int | None = None
+    kernel: ModuleType,
+    student: Tensor,
+    teacher: Tensor,
+    options: Options,
+    weights: tuple[Tensor | None, Tensor | None],
 ) -> Sequence[Tensor | None]:
-    """Losses of distances ``(N,)`` and of angles ``(vertices,)``, summed over the tuples of each row."""
-    ours, theirs = kernel.relations(student), kernel.relations(teacher)
-    delta = float(options.huber_delta)
+    """Losses of distances ``(N,)`` and of angles ``(V,)``, summed over the tuples of each row, times its weight."""
+    delta, (of_distance, of_angle) = float(options.huber_delta), weights
+    if options.pairs is None and options.triplets is None and hasattr(kernel, "sums"):
+        found: Sequence[Tensor | None] = kernel.sums(student, teacher, delta, of_distance, of_angle)
+        return found
+    ours, theirs, zero = kernel.relations(student), kernel.relations(teacher), _zero(student, teacher)
+    distance = angle = None
     # The angles first, before the distances save tensors for their gradient: this lowers the peak memory.
-    angle = kernel.angle(ours, theirs, delta, options.triplets, vertices) if options.angle_weight else None
-    distance = kernel.distance(ours, theirs, delta, options.pairs) if options.distance_weight else None
+    if of_angle is not None:
+        vertices = of_angle.shape[0]
+        angle = zero[:vertices] + of_angle * kernel.angle(ours, theirs, delta, options.triplets, vertices)
+    if of_distance is not None:
+        distance = zero + of_distance * kernel.distance(ours, theirs, delta, options.pairs)
     return distance, angle
 
 
@@ -309,11 +331,16 @@ def _sums_of_vertices(
     place = order.argsort()  # of each row in that order
     if options.pairs is not None:
         options = replace(options, pairs=(place[options.pairs[0]], place[options.pairs[1]]))
-    distance, angle = _sums(kernel, student[order], teacher[order], options, own.shape[0])
+    of_distance, of_angle = _weights(student, options)
+    if of_angle is not None:
+        of_angle = of_angle[: own.shape[0]] * (rows / max(vertices.shape[0], 1))
+    if of_distance is not None:
+        of_distance = torch.zeros_like(of_distance).index_copy(0, place[starts], of_distance[: starts.shape[0]])
+    distance, angle = _sums(kernel, student[order], teacher[order], options, (of_distance, of_angle))
     if angle is not None:
-        angle = pad(angle * (rows / max(vertices.shape[0], 1)), (0, rows - own.shape[0]))[place]
+        angle = pad(angle, (0, rows - own.shape[0]))[place]
     if distance is not None:
-        distance = torch.zeros_like(distance).index_add(0, starts, distance[place[starts]])
+        distance = distance[place]
     return (distance, angle) if batch is None else batch.sum_terms(distance, angle)
 
 
@@ -326,17 +353,15 @@ def _draw(all_rows: Tensor, anchors: float, seed: int | None) -> Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:number].to(all_rows.device)
 
 
-def _reduce(sums: Tensor, reduction: str, order: int, tuples: tuple[Tensor, ...] | None) -> Tensor:
-    """Divide the sums over the tuples of ``order`` rows that start at each row by the number of the reduction."""
+def _share(rows: int, reduction: str, order: int, tuples: tuple[Tensor, ...] | None) -> float:
+    """The weight of each tuple of ``order`` rows in the reduction."""
     if reduction == "sum":
-        return sums
-    rows = sums.shape[0]
+        return 1.0
     count = 1 if tuples is None else tuples[0].shape[0]
     if tuples is None:
         for i in range(order):  # not math.perm, which does not accept a symbolic size of torch.compile
             count *= rows - i if reduction == "tuple_mean" else rows
-    sums = sums / max(count, 1)
-    return sums * rows if reduction == "anchor" else sums
+    return (rows if reduction == "anchor" else 1) / max(count, 1)
 
 
 def _wide(x: Tensor) -> torch.dtype:

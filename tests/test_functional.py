@@ -19,7 +19,7 @@ from torch.autograd import gradcheck
 
 from rkd_plugin import RKDAngleLoss, RKDDALoss, RKDDistanceLoss
 from rkd_plugin.functional import relation_terms, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
-from rkd_plugin.kernels import chunked
+from rkd_plugin.kernels import chunked, native
 from rkd_plugin.options import Options
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "rkd.json").read_text())
@@ -259,10 +259,14 @@ def test_weight_of_zero_skips_the_term(monkeypatch, skipped, weights):
     kept, weight = (rkd_angle_loss, 2) if skipped == "distance" else (rkd_distance_loss, 3)
     expected = weight * kept(student, teacher)
 
-    def fail(*_):
-        raise AssertionError(f"{skipped} is computed although its weight is 0")
+    original = native.relations
 
-    monkeypatch.setattr(chunked, skipped, fail)
+    def relations(squares, delta, dtype, distance, angle, needs_gradient):
+        if {"distance": distance, "angle": angle}[skipped] is not None:
+            raise AssertionError(f"{skipped} is computed although its weight is 0")
+        return original(squares, delta, dtype, distance, angle, needs_gradient)
+
+    monkeypatch.setattr(native, "relations", relations)
     options = {"distance_weight": weights[0], "angle_weight": weights[1]}
     torch.testing.assert_close(rkd_da_loss(student, teacher, **options), expected)
     with pytest.raises(AssertionError, match="is computed"):
@@ -440,14 +444,14 @@ def test_in_ddp(impl, tmp_path):
 @every_loss
 def test_relations_are_computed_once_and_not_kept(loss, monkeypatch):
     """Also for the same teacher tensor, whose values may have changed."""
-    computed, original = [], chunked.relations
+    computed, original = [], chunked.forward_squares
 
-    def relations(x):
-        found = original(x)
-        computed.append((x.shape[1], weakref.ref(found.squares)))
-        return found
+    def forward_squares(x):
+        squares = original(x)
+        computed.append((x.shape[1], weakref.ref(squares)))
+        return squares
 
-    monkeypatch.setattr(chunked, "relations", relations)
+    monkeypatch.setattr(chunked, "forward_squares", forward_squares)
     (student, teacher), options = batch(), {"impl": "chunked"}
     with torch.no_grad():
         first = loss(student, teacher, **options)

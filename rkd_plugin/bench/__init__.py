@@ -56,7 +56,7 @@ def main(
     if not impls and device.startswith("cuda") and find_spec("triton") is not None:
         chosen.insert(0, "fused")
     for impl in chosen:
-        check(impl, device, max(sizes))
+        check(impl, device)
     results = [row for case in cases for row in measure(case, chosen, bool(impls), repeats, peer_limit_gb)]
     return {"environment": environment(device), "results": [row._asdict() for row in results]}
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from rkd_plugin.functional import rkd_da_loss
-from rkd_plugin.kernels import compiled
 from rkd_plugin.options import Impl
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -28,8 +27,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 PEER = "torchdistill"
 REFERENCE_ROWS = 128  # up to here the O(N^2 D + N^3) reference has a row even if it is not requested
 TRUTH_ROWS = 2048  # up to here the error is measured, against float64
-CHECK_ROWS = 64
-CHECK_ANCHORS = 8  # of a large batch, since ``reference`` cannot compute all of them
+# Rows, and anchors of a batch that is larger than a tile, since ``reference`` cannot compute all of them.
+CHECKED = (64, None), (700, 8)
 WARM_UPS = 2
 SMALLEST_GROWTH = 1e6  # bytes; less may fit into free memory of the process, unseen
 # Relative to the largest entry: float32 rounds by 6e-8, and the sums of a batch of 64 lose less than two digits more.
@@ -67,22 +66,19 @@ class Row(NamedTuple):
     memory_ratio: float | None
 
 
-def check(impl: str, device: str, largest: int = CHECK_ROWS) -> None:
+def check(impl: str, device: str) -> None:
     """Raise unless ``impl`` gives the value and gradient that ``reference`` gives in float64.
 
     Args:
         impl: the kernel.
         device: where it runs.
-        largest: the largest batch to measure; from `compiled.ROWS` on, the path for large batches is checked too.
 
     Raises:
         RuntimeError: if it disagrees.
     """
     for dtype, limit in AGREEMENT.items():
-        cases: list[tuple[Case, int | None]] = [(Case(CHECK_ROWS, dtype=dtype, device=device), None)]
-        if largest >= compiled.ROWS:
-            cases.append((Case(compiled.ROWS, 8, 8, dtype, device), CHECK_ANCHORS))
-        for case, anchors in cases:
+        for rows, anchors in CHECKED:
+            case = Case(rows, 8 if anchors else 128, 8 if anchors else 512, dtype, device)
             errors = _errors(_contender(impl, anchors), _contender("reference", anchors), *batch(case))
             for what, error in zip(("value", "gradient"), errors, strict=True):
                 if not error <= limit:
@@ -139,8 +135,7 @@ def growth_here(name: str, case: Case) -> int:
     loss = _contender(name)
     student, teacher = batch(case)
     # The memory of loading and compiling in the first call is not part of the growth.
-    compiles = name not in (PEER, "reference") and case.rows >= compiled.ROWS
-    _value_and_gradient(loss, *batch(case._replace(rows=compiled.ROWS if compiles else 8)))
+    _value_and_gradient(loss, *batch(case._replace(rows=8)))
     if case.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -15,10 +15,13 @@ triplets; those that name a row twice add exactly zero. ``pairs`` is ``(from, to
 ``(vertex, arm, arm)``, index vectors of one length.
 
 ``reference`` is the readable one: the oracle of all tests, with derivatives of every order. ``chunked`` runs on any
-device; ``strips`` computes its cosines, and ``compiled`` those of large batches on a CPU. ``fused`` is for GPUs; it is
-the only file that imports Triton, and it is imported on first use. They share ``pairwise``: the scale of a batch, its
-squared distances and its mean distance. ``operators`` registers an angle loss with PyTorch. ``choose`` picks a kernel,
-and ``derivatives`` raises for a derivative that a fast kernel does not have.
+device: ``native`` computes its losses on a CPU with a C++ compiler, ``strips`` its cosines anywhere else. ``fused`` is
+for GPUs; it is the only file that imports Triton, and it is imported on first use. They share ``pairwise``: the scale
+of a batch, its squared distances and its mean distance. ``operators`` registers an angle loss with PyTorch. ``choose``
+picks a kernel, and ``derivatives`` raises for a derivative that a fast kernel does not have.
+
+A kernel may also have ``sums``, which computes both losses of all pairs and triplets from the rows in one operator;
+`chunked.sums` describes it.
 
 Limits. The error of a gradient is relative to its largest entry; the gradient of a row far from all others is much
 smaller than that. Distances below 2^-500 of the largest difference count as 0, which only float64 inputs can have. A

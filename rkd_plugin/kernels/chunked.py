@@ -1,26 +1,33 @@
 """Plain PyTorch on any device, in ``O(N^2)`` memory: both losses from the matrix of squared distances.
 
 The squares are float64, since in anything narrower a short arm cancels against a long one; they cost ``N^2 D`` once.
-The ``N^3`` cosines and their gradient are computed by ``strips``, in float32 unless the input is wider.
+``native`` computes the losses from them on a CPU. Elsewhere ``strips`` computes the ``N^3`` cosines. Both have float32
+cosines unless the input is wider.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
+from rkd_plugin.kernels import native
 from rkd_plugin.kernels.operators import angle_operator
 from rkd_plugin.kernels.pairwise import (
+    backward_squares,
+    forward_squares,
     inverse_lengths,
     mean_distance,
     normalise,
     rescale,
     safe_sqrt,
+    scale,
     squared_distances,
     substitute_value,
+    widest,
 )
 from rkd_plugin.kernels.strips import exact_numerators, numerators, sweep
 
@@ -53,20 +60,12 @@ def distance(
     return losses.new_zeros(student_psi.shape[0]).index_add(0, pairs[0], losses)
 
 
-@torch.library.custom_op("rkd_plugin::distance", mutates_args=())
-def _distance(student: Tensor, teacher: Tensor, huber_delta: float) -> Tensor:
-    # A custom operator saves only the squares for the backward pass; autograd would save five more matrices.
+def _distance_sums(student: Tensor, teacher: Tensor, huber_delta: float) -> Tensor:
     student_psi, teacher_psi = normalise(safe_sqrt(student)), normalise(safe_sqrt(teacher))
     return huber_loss(student_psi, teacher_psi, reduction="none", delta=huber_delta).sum(1)
 
 
-@_distance.register_fake
-def _(student: Tensor, teacher: Tensor, huber_delta: float) -> Tensor:
-    return student.new_empty(student.shape[0])
-
-
-@torch.library.custom_op("rkd_plugin::distance_backward", mutates_args=())
-def _distance_backward(weights: Tensor, student: Tensor, teacher: Tensor, huber_delta: float) -> Tensor:
+def _distance_gradient(weights: Tensor, student: Tensor, teacher: Tensor, huber_delta: float) -> Tensor:
     # In place, for at most three matrices at once.
     slope = normalise(safe_sqrt(teacher)).neg_()
     lengths = safe_sqrt(student)
@@ -77,9 +76,11 @@ def _distance_backward(weights: Tensor, student: Tensor, teacher: Tensor, huber_
     return slope.div_(mean).sub_(through_mean).div_(lengths.mul_(2).masked_fill_(lengths == 0, torch.inf))
 
 
-@_distance_backward.register_fake
-def _(weights: Tensor, student: Tensor, teacher: Tensor, huber_delta: float) -> Tensor:
-    return torch.empty_like(student)
+# A custom operator saves only the squares for the backward pass; autograd would save five more matrices.
+_distance = torch.library.custom_op("rkd_plugin::distance", _distance_sums, mutates_args=())
+_distance_backward = torch.library.custom_op("rkd_plugin::distance_backward", _distance_gradient, mutates_args=())
+_distance.register_fake(lambda student, *_: student.new_empty(student.shape[0]))
+_distance_backward.register_fake(lambda weights, student, *_: torch.empty_like(student))
 
 
 def _save_distance(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -154,3 +155,126 @@ def _backward(
 
 # A custom operator, so that torch.compile does not unroll the loops.
 _angle = angle_operator("angle", _forward, _backward)
+
+
+def sums(
+    student: Tensor, teacher: Tensor, huber_delta: float, distance: Tensor | None, angle: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both losses of all pairs and triplets, from the rows ``(N, D)`` of both sides, in one operator.
+
+    For small batches, the operators between rows and losses, and their graph, would take longer than the arithmetic.
+
+    Args:
+        student: the student's rows.
+        teacher: the teacher's rows.
+        huber_delta: of both losses.
+        distance: weights ``(N,)`` of the rows at which pairs start; None: no distances.
+        angle: weights ``(V,)`` of the first V rows as vertices; None: no angles.
+
+    Returns:
+        Both losses of each row or vertex, times its weight.
+    """
+    needs_gradient = torch.is_grad_enabled() and student.requires_grad
+    found = _sums(student, teacher, distance, angle, huber_delta, needs_gradient)
+    return None if distance is None else found[0], None if angle is None else found[1]
+
+
+@torch.library.custom_op("rkd_plugin::sums", mutates_args=())
+def _sums(
+    student: Tensor,
+    teacher: Tensor,
+    distance: Tensor | None,
+    angle: Tensor | None,
+    huber_delta: float,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, scales = [], []
+    for side in (student, teacher):
+        wide = side.to(widest(side))
+        scales.append(scale(wide, side.dtype))
+        rows.append(scales[-1].apply(wide))
+    del wide
+    squares = forward_squares(rows[0]), forward_squares(rows[1])
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    found = native.relations(squares, huber_delta, dtype, distance, angle, needs_gradient)
+    if found is None:
+        found = _in_strips(squares, rows, huber_delta, dtype, distance, angle, needs_gradient)
+    losses, gradient = [x + (scales[0].zero + scales[1].zero) for x in found[:2]], found[2]
+    if gradient is None:
+        return losses[0], losses[1], rows[0].new_zeros(0)
+    return losses[0], losses[1], scales[0].multiply(backward_squares(gradient, rows[0], squares[0]))
+
+
+def _in_strips(
+    squares: tuple[Tensor, Tensor],
+    rows: Sequence[Tensor],
+    huber_delta: float,
+    dtype: torch.dtype,
+    distance: Tensor | None,
+    angle: Tensor | None,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `native.relations`, on any device, for distances of any ratio."""
+    of_distance, of_angle, gradient = squares[0].new_zeros(0), squares[0].new_zeros(0), None
+    # The angles first, while there is no other gradient: this lowers the peak memory.
+    if angle is not None:
+        weights = angle if needs_gradient else None
+        of_angle, gradient = sweep(squares, rows, min(huber_delta, NO_LIMIT), dtype, len(angle), weights)
+        of_angle = of_angle * angle
+    if distance is not None:
+        of_distance = _distance_sums(*squares, huber_delta) * distance
+        if needs_gradient:
+            by_distance = _distance_gradient(distance, *squares, huber_delta)
+            gradient = by_distance if gradient is None else gradient.add_(by_distance)
+    return of_distance, of_angle, gradient if needs_gradient else None
+
+
+@_sums.register_fake
+def _(
+    student: Tensor, teacher: Tensor, distance: Tensor | None, angle: Tensor | None, huber_delta: float, grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = widest(student)
+    lengths = (0 if weights is None else weights.shape[0] for weights in (distance, angle))
+    of_distance, of_angle = (student.new_empty(length, dtype=wide) for length in lengths)
+    shape = student.shape if grad else (0,)
+    return of_distance, of_angle, student.new_empty(shape, dtype=wide)
+
+
+@torch.library.custom_op("rkd_plugin::sums_backward", mutates_args=())
+def _sums_backward(
+    of_distance: Tensor,
+    of_angle: Tensor,
+    gradient: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    distance: Tensor | None,
+    angle: Tensor | None,
+    huber_delta: float,
+) -> Tensor:
+    upstream = torch.cat([of_distance, of_angle])
+    factor = upstream[:1].sum()  # 0 without rows
+    if bool((upstream == factor).all()):
+        gradient = gradient * factor
+    else:
+        weights = [w if w is None else w * u for w, u in ((distance, of_distance), (angle, of_angle))]
+        gradient = _sums(student, teacher, *weights, huber_delta, True)[2]
+    limit = torch.finfo(student.dtype).max  # saturates, instead of overflowing
+    return gradient.clamp_(-limit, limit).to(student.dtype, copy=True)
+
+
+@_sums_backward.register_fake
+def _(of_distance: Tensor, of_angle: Tensor, gradient: Tensor, student: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(student)
+
+
+def _save_sums(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    student, teacher, *weights, ctx.huber_delta, _ = inputs
+    # Copies, since the caller may overwrite the embeddings before the backward pass.
+    ctx.save_for_backward(output[2], student.clone(), teacher.clone(), *weights)
+
+
+def _differentiate_sums(ctx: Any, of_distance: Tensor, of_angle: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return _sums_backward(of_distance, of_angle, *ctx.saved_tensors, ctx.huber_delta), *[None] * 5
+
+
+_sums.register_autograd(_differentiate_sums, setup_context=_save_sums)

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rkd_plugin.kernels import chunked, strips
+from rkd_plugin.kernels import chunked, pairwise
 from rkd_plugin.kernels.chunked import NO_LIMIT, Relations, distance
 from rkd_plugin.kernels.operators import angle_operator
 from rkd_plugin.kernels.pairwise import EQUAL, inverse_lengths, rescale
@@ -46,7 +46,7 @@ UNROLL = 16  # columns of x that are loaded at once
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
 # The ratio of the largest square to the product of two arms from which cosines are computed from differences: there
 # the split numbers have an error of 2^-21. Float64 numbers have one of 2^-33, as in ``chunked``, for the whole batch.
-APART = {torch.float32: 2.0**26, torch.float64: strips.APART[torch.float64]}
+APART = {torch.float32: 2.0**26, torch.float64: pairwise.APART[torch.float64]}
 LONGEST_INVERSE = 2.0**60  # float32 can hold its square
 EQUAL_SQUARES = tl.constexpr(EQUAL[torch.float64])
 STEPS = 2.0**30  # float64 numbers near STEPS times the largest are spaced by 2^-23 to 2^-22 of the largest

@@ -7,7 +7,7 @@ largest difference of two entries of one column. Entries of float32 and narrower
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ GRAM_LIMIT = 1e-3
 GRADIENT_LIMIT = 2.0**-40
 # Rows with a smaller squared distance, after `rescale`, count as equal; products of two reciprocals would overflow.
 EQUAL = {torch.float64: 2.0**-1000, torch.float32: 2.0**-84}
+EVEN = 64  # ratio of squares, 8 between lengths: up to here, rounding them adds no more error than rounding the cosines
+# Ratio of squares from which the law of cosines is not used: its error reaches 2^-27 or, for float64 inputs, 2^-33.
+APART = {torch.float32: 2.0**52, torch.float64: 2.0**40}
 # If more than this fraction of all pairs is close, computing all differences is cheaper than a list of pairs.
 MANY_PAIRS = 1 / 64
 
@@ -64,38 +67,71 @@ def substitute_value(x: Tensor, value: Tensor) -> Tensor:
     return substituted
 
 
-def rescale(x: Tensor) -> Tensor:
-    """Shift and scale a batch, in `widest`: no column is further from 0 than twice its range, the largest entry near 1.
+class Scale(NamedTuple):
+    """A shift and a scale of a batch; and 0, or NaN for a batch that is not finite."""
 
-    Nothing is rounded. A column is shifted if all its entries are within a factor of 2 of each other, so that their
-    differences are exact (Sterbenz's lemma); any other column is already close enough to 0. The scale is a power of 2.
+    shift: Tensor | None
+    factors: tuple[Tensor, ...]
+    zero: Tensor
+
+    def apply(self, wide: Tensor) -> Tensor:
+        """Shift and scale the rows."""
+        return self.multiply(wide if self.shift is None else wide - self.shift)
+
+    def multiply(self, wide: Tensor) -> Tensor:
+        """Scale rows, or their gradient, without the shift."""
+        for factor in self.factors:
+            wide = wide * factor
+        return wide
+
+
+def scale(wide: Tensor, narrow: torch.dtype) -> Scale:
+    """The scale of a batch ``(N, D)`` in `widest`, whose entries were ``narrow`` before."""
+    if not wide.numel():
+        return Scale(None, (), wide.new_zeros(()))
+    largest = wide.abs().amax()
+    if narrow != wide.dtype:  # differences and squares of such entries are far from the limits of the wide dtype
+        positive = largest.masked_fill(largest == 0, 1)
+        return Scale(None, (torch.frexp(positive).mantissa / positive,), largest * 0)
+    lowest, highest = wide.amin(0), wide.amax(0)
+    within_factor_2 = highest - lowest <= torch.minimum(lowest.abs(), highest.abs())
+    shift = torch.where(within_factor_2, lowest, 0)
+    exponent = -torch.frexp((wide - shift).abs().amax()).exponent
+    # Two factors: the scale of a batch of subnormal numbers would itself overflow.
+    factors = (torch.ldexp(torch.ones_like(shift[0]), e) for e in (exponent // 2, exponent - exponent // 2))
+    return Scale(shift, tuple(factors), largest * 0)
+
+
+def rescale(x: Tensor) -> Tensor:
+    """Shift and scale a batch, in `widest`, so that its largest entry is near 1.
+
+    Nothing is rounded. The scale is a power of 2. In a batch that was not narrower before, no column is then further
+    from 0 than twice its range: a column is shifted if all its entries are within a factor of 2 of each other, so that
+    their differences are exact (Sterbenz's lemma); any other column is already close enough to 0.
     Both losses are invariant to shift and scale, so derivatives of every order treat the two as constants.
     """
     wide = widen(x, widest(x))
-    if not x.numel():
-        return wide
     with torch.no_grad():
-        lowest, highest = wide.detach().amin(0), wide.detach().amax(0)
-        within_factor_2 = highest - lowest <= torch.minimum(lowest.abs(), highest.abs())
-        shift = torch.where(within_factor_2, lowest, 0)
-        exponent = -torch.frexp((wide.detach() - shift).abs().amax()).exponent
-        # Two factors: the scale of a batch of subnormal numbers would itself overflow.
-        first, second = (torch.ldexp(torch.ones_like(shift[0]), e) for e in (exponent // 2, exponent - exponent // 2))
-    return (wide - shift) * first * second
+        found = scale(wide.detach(), x.dtype)
+    return found.apply(wide)
 
 
-@torch.library.custom_op("rkd_plugin::squared_distances", mutates_args=())
-def _squared_distances(x: Tensor) -> Tensor:
-    # A custom operator, since the number of close pairs depends on the data.
+def forward_squares(x: Tensor) -> Tensor:
+    """`squared_distances` without a graph."""
     centred = x - x.mean(0)
     norms = centred.square().sum(1)
-    scale = norms.unsqueeze(1) + norms
-    squares = torch.addmm(scale, centred, centred.T, alpha=-2).fill_diagonal_(0)
-    i, j = (squares < GRAM_LIMIT * scale).triu(1).nonzero(as_tuple=True)
-    if len(i) > MANY_PAIRS * scale.numel():
+    sizes = norms.unsqueeze(1) + norms
+    squares = torch.addmm(sizes, centred, centred.T, alpha=-2).fill_diagonal_(0)
+    i, j = (squares < sizes.mul_(GRAM_LIMIT)).triu_(1).nonzero(as_tuple=True)
+    if len(i) > MANY_PAIRS * sizes.numel():
         return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
-    squares[i, j] = squares[j, i] = (x[i] - x[j]).square().sum(1)
+    if len(i):
+        squares[i, j] = squares[j, i] = (x[i] - x[j]).square().sum(1)
     return squares
+
+
+# A custom operator, since the number of close pairs depends on the data.
+_squared_distances = torch.library.custom_op("rkd_plugin::squared_distances", forward_squares, mutates_args=())
 
 
 @_squared_distances.register_fake
@@ -103,8 +139,8 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[0])
 
 
-@torch.library.custom_op("rkd_plugin::squared_distances_backward", mutates_args=())
-def _squared_distances_backward(grad: Tensor, x: Tensor, squares: Tensor) -> Tensor:
+def backward_squares(grad: Tensor, x: Tensor, squares: Tensor) -> Tensor:
+    """The gradient ``(N, D)`` by ``x`` from the gradient ``(N, N)`` by its squared distances."""
     centred = x - x.mean(0)
     both = grad + grad.T
     to_x = both.sum(1, keepdim=True).mul(centred).sub_(both @ centred)
@@ -113,6 +149,11 @@ def _squared_distances_backward(grad: Tensor, x: Tensor, squares: Tensor) -> Ten
     for row in (nearest < GRADIENT_LIMIT * centred.square().sum(1)).nonzero().flatten().tolist():
         to_x[row] = both[row] @ (x[row] - x)
     return to_x.mul_(2)
+
+
+_squared_distances_backward = torch.library.custom_op(
+    "rkd_plugin::squared_distances_backward", backward_squares, mutates_args=()
+)
 
 
 @_squared_distances_backward.register_fake

@@ -6,8 +6,7 @@ With D the squared distances and r = 1 / sqrt(D), or 0 where D = 0:
     W          = d huber / d cos_student                           P = W * r_ab * r_ac
     dL/dD_ab   = sum_c P - r_ab^2 * sum_c W * cos - 1/2 sum_v P[v,a,b]
 
-W and P are symmetric in b and c, so only b < c is computed. Large batches on a CPU go to ``compiled``, which computes
-all of them in one pass.
+W and P are symmetric in b and c, so only b < c is computed. ``native`` does the same in C++, in one pass.
 
 If one arm is R times as long as the other, the law of cosines loses R times the rounding of float64. From an R on that
 would be visible (`APART`), the cosines are products of unit vectors, in float64: exact for any R, in ``N^3 D`` time.
@@ -16,19 +15,15 @@ would be visible (`APART`), the cosines are products of unit vectors, in float64
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rkd_plugin.kernels import compiled
-from rkd_plugin.kernels.pairwise import EQUAL, inverse_lengths, widest
+from rkd_plugin.kernels.pairwise import APART, EQUAL, EVEN, inverse_lengths, widest
 
 STRIP = 32  # rows b of a strip; its columns are all c from the first of them on
-EVEN = 64  # ratio of squares, 8 between lengths: up to here, rounding them adds no more error than rounding the cosines
-# Ratio of squares from which the law of cosines is not used: its error reaches 2^-27 or, for float64 inputs, 2^-33.
-APART = {torch.float32: 2.0**52, torch.float64: 2.0**40}
 ELEMENTS = 2**18  # of a chunk of a strip: fewer calls than with smaller ones, and temporaries still fit the caches
 
 
@@ -84,9 +79,7 @@ class _Side(NamedTuple):
     rows: Tensor | None  # if the cosines are computed from differences of the rows
 
 
-def _sides(
-    squares: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor], dtype: torch.dtype
-) -> tuple[list[_Side], torch.dtype]:
+def _sides(squares: Sequence[Tensor], rows: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[_Side], torch.dtype]:
     """Both sides of a sweep, and the dtype of its cosines: ``dtype``, or float64 for very different lengths."""
     lengths = [_lengths(side) for side in squares]
     if any(side.apart(dtype) for side in lengths):
@@ -142,8 +135,8 @@ def _chunks(vertices: int, elements: int) -> Iterator[slice]:
 
 
 def sweep(
-    squares: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor],
+    squares: Sequence[Tensor],
+    rows: Sequence[Tensor],
     huber_delta: float,
     dtype: torch.dtype,
     vertices: int,
@@ -165,13 +158,6 @@ def sweep(
     if vertices == 0:
         return squares[0].new_zeros(0), torch.zeros_like(squares[0])
     sides, dtype = _sides(squares, rows, dtype)
-    if weights is not None and sides[0].rows is None:
-        swept = compiled.sweep([(side.halves, side.inverses) for side in sides], huber_delta, weights)
-        if swept is not None:
-            losses, through_arms, opposite = swept
-            inverses = sides[0].inverses
-            del sides, swept
-            return losses, _gradient(weights, through_arms, opposite.div_(2), inverses)
     losses, through_arms, opposite = _sweep_strips(sides, huber_delta, dtype, vertices, weights)
     if weights is None:
         return 2 * losses, losses.new_zeros(0)

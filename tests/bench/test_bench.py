@@ -16,7 +16,7 @@ from PIL import Image
 from rkd_plugin import bench
 from rkd_plugin.bench import measuring, showing
 from rkd_plugin.cli import main
-from rkd_plugin.kernels import chunked, compiled
+from rkd_plugin.kernels import chunked, native
 
 SIZE = 6
 RESULTS = sorted(Path(__file__).parent.glob("*.json"))
@@ -106,36 +106,31 @@ def test_json_can_be_shown_later(capsys, quick_memory, tmp_path):
 @pytest.mark.parametrize("broken", [torch.float64, torch.float32])
 def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys, what, broken):
     """With an error of a thousandth in one dtype, in the value or in the gradient only."""
-    right = chunked.angle
+    right = chunked.sums
 
     def wrong(student, *arguments):
-        losses = right(student, *arguments)
+        terms = right(student, *arguments)
         if student.dtype != broken:
-            return losses
-        return losses * 1.001 if what == "value" else losses.detach() + 1.001 * (losses - losses.detach())
+            return terms
+        return [1.001 * x if what == "value" else x.detach() + 1.001 * (x - x.detach()) for x in terms]
 
-    monkeypatch.setattr(chunked, "angle", wrong)
+    monkeypatch.setattr(chunked, "sums", wrong)
     with pytest.raises(RuntimeError, match=rf"expected impl 'chunked' to agree .* {what} .* {broken} at N = 64"):
         bench.main([SIZE], repeats=1, device="cpu")
     assert capsys.readouterr().out == ""
 
 
-def test_the_path_for_large_batches_is_checked_too(monkeypatch):
-    """A check of a small batch does not reach it."""
-    monkeypatch.setattr(compiled, "ROWS", 100)
-    monkeypatch.setattr(compiled, "sweep", lambda sides, delta, weights: None)
-    measuring.check("chunked", "cpu", 100)
+def test_large_batches_are_checked_too(monkeypatch):
+    """The library works in tiles; a check of a small batch does not reach the second one."""
+    right = native.relations
 
-    def wrong(sides, delta, weights):
-        rows = len(sides[0][0])
-        if rows < compiled.ROWS:
-            return None
-        return weights.new_zeros(len(weights)), weights.new_zeros(2, len(weights), rows), weights.new_zeros(rows, rows)
+    def wrong(squares, *arguments):
+        found = right(squares, *arguments)
+        return [1.001 * x for x in found] if len(squares[0]) > 512 else found
 
-    monkeypatch.setattr(compiled, "sweep", wrong)
-    measuring.check("chunked", "cpu", 99)
-    with pytest.raises(RuntimeError, match=r"expected impl 'chunked' to agree .* at N = 100"):
-        measuring.check("chunked", "cpu", 100)
+    monkeypatch.setattr(native, "relations", wrong)
+    with pytest.raises(RuntimeError, match=r"expected impl 'chunked' to agree .* at N = 700"):
+        measuring.check("chunked", "cpu")
 
 
 def test_every_call_gets_a_new_teacher(quick_memory, monkeypatch):

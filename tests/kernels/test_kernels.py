@@ -7,6 +7,7 @@ constant in conftest.py.
 from __future__ import annotations
 
 import functools
+import sys
 
 import oracle
 import pytest
@@ -14,14 +15,13 @@ import torch
 from conftest import TOLERANCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._inductor.utils import fresh_cache
 from torch.autograd import functional as autograd_functional
 from torch.autograd import gradgradcheck
 from torch.nn import functional as F
 
 from rkd_plugin.bench import Case, batch, peak_growth
 from rkd_plugin.functional import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
-from rkd_plugin.kernels import compiled, strips
+from rkd_plugin.kernels import native, strips
 from rkd_plugin.kernels.choose import _KERNELS
 
 # Numbers of float64 at both ends of its range are among the cases.
@@ -31,16 +31,16 @@ SIZES = [0, 1, 2, 3, 17, 64, 129]
 LOSSES = [rkd_distance_loss, rkd_angle_loss]
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
-every_kernel = pytest.mark.parametrize("impl", [*sorted(_KERNELS), "compiled"], indirect=True)
+every_kernel = pytest.mark.parametrize("impl", [*sorted(_KERNELS), "strips"], indirect=True)
 every_size = pytest.mark.parametrize("rows", SIZES)
 
 
 @pytest.fixture
 def impl(request, monkeypatch):
-    """The name of a kernel; "compiled" is `chunked` with its path for large batches, here for all batches."""
-    if request.param != "compiled":
+    """The name of a kernel; "strips" is `chunked` without a C++ compiler."""
+    if request.param != "strips":
         return request.param
-    monkeypatch.setattr(compiled, "ROWS", 1)
+    monkeypatch.setattr(native, "_library", lambda: None)
     return "chunked"
 
 
@@ -530,90 +530,64 @@ def test_deterministic(impl, rows, dtype):
     torch.testing.assert_close(once, again, rtol=0, atol=0)
 
 
-def angles(rows=12):
-    student, teacher = distinct(rows)
-    return evaluate(rkd_angle_loss, student.float(), teacher.float(), impl="chunked")
-
-
-@pytest.fixture
-def vertices(monkeypatch):
-    """The number of rows in each call of the compiled function, for batches of 12 rows or more."""
-    seen, original = [], compiled._compiled
-    monkeypatch.setattr(compiled, "ROWS", 12)
-    monkeypatch.setattr(
-        compiled, "_compiled", lambda n: lambda *args: (seen.append(len(args[0])), original(n)(*args))[1]
-    )
-    return seen
-
-
-def test_large_batches_are_compiled_and_small_ones_are_not(vertices):
-    angles(11)
-    assert vertices == []
-    angles(12)
-    assert vertices == [12] * 12
-    assert compiled.FAILURES == []
-    with torch.no_grad():  # the loss without a gradient is not compiled
-        rkd_angle_loss(*distinct(), impl="chunked")
-    assert vertices == [12] * 12
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+def test_every_number_of_threads_gives_the_loss(monkeypatch, threads, wide):
+    """Also with more threads than rows, and tiles that are not full; the bits depend on nothing else."""
+    monkeypatch.setattr(native, "SHARE", 1)
+    before = torch.get_num_threads()
+    try:
+        for rows in (3, 33, 70):
+            student, teacher = (x if wide else x.float() for x in distinct(rows))
+            torch.set_num_threads(1)
+            expected = evaluate(rkd_da_loss, student, teacher)
+            torch.set_num_threads(threads)
+            found = evaluate(rkd_da_loss, student, teacher)
+            torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(evaluate(rkd_da_loss, student, teacher), found, rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_large_batches_inside_a_compiled_step(vertices, backend):
+def test_inside_a_compiled_step(backend):
     student, teacher = (x.float() for x in distinct(12))
     expected = evaluate(rkd_da_loss, student, teacher)
-    vertices.clear()
     torch._dynamo.reset()
     step = torch.compile(rkd_da_loss, fullgraph=True, backend=backend)
-    with fresh_cache():  # compiled inside the other compilation; a new cache, not the one on disk
-        for _ in range(2):
-            torch.testing.assert_close(evaluate(step, student, teacher), expected)
-    assert vertices == [12] * 24
-    assert compiled.FAILURES == []
+    for _ in range(2):
+        torch.testing.assert_close(evaluate(step, student, teacher), expected)
 
 
-def test_large_batches_under_autocast_and_other_threads(vertices):
-    """Global settings change neither the bits nor the compiled function."""
+@pytest.mark.parametrize("compiler", ["missing", "broken", "cache"])
+def test_without_a_compiler_strips_are_used_without_a_warning(compiler, monkeypatch, recwarn, tmp_path):
+    """Also without a folder for the library; it is tried once in a process."""
     student, teacher = (x.float() for x in distinct(12))
     expected = evaluate(rkd_da_loss, student, teacher)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(evaluate(rkd_da_loss, student, teacher), expected, rtol=0, atol=0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    if compiler == "cache":
+        cache.write_text("a file in its place")
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setenv("CXX", sys.executable if compiler == "broken" else "none")
+    monkeypatch.setattr(native, "FAILURES", [])
+    native._library.cache_clear()
     try:
-        torch.testing.assert_close(evaluate(rkd_da_loss, student, teacher), expected)
+        for _ in range(2):
+            torch.testing.assert_close(evaluate(rkd_da_loss, student, teacher), expected)
     finally:
-        torch.set_num_threads(threads)
-    assert compiled.FAILURES == []
-
-
-@pytest.mark.parametrize("after", [0, 5])
-def test_without_a_compiler_strips_are_used_without_a_warning(vertices, monkeypatch, recwarn, after):
-    """Also if it fails in the middle of a batch: the sums start again."""
-    batch = [x.float() for x in distinct(12)]
-    with torch._dynamo.config.patch(disable=True):
-        expected = evaluate(rkd_angle_loss, *batch, impl="chunked")
-    original = compiled._compiled(torch.get_num_threads())
-    calls = []
-
-    def broken(*args):
-        calls.append(None)
-        if len(calls) > after:
-            raise RuntimeError("no compiler")
-        return original(*args)
-
-    monkeypatch.setattr(compiled, "FAILURES", [])
-    monkeypatch.setattr(compiled, "_compiled", lambda _: broken)
-    for _ in range(2):
-        torch.testing.assert_close(evaluate(rkd_angle_loss, *batch, impl="chunked"), expected, rtol=0, atol=0)
-    assert len(calls) == after + 1  # it is tried once
-    assert [str(error) for error in compiled.FAILURES] == ["no compiler"]
+        native._library.cache_clear()
+    assert len(native.FAILURES) == 1
     assert not recwarn.list
 
 
-def test_compiling_can_be_switched_off(vertices):
-    with torch._dynamo.config.patch(disable=True):
-        angles()
-    assert vertices == []
+def test_the_library_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = native._compiled()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "rkd_plugin", library]
+    monkeypatch.setattr(native.subprocess, "run", None)
+    assert native._compiled() == library
 
 
 def test_peak_memory():
