@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher-dim", type=int, default=512, help="width of the teacher's embeddings")
     parser.add_argument("--dtype", default="float32", help="dtype of student and teacher, such as bfloat16")
     parser.add_argument(
-        "--repeats", type=int, default=5, help="number of timed repetitions; the table has their median"
+        "--repeats",
+        type=int,
+        default=5,
+        help="number of timed repetitions, more for small N; the table has their median",
     )
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     parser.add_argument("--picture", type=Path, help="plot time and memory over N into this PNG")

@@ -17,6 +17,7 @@ from torch.nn.functional import huber_loss
 from rkd_plugin.kernels import native
 from rkd_plugin.kernels.operators import angle_operator
 from rkd_plugin.kernels.pairwise import (
+    ELEMENTS,
     backward_squares,
     forward_squares,
     inverse_lengths,
@@ -188,21 +189,17 @@ def _sums(
     huber_delta: float,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, scales = [], []
-    for side in (student, teacher):
-        wide = side.to(widest(side))
-        scales.append(scale(wide, side.dtype))
-        rows.append(scales[-1].apply(wide))
-    del wide
-    squares = forward_squares(rows[0]), forward_squares(rows[1])
+    scales = scale(student), scale(teacher)
+    squares = forward_squares(student, scales[0]), forward_squares(teacher, scales[1])
     dtype = torch.promote_types(student.dtype, torch.float32)
     found = native.relations(squares, huber_delta, dtype, distance, angle, needs_gradient)
     if found is None:
+        rows = scales[0].apply(student.to(widest(student))), scales[1].apply(teacher.to(widest(teacher)))
         found = _in_strips(squares, rows, huber_delta, dtype, distance, angle, needs_gradient)
     losses, gradient = [x + (scales[0].zero + scales[1].zero) for x in found[:2]], found[2]
     if gradient is None:
-        return losses[0], losses[1], rows[0].new_zeros(0)
-    return losses[0], losses[1], scales[0].multiply(backward_squares(gradient, rows[0], squares[0]))
+        return losses[0], losses[1], squares[0].new_zeros(0)
+    return losses[0], losses[1], backward_squares(gradient, student, squares[0], scales[0])
 
 
 def _in_strips(
@@ -253,13 +250,15 @@ def _sums_backward(
 ) -> Tensor:
     upstream = torch.cat([of_distance, of_angle])
     factor = upstream[:1].sum()  # 0 without rows
-    if bool((upstream == factor).all()):
-        gradient = gradient * factor
-    else:
+    if not bool((upstream == factor).all()):
         weights = [w if w is None else w * u for w, u in ((distance, of_distance), (angle, of_angle))]
-        gradient = _sums(student, teacher, *weights, huber_delta, True)[2]
+        factor, gradient = torch.ones_like(factor), _sums(student, teacher, *weights, huber_delta, True)[2]
     limit = torch.finfo(student.dtype).max  # saturates, instead of overflowing
-    return gradient.clamp_(-limit, limit).to(student.dtype, copy=True)
+    narrow = torch.empty_like(student)
+    size = max(ELEMENTS // max(student.shape[1], 1), 1)  # rows that are rounded at once
+    for part, into in zip(torch.split(gradient, size), torch.split(narrow, size), strict=True):
+        into.copy_((part * factor).clamp_(-limit, limit))
+    return narrow
 
 
 @_sums_backward.register_fake

@@ -7,6 +7,7 @@ largest difference of two entries of one column. Entries of float32 and narrower
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ EQUAL = {torch.float64: 2.0**-1000, torch.float32: 2.0**-84}
 EVEN = 64  # ratio of squares, 8 between lengths: up to here, rounding them adds no more error than rounding the cosines
 # Ratio of squares from which the law of cosines is not used: its error reaches 2^-27 or, for float64 inputs, 2^-33.
 APART = {torch.float32: 2.0**52, torch.float64: 2.0**40}
+ELEMENTS = 2**20  # of the wide copy of some columns
 # If more than this fraction of all pairs is close, computing all differences is cheaper than a list of pairs.
 MANY_PAIRS = 1 / 64
 
@@ -75,30 +77,29 @@ class Scale(NamedTuple):
     zero: Tensor
 
     def apply(self, wide: Tensor) -> Tensor:
-        """Shift and scale the rows."""
-        return self.multiply(wide if self.shift is None else wide - self.shift)
-
-    def multiply(self, wide: Tensor) -> Tensor:
-        """Scale rows, or their gradient, without the shift."""
+        """Shift and scale rows."""
+        wide = wide if self.shift is None else wide - self.shift
         for factor in self.factors:
             wide = wide * factor
         return wide
 
 
-def scale(wide: Tensor, narrow: torch.dtype) -> Scale:
-    """The scale of a batch ``(N, D)`` in `widest`, whose entries were ``narrow`` before."""
-    if not wide.numel():
-        return Scale(None, (), wide.new_zeros(()))
-    largest = wide.abs().amax()
-    if narrow != wide.dtype:  # differences and squares of such entries are far from the limits of the wide dtype
+def scale(x: Tensor) -> Scale:
+    """The scale of a batch ``(N, D)``, for its entries in `widest`."""
+    zero = torch.zeros((), dtype=widest(x), device=x.device)
+    if not x.numel():
+        return Scale(None, (), zero)
+    lowest, highest = x.aminmax()
+    largest = torch.maximum(highest, -lowest).to(zero.dtype)
+    if x.dtype != zero.dtype:  # differences and squares of such entries are far from the limits of the wide dtype
         positive = largest.masked_fill(largest == 0, 1)
         return Scale(None, (torch.frexp(positive).mantissa / positive,), largest * 0)
-    lowest, highest = wide.amin(0), wide.amax(0)
+    lowest, highest = x.amin(0), x.amax(0)
     within_factor_2 = highest - lowest <= torch.minimum(lowest.abs(), highest.abs())
     shift = torch.where(within_factor_2, lowest, 0)
-    exponent = -torch.frexp((wide - shift).abs().amax()).exponent
+    exponent = -torch.frexp((x - shift).abs().amax()).exponent
     # Two factors: the scale of a batch of subnormal numbers would itself overflow.
-    factors = (torch.ldexp(torch.ones_like(shift[0]), e) for e in (exponent // 2, exponent - exponent // 2))
+    factors = (torch.ldexp(zero + 1, e) for e in (exponent // 2, exponent - exponent // 2))
     return Scale(shift, tuple(factors), largest * 0)
 
 
@@ -112,26 +113,44 @@ def rescale(x: Tensor) -> Tensor:
     """
     wide = widen(x, widest(x))
     with torch.no_grad():
-        found = scale(wide.detach(), x.dtype)
+        found = scale(x.detach())
     return found.apply(wide)
 
 
-def forward_squares(x: Tensor) -> Tensor:
-    """`squared_distances` without a graph."""
-    centred = x - x.mean(0)
-    norms = centred.square().sum(1)
+def _columns(x: Tensor, found: Scale | None) -> Iterator[Tensor]:
+    """Columns of ``x`` in `widest`, shifted and scaled, some at a time: a feature map may have many."""
+    size = max(ELEMENTS // max(x.shape[0], 1), 1)
+    for start in range(0, x.shape[1], size):
+        part = x[:, start : start + size].to(widest(x))
+        if found is not None:
+            shift = None if found.shift is None else found.shift[start : start + size]
+            part = found._replace(shift=shift).apply(part)
+        yield part
+
+
+def forward_squares(x: Tensor, found: Scale | None = None) -> Tensor:
+    """`squared_distances` without a graph; ``found`` scales the rows first."""
+    norms, squares = x.new_zeros(len(x), dtype=widest(x)), x.new_zeros((len(x), len(x)), dtype=widest(x))
+    for part in _columns(x, found):
+        part = part - part.mean(0)
+        norms += part.square().sum(1)
+        squares.addmm_(part, part.T, alpha=-2)
     sizes = norms.unsqueeze(1) + norms
-    squares = torch.addmm(sizes, centred, centred.T, alpha=-2).fill_diagonal_(0)
+    squares.add_(sizes).fill_diagonal_(0)
     i, j = (squares < sizes.mul_(GRAM_LIMIT)).triu_(1).nonzero(as_tuple=True)
-    if len(i) > MANY_PAIRS * sizes.numel():
-        return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
-    if len(i):
-        squares[i, j] = squares[j, i] = (x[i] - x[j]).square().sum(1)
+    if len(i) > MANY_PAIRS * squares.numel():
+        squares.zero_()
+        for part in _columns(x, found):
+            squares += torch.cdist(part, part, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    elif len(i):
+        squares[i, j] = squares[j, i] = sum((part[i] - part[j]).square().sum(1) for part in _columns(x, found))
     return squares
 
 
 # A custom operator, since the number of close pairs depends on the data.
-_squared_distances = torch.library.custom_op("rkd_plugin::squared_distances", forward_squares, mutates_args=())
+@torch.library.custom_op("rkd_plugin::squared_distances", mutates_args=())
+def _squared_distances(x: Tensor) -> Tensor:
+    return forward_squares(x)
 
 
 @_squared_distances.register_fake
@@ -139,21 +158,30 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[0])
 
 
-def backward_squares(grad: Tensor, x: Tensor, squares: Tensor) -> Tensor:
+def backward_squares(grad: Tensor, x: Tensor, squares: Tensor, found: Scale | None = None) -> Tensor:
     """The gradient ``(N, D)`` by ``x`` from the gradient ``(N, N)`` by its squared distances."""
-    centred = x - x.mean(0)
     both = grad + grad.T
-    to_x = both.sum(1, keepdim=True).mul(centred).sub_(both @ centred)
-    # The two terms cancel for a row that is much closer to another row than to the centre: use differences there.
+    total = both.sum(1, keepdim=True)
+    # Two terms cancel for a row that is much closer to another row than to the centre: use differences there.
     nearest = squares.masked_fill(squares < EQUAL[squares.dtype], torch.inf).amin(1) if len(x) else squares.sum(1)
-    for row in (nearest < GRADIENT_LIMIT * centred.square().sum(1)).nonzero().flatten().tolist():
-        to_x[row] = both[row] @ (x[row] - x)
-    return to_x.mul_(2)
+    from_centre = squares.mean(1) - squares.mean() / 2
+    close = (nearest < GRADIENT_LIMIT * from_centre).nonzero().flatten().tolist()
+    gradient, start = torch.empty_like(x, dtype=both.dtype), 0
+    for part in _columns(x, found):
+        part = part - part.mean(0)
+        into = gradient[:, start : (start := start + part.shape[1])]
+        torch.addmm(total * part, both, part, alpha=-1, out=into)
+        for row in close:
+            into[row] = both[row] @ (part[row] - part)
+        into.mul_(2)
+        for factor in () if found is None else found.factors:
+            into.mul_(factor)
+    return gradient
 
 
-_squared_distances_backward = torch.library.custom_op(
-    "rkd_plugin::squared_distances_backward", backward_squares, mutates_args=()
-)
+@torch.library.custom_op("rkd_plugin::squared_distances_backward", mutates_args=())
+def _squared_distances_backward(grad: Tensor, x: Tensor, squares: Tensor) -> Tensor:
+    return backward_squares(grad, x, squares)
 
 
 @_squared_distances_backward.register_fake
