@@ -243,20 +243,20 @@ def relation_terms(name: str, student: Tensor, teacher: Tensor, options: Options
     options = replace(options, pairs=pairs, triplets=triplets)
     kernel = choose(name, options.impl, student.device)
     student = differentiable(name, kernel, student)
-    batch = _gather(name, student, teacher, options)
+    batch = gathered(name, student, teacher, options)
     if batch is not None:
         student, teacher = batch.student, batch.teacher
     teacher = teacher.detach()
-    with _without_autocast(student.device.type):
-        zero = (student * 0).sum(1, dtype=_wide(student)) + (teacher * 0).sum(1, dtype=_wide(student))
-        if batch is None and options.anchors is None:
-            distance, angle = _sums(kernel, student, teacher, options)
-        else:
-            distance, angle = _sums_of_vertices(kernel, student, teacher, options, batch)
+    with without_autocast(student.device.type):
+        zero = (student * 0).sum(1, dtype=wide(student)) + (teacher * 0).sum(1, dtype=wide(student))
+        distance, angle = kernel_sums(kernel, student, teacher, options, batch)
+        rows = student.shape[0]
         if distance is not None:
-            distance = zero + _reduce(float(options.distance_weight) * distance, options.reduction, 2, pairs)
+            count = number_of_tuples(2, rows, rows, options.reduction, pairs)
+            distance = zero + reduce(float(options.distance_weight) * distance, options.reduction, count)
         if angle is not None:
-            angle = zero + _reduce(float(options.angle_weight) * angle, options.reduction, 3, triplets)
+            count = number_of_tuples(3, rows, rows, options.reduction, triplets)
+            angle = zero + reduce(float(options.angle_weight) * angle, options.reduction, count)
     return Terms(distance, angle, zero)
 
 
@@ -265,10 +265,11 @@ def _loss(name: str, student: Tensor, teacher: Tensor, options: Options) -> Tens
     total = terms.zero
     for term in (terms.angle, terms.distance):
         total = total if term is None else total + term
-    return (total if options.reduction == "anchor" else total.sum()).to(_wide(student))
+    return (total if options.reduction == "anchor" else total.sum()).to(wide(student))
 
 
-def _gather(name: str, student: Tensor, teacher: Tensor, options: Options) -> GlobalBatch | None:
+def gathered(name: str, student: Tensor, teacher: Tensor, options: Options) -> GlobalBatch | None:
+    """The rows of all processes for ``gather``; None without it."""
     if options.gather is False:
         return None
     from rkd_plugin import distributed  # not every build of PyTorch has it
@@ -278,10 +279,19 @@ def _gather(name: str, student: Tensor, teacher: Tensor, options: Options) -> Gl
     return batch
 
 
-def _without_autocast(device_type: str) -> Any:
+def without_autocast(device_type: str) -> Any:
     """Disable autocast: Gram matrices and norms in half precision make close rows equal."""
     # The meta device has no autocast to disable.
     return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+
+
+def kernel_sums(
+    kernel: ModuleType, student: Tensor, teacher: Tensor, options: Options, batch: GlobalBatch | None
+) -> Sequence[Tensor | None]:
+    """Losses of distances and of angles ``(N,)``, summed over the tuples of each row; None if the weight is 0."""
+    if batch is None and options.anchors is None:
+        return _sums(kernel, student, teacher, options)
+    return _sums_of_vertices(kernel, student, teacher, options, batch)
 
 
 def _sums(
@@ -302,7 +312,7 @@ def _sums_of_vertices(
     """`_sums` of the vertices that ``anchors`` draws, both ``(N,)``; each process computes its share of the rows."""
     rows = student.shape[0]
     all_rows = torch.arange(rows, device=student.device)
-    vertices = all_rows if options.anchors is None else _draw(all_rows, options.anchors, batch and batch.seed)
+    vertices = all_rows if options.anchors is None else draw(all_rows, options.anchors, batch and batch.seed)
     own, starts = (vertices, all_rows) if batch is None else (batch.share(vertices), batch.share(all_rows))
     # The vertices of a kernel are its first rows. argsort, since torch.compile cannot trace the size of a mask.
     order = (all_rows + rows).index_copy(0, own, all_rows[: own.shape[0]]).argsort()
@@ -317,8 +327,8 @@ def _sums_of_vertices(
     return (distance, angle) if batch is None else batch.sum_terms(distance, angle)
 
 
-def _draw(all_rows: Tensor, anchors: float, seed: int | None) -> Tensor:
-    """A random choice of rows, without repetition."""
+def draw(all_rows: Tensor, anchors: float, seed: int | None) -> Tensor:
+    """A random choice of rows for ``anchors``, without repetition."""
     rows = all_rows.shape[0]
     number = int(anchors) if isinstance(anchors, Integral) else max(round(float(anchors) * rows), 1)
     if seed is None:
@@ -326,18 +336,36 @@ def _draw(all_rows: Tensor, anchors: float, seed: int | None) -> Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:number].to(all_rows.device)
 
 
-def _reduce(sums: Tensor, reduction: str, order: int, tuples: tuple[Tensor, ...] | None) -> Tensor:
-    """Divide the sums over the tuples of ``order`` rows that start at each row by the number of the reduction."""
+def number_of_tuples(
+    order: int, rows: int, columns: int, reduction: str, tuples: tuple[Tensor, ...] | None = None, own: bool = True
+) -> int:
+    """The number that a reduction divides by.
+
+    Args:
+        order: the number of rows of a tuple: one that starts it, and ``order - 1`` columns.
+        rows: that start a tuple.
+        columns: that each of them is related to.
+        reduction: ``"tuple_mean"`` counts tuples of distinct rows only.
+        tuples: index vectors, if only these tuples count.
+        own: whether the row itself is one of its columns.
+    """
+    if tuples is not None:
+        return tuples[0].shape[0]
+    count = rows
+    for i in range(order - 1):  # not math.perm, which does not accept a symbolic size of torch.compile
+        # Not in place, since a size is a tensor while a function is traced.
+        count = count * (columns - (i + own if reduction == "tuple_mean" else 0))
+    return count
+
+
+def reduce(sums: Tensor, reduction: str, count: int) -> Tensor:
+    """Divide the sums ``(..., N)`` over the tuples that start at each row by the number of the reduction."""
     if reduction == "sum":
         return sums
-    rows = sums.shape[0]
-    count = 1 if tuples is None else tuples[0].shape[0]
-    if tuples is None:
-        for i in range(order):  # not math.perm, which does not accept a symbolic size of torch.compile
-            count *= rows - i if reduction == "tuple_mean" else rows
     sums = sums / max(count, 1)
-    return sums * rows if reduction == "anchor" else sums
+    return sums * sums.shape[-1] if reduction == "anchor" else sums
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of a loss: that of ``x``, but at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
