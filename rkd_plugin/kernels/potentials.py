@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rkd_plugin.kernels.functions import in_strips, number_of_rows, related
-from rkd_plugin.kernels.pairwise import cross_squares, inverse_lengths, safe_sqrt, widen, widest
+from rkd_plugin.kernels.pairwise import cross_squares, inverse_lengths, safe_sqrt, widest
 from rkd_plugin.kernels.reference import huber
 
 Squares = Callable[[Tensor, Tensor], Tensor]
@@ -126,10 +126,11 @@ class Relation:
     huber_delta: float
     exact: bool  # only differentiable operations, without strips
 
-    def widen(self, x: Tensor) -> Tensor:
-        """A side in the dtype of the computation: float64, or what a function expects of its rows."""
-        narrow = not isinstance(self.potential, str) and not self.exact
-        return widen(x, torch.promote_types(x.dtype, torch.float32) if narrow else widest(x))
+    def dtype(self, student: Tensor, teacher: Tensor) -> torch.dtype:
+        """Of the rows: `widest`, or float32 at least for a function."""
+        if self.exact or isinstance(self.potential, str):
+            return widest(student)
+        return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
 
     def sums(self, student: Side, teacher: Side, chosen: Selection) -> Tensor:
         """``(..., R)``: the losses summed over the tuples that start at each of the chosen rows."""
