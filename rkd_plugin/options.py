@@ -123,10 +123,11 @@ class RelationalOptions(Options):
                 f"{name}: expected scale to be one of {(*scales_of(self.potential), 'auto')} with {what}, got "
                 f"{self.scale!r}"
             )
-        if self.penalty in DIVERGENCES and self.chosen_scale not in ("softmax", "row_sum"):
+        sums_to_1 = ("softmax",) if self.potential == "dot" else ("softmax", "row_sum")  # a product may be negative
+        if self.penalty in DIVERGENCES and self.chosen_scale not in sums_to_1:
             raise ValueError(
-                f"{name}: expected rows that sum to 1 for penalty {self.penalty!r}, got scale {self.chosen_scale!r}; "
-                "use scale='softmax' or scale='row_sum'"
+                f"{name}: expected rows that sum to 1 for penalty {self.penalty!r}, got scale {self.chosen_scale!r} "
+                f"with {what}; use one of {sums_to_1}"
             )
         if not 0 < _number(name, "temperature", self.temperature) < math.inf:
             raise ValueError(f"{name}: expected temperature to be positive and finite, got {self.temperature!r}")

@@ -91,8 +91,9 @@ def relational_loss(
     distillation of logits               ``relational_loss(s, t, "identity", "kl", scale="softmax", temperature=4)``
     ===================================  ===============================================================================
 
-    torchdistill's ``SPKDLoss(reduction="batchmean")`` and ``PKTLoss`` are these losses; ``ChSimLoss`` for B sets of N
-    channels is ``N / B`` times it; ``CCKDLoss(reduction="batchmean")`` is the square root of the loss with
+    torchdistill's ``PKTLoss`` is this loss, and its ``SPKDLoss(reduction="batchmean")`` is SP with ``scale="row_sum"``,
+    since it divides by sums of absolute values instead of lengths; ``ChSimLoss`` for B sets of N channels is ``N / B``
+    times ICKD; ``CCKDLoss(reduction="batchmean")`` is the square root of the loss with
     ``reduction="sum"``, divided by ``N^2``.
 
     ==================  ==========================================================  ========  ==========================
@@ -101,7 +102,7 @@ def relational_loss(
     identity            the row, and its loss is the mean over its entries          None      row_norm, softmax
     distance            Euclidean distance                                          mean      all; minus it in softmax
     squared_distance    its square                                                  mean      all; minus it in softmax
-    dot                 dot product                                                 row_norm  None, softmax
+    dot                 dot product                                                 row_norm  None, row_sum, softmax
     cosine              cosine; ``(1 + cosine) / 2`` in row_sum                     None      row_sum, row_norm, softmax
     gaussian            ``exp(-distance^2 / (2 temperature))``                      None      all
     angle               cosine of the angle at ``i`` between the arms to j and k    None      none
@@ -125,7 +126,7 @@ def relational_loss(
             ``(student_relations, teacher_relations)``, of the relations of some rows, that returns losses of their
             shape.
         scale: what relations are divided by: ``"mean"``, their mean over all pairs of distinct rows; ``"row_sum"``,
-            the sum of each row; ``"row_norm"``, its Euclidean length; ``"softmax"`` of each row; None, nothing; or
+            the sum of the absolute values of each row; ``"row_norm"``, its Euclidean length; ``"softmax"`` of each row; None, nothing; or
             ``"auto"``, see the table. A row holds the relations of row i to all columns, itself included.
         temperature: of ``"softmax"`` (relations are divided by it), and of ``"gaussian"`` (its variance).
         huber_delta: the threshold between the quadratic and the linear part of the Huber function; positive.

@@ -54,7 +54,7 @@ POTENTIALS = {
     "identity": Potential(1, lambda x, *_: x, None, (None, "row_norm", "softmax")),
     "distance": Potential(2, lambda x, y, squares, _: safe_sqrt(squares(x, y)), "mean", EVERY_SCALE),
     "squared_distance": Potential(2, lambda x, y, squares, _: squares(x, y), "mean", EVERY_SCALE),
-    "dot": Potential(2, lambda x, y, *_: x @ y.mT, "row_norm", (None, "row_norm", "softmax")),
+    "dot": Potential(2, lambda x, y, *_: x @ y.mT, "row_norm", (None, "row_sum", "row_norm", "softmax")),
     "cosine": Potential(2, lambda x, y, *_: _unit(x) @ _unit(y).mT, None, (None, "row_sum", "row_norm", "softmax")),
     "gaussian": Potential(2, lambda x, y, squares, t: (squares(x, y) / (-2 * t)).exp(), None, EVERY_SCALE),
     "angle": Potential(3, _angle, None, (None,)),
@@ -265,7 +265,7 @@ class Relation:
         if self.scale == "row_norm":
             return _unit(relations), None
         if self.scale == "row_sum":
-            total = relations.sum(-1, keepdim=True)
+            total = relations.abs().sum(-1, keepdim=True)
             return relations / total.masked_fill(total == 0, 1), None
         if self.scale == "softmax":
             logs = (relations / self.temperature).log_softmax(-1)
