@@ -126,8 +126,9 @@ def relational_loss(
             ``(student_relations, teacher_relations)``, of the relations of some rows, that returns losses of their
             shape.
         scale: what relations are divided by: ``"mean"``, their mean over all pairs of distinct rows; ``"row_sum"``,
-            the sum of the absolute values of each row; ``"row_norm"``, its Euclidean length; ``"softmax"`` of each row; None, nothing; or
-            ``"auto"``, see the table. A row holds the relations of row i to all columns, itself included.
+            the sum of the absolute values of each row; ``"row_norm"``, its Euclidean length; ``"softmax"`` of each
+            row; None, nothing; or ``"auto"``, see the table. A row holds the relations of row i to all columns, itself
+            included.
         temperature: of ``"softmax"`` (relations are divided by it), and of ``"gaussian"`` (its variance).
         huber_delta: the threshold between the quadratic and the linear part of the Huber function; positive.
         neighbours: k: only the relations of each row i to its k nearest rows in the teacher's space (of equal

@@ -114,6 +114,8 @@ def test_torchdistill(name, args, options, factor, impl, monkeypatch):
     student, teacher = batch(2, 8, 3) if name == "ChSimLoss" else batch(8)
     if name == "ChSimLoss":  # two maps of 8 channels; ours are sets of rows
         teacher = torch.randn(2, 8, 3, 5, dtype=torch.float64)
+    if name == "PKTLoss":  # it adds 1e-7 to lengths, which are large here
+        student, teacher = (1000 * student.detach()).requires_grad_(), 1000 * teacher
     if name == "gaussian":  # their Taylor series is that of unit rows
         student, teacher = F.normalize(student.detach()).requires_grad_(), F.normalize(teacher)
     expected = theirs(name, student, teacher)
@@ -121,8 +123,8 @@ def test_torchdistill(name, args, options, factor, impl, monkeypatch):
     flat = (x.flatten(2) if name == "ChSimLoss" else x for x in (student, teacher))
     value = factor(relational_loss(*flat, *args, **options, impl=impl))
     (ours,) = torch.autograd.grad(value, student)
-    # PKT adds 1e-7 to lengths, and the logarithm of a probability near 0 magnifies it.
-    limit = 1e-5 if name == "PKTLoss" else 1e-9
+    # Two float64 evaluations; the probabilities of PKT near 0 magnify the rest of the 1e-7.
+    limit = 1e-7 if name == "PKTLoss" else 1e-9
     torch.testing.assert_close(value, expected, rtol=limit, atol=1e-12)
     if name != "gaussian":  # the two differ beside the sphere
         torch.testing.assert_close(ours, gradient, rtol=0, atol=limit * float(gradient.abs().max()))
@@ -500,8 +502,8 @@ INDEX = torch.tensor([0])
         ({"potential": lambda *rows: rows}, ValueError, "expected potential to be a function of 1, 2 or 3 rows, got"),
         ({"potential": torch.dist}, ValueError, "expected potential to be a function of 1, 2 or 3 rows, got"),
         ({"scale": "max"}, ValueError, "expected scale to be one of (None, 'mean', 'row_sum', 'row_norm', 'softmax',"),
-        ({"potential": "dot", "scale": "mean"}, ValueError, "expected scale to be one of ('row_norm', None, 'softmax"),
-        ({"penalty": "kl"}, ValueError, "expected rows that sum to 1 for penalty 'kl', got scale 'mean'; use scale='"),
+        ({"potential": "dot", "scale": "mean"}, ValueError, "expected scale to be one of ('row_norm', None, 'row_sum', "),
+        ({"penalty": "kl"}, ValueError, "expected rows that sum to 1 for penalty 'kl', got scale 'mean' w"),
         ({"temperature": 0}, ValueError, "expected temperature to be positive and finite, got 0"),
         ({"temperature": "1"}, TypeError, "expected temperature to be a number, got '1'"),
         ({"neighbours": 0}, ValueError, "expected neighbours to be None or an integer of at least 1, got 0"),
