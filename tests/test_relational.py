@@ -502,7 +502,7 @@ INDEX = torch.tensor([0])
         ({"potential": lambda *rows: rows}, ValueError, "expected potential to be a function of 1, 2 or 3 rows, got"),
         ({"potential": torch.dist}, ValueError, "expected potential to be a function of 1, 2 or 3 rows, got"),
         ({"scale": "max"}, ValueError, "expected scale to be one of (None, 'mean', 'row_sum', 'row_norm', 'softmax',"),
-        ({"potential": "dot", "scale": "mean"}, ValueError, "expected scale to be one of ('row_norm', None, 'row_sum', "),
+        ({"potential": "dot", "scale": "mean"}, ValueError, "expected scale to be one of ('row_norm', None, 'row_sum'"),
         ({"penalty": "kl"}, ValueError, "expected rows that sum to 1 for penalty 'kl', got scale 'mean' w"),
         ({"temperature": 0}, ValueError, "expected temperature to be positive and finite, got 0"),
         ({"temperature": "1"}, TypeError, "expected temperature to be a number, got '1'"),
