@@ -17,7 +17,8 @@ triplets; those that name a row twice add exactly zero. ``pairs`` is ``(from, to
 ``reference`` is the readable one: the oracle of all tests, with derivatives of every order. ``chunked`` runs on any
 device; ``strips`` computes its cosines, and ``compiled`` those of large batches on a CPU. ``fused`` is for GPUs; it is
 the only file that imports Triton, and it is imported on first use. They share ``pairwise``: the scale of a batch, its
-squared distances and its mean distance. ``operators`` registers an angle loss with PyTorch. ``choose`` picks a kernel,
+squared distances and its mean distance. ``potentials`` computes every other relation, with ``functions`` of the user
+and ``neighbours``, in strips that are computed again in the backward pass. ``operators`` registers an angle loss with PyTorch. ``choose`` picks a kernel,
 and ``derivatives`` raises for a derivative that a fast kernel does not have.
 
 Limits. The error of a gradient is relative to its largest entry; the gradient of a row far from all others is much
