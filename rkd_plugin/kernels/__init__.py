@@ -18,8 +18,8 @@ triplets; those that name a row twice add exactly zero. ``pairs`` is ``(from, to
 device; ``strips`` computes its cosines, and ``compiled`` those of large batches on a CPU. ``fused`` is for GPUs; it is
 the only file that imports Triton, and it is imported on first use. They share ``pairwise``: the scale of a batch, its
 squared distances and its mean distance. ``potentials`` computes every other relation, with ``functions`` of the user
-and ``neighbours``, in strips that are computed again in the backward pass. ``operators`` registers an angle loss with PyTorch. ``choose`` picks a kernel,
-and ``derivatives`` raises for a derivative that a fast kernel does not have.
+and ``neighbours``, in strips that are computed again in the backward pass. ``operators`` registers an angle loss with
+PyTorch. ``choose`` picks a kernel, and ``derivatives`` raises for a derivative that a fast kernel does not have.
 
 Limits. The error of a gradient is relative to its largest entry; the gradient of a row far from all others is much
 smaller than that. Distances below 2^-500 of the largest difference count as 0, which only float64 inputs can have. A
