@@ -244,27 +244,25 @@ def relation_terms(name: str, student: Tensor, teacher: Tensor, options: Options
     options = replace(options, pairs=pairs, triplets=triplets)
     kernel = choose(name, options.impl, student.device)
     student = differentiable(name, kernel, student)
-    batch = _gather(name, student, teacher, options)
+    batch = gathered(name, student, teacher, options)
     if batch is not None:
         student, teacher = batch.student, batch.teacher
     teacher = teacher.detach()
-    with _without_autocast(student.device.type):
+    with without_autocast(student.device.type):
         if not options.distance_weight and not options.angle_weight:
             return Terms(None, None, _zero(student, teacher))
-        if batch is None and options.anchors is None:
-            distance, angle = _sums(kernel, student, teacher, options, _weights(student, options))
-        else:
-            distance, angle = _sums_of_vertices(kernel, student, teacher, options, batch)
+        distance, angle = kernel_terms(kernel, student, teacher, options, batch)
     return Terms(distance, angle, None)
 
 
 def _loss(name: str, student: Tensor, teacher: Tensor, options: Options) -> Tensor:
     terms = [term for term in relation_terms(name, student, teacher, options) if term is not None]
     total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-    return (total if options.reduction == "anchor" else total.sum()).to(_wide(student))
+    return (total if options.reduction == "anchor" else total.sum()).to(wide(student))
 
 
-def _gather(name: str, student: Tensor, teacher: Tensor, options: Options) -> GlobalBatch | None:
+def gathered(name: str, student: Tensor, teacher: Tensor, options: Options) -> GlobalBatch | None:
+    """The rows of all processes for ``gather``; None without it."""
     if options.gather is False:
         return None
     from rkd_plugin import distributed  # not every build of PyTorch has it
@@ -274,23 +272,37 @@ def _gather(name: str, student: Tensor, teacher: Tensor, options: Options) -> Gl
     return batch
 
 
-def _without_autocast(device_type: str) -> Any:
+def without_autocast(device_type: str) -> Any:
     """Disable autocast: Gram matrices and norms in half precision make close rows equal."""
     # The meta device has no autocast to disable.
     return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
+def kernel_terms(
+    kernel: ModuleType, student: Tensor, teacher: Tensor, options: Options, batch: GlobalBatch | None
+) -> Sequence[Tensor | None]:
+    """Both terms, as `Terms` describes them, from gathered rows."""
+    if batch is None and options.anchors is None:
+        return _sums(kernel, student, teacher, options, _weights(student, options))
+    return _sums_of_vertices(kernel, student, teacher, options, batch)
+
+
 def _zero(student: Tensor, teacher: Tensor) -> Tensor:
     """``(N,)``: 0, connected to the student's graph, or NaN for a row that is not finite."""
-    return (student * 0).sum(1, dtype=_wide(student)) + (teacher * 0).sum(1, dtype=_wide(student))
+    return (student * 0).sum(1, dtype=wide(student)) + (teacher * 0).sum(1, dtype=wide(student))
 
 
 def _weights(student: Tensor, options: Options) -> tuple[Tensor | None, Tensor | None]:
     """The weights of the rows in both terms, from the term's weight and the reduction; None for a weight of 0."""
 
     def weights(weight: float, order: int, tuples: tuple[Tensor, ...] | None) -> Tensor | None:
-        share = float(weight) * _share(student.shape[0], options.reduction, order, tuples)
-        return student.new_full(student.shape[:1], share, dtype=widest(student)) if weight else None
+        if not weight:
+            return None
+        rows, share = student.shape[0], float(weight)
+        if options.reduction != "sum":
+            share = share / max(number_of_tuples(order, rows, rows, options.reduction, tuples), 1)
+        share = share * rows if options.reduction == "anchor" else share
+        return student.new_full(student.shape[:1], share, dtype=widest(student))
 
     return weights(options.distance_weight, 2, options.pairs), weights(options.angle_weight, 3, options.triplets)
 
@@ -324,7 +336,7 @@ def _sums_of_vertices(
     """`_sums` of the vertices that ``anchors`` draws, both ``(N,)``; each process computes its share of the rows."""
     rows = student.shape[0]
     all_rows = torch.arange(rows, device=student.device)
-    vertices = all_rows if options.anchors is None else _draw(all_rows, options.anchors, batch and batch.seed)
+    vertices = all_rows if options.anchors is None else draw(all_rows, options.anchors, batch and batch.seed)
     own, starts = (vertices, all_rows) if batch is None else (batch.share(vertices), batch.share(all_rows))
     # The vertices of a kernel are its first rows. argsort, since torch.compile cannot trace the size of a mask.
     order = (all_rows + rows).index_copy(0, own, all_rows[: own.shape[0]]).argsort()
@@ -344,8 +356,8 @@ def _sums_of_vertices(
     return (distance, angle) if batch is None else batch.sum_terms(distance, angle)
 
 
-def _draw(all_rows: Tensor, anchors: float, seed: int | None) -> Tensor:
-    """A random choice of rows, without repetition."""
+def draw(all_rows: Tensor, anchors: float, seed: int | None) -> Tensor:
+    """A random choice of rows for ``anchors``, without repetition."""
     rows = all_rows.shape[0]
     number = int(anchors) if isinstance(anchors, Integral) else max(round(float(anchors) * rows), 1)
     if seed is None:
@@ -353,16 +365,36 @@ def _draw(all_rows: Tensor, anchors: float, seed: int | None) -> Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:number].to(all_rows.device)
 
 
-def _share(rows: int, reduction: str, order: int, tuples: tuple[Tensor, ...] | None) -> float:
-    """The weight of each tuple of ``order`` rows in the reduction."""
+def number_of_tuples(
+    order: int, rows: int, columns: int, reduction: str, tuples: tuple[Tensor, ...] | None = None, own: bool = True
+) -> int:
+    """The number that a reduction divides by.
+
+    Args:
+        order: the number of rows of a tuple: one that starts it, and ``order - 1`` columns.
+        rows: that start a tuple.
+        columns: that each of them is related to.
+        reduction: ``"tuple_mean"`` counts tuples of distinct rows only.
+        tuples: index vectors, if only these tuples count.
+        own: whether the row itself is one of its columns.
+    """
+    if tuples is not None:
+        return tuples[0].shape[0]
+    count = rows
+    for i in range(order - 1):  # not math.perm, which does not accept a symbolic size of torch.compile
+        # Not in place, since a size is a tensor while a function is traced.
+        count = count * (columns - (i + own if reduction == "tuple_mean" else 0))
+    return count
+
+
+def reduce(sums: Tensor, reduction: str, count: int) -> Tensor:
+    """Divide the sums ``(..., N)`` over the tuples that start at each row by the number of the reduction."""
     if reduction == "sum":
-        return 1.0
-    count = 1 if tuples is None else tuples[0].shape[0]
-    if tuples is None:
-        for i in range(order):  # not math.perm, which does not accept a symbolic size of torch.compile
-            count *= rows - i if reduction == "tuple_mean" else rows
-    return (rows if reduction == "anchor" else 1) / max(count, 1)
+        return sums
+    sums = sums / max(count, 1)
+    return sums * sums.shape[-1] if reduction == "anchor" else sums
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of a loss: that of ``x``, but at least float32."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -8,17 +8,19 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from rkd_plugin.functional import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
-from rkd_plugin.options import Gather, Impl, Options, Reduction
+from rkd_plugin.options import Gather, Impl, Options, Reduction, RelationalOptions
+from rkd_plugin.relational import Penalty, Potential, References, Scale, relational_loss
 
 
 class _LossModule(nn.Module):
     """Stores the options of a loss function as attributes, which may change between two calls."""
 
     _function: ClassVar[Callable[..., Tensor]]
+    _checked: ClassVar[type[Options]] = Options
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        Options(**options).check(type(self).__name__)
+        self._checked(**options).check(type(self).__name__)
         self._option_names = tuple(options)
         for name, value in options.items():
             setattr(self, name, value)
@@ -147,4 +149,65 @@ class RKDDALoss(_LossModule):
             impl=impl,
             gather=gather,
             anchors=anchors,
+        )
+
+
+class RelationalLoss(_LossModule):
+    """`relational_loss` as a module: any relation, any penalty.
+
+    Args:
+        potential: a name, or a function of 1, 2 or 3 rows.
+        penalty: ``"huber"``, ``"mse"``, ``"l1"``, ``"kl"``, ``"js"``, or a function of both sides' relations.
+        scale: None, ``"mean"``, ``"row_sum"``, ``"row_norm"``, ``"softmax"``, or ``"auto"``: that of the potential.
+        temperature: of ``"softmax"``, and of ``"gaussian"``.
+        huber_delta: the threshold between the quadratic and the linear part of the Huber function.
+        neighbours: k: only relations among the k nearest of each row in the teacher's space; None: all.
+        references: a `RelationMemory`, or ``(student_rows, teacher_rows)``: relations to these rows; None: to the
+            batch.
+        reduction: ``"mean"`` over all entries, ``"tuple_mean"`` over tuples of distinct rows, ``"sum"``, or
+            ``"anchor"``, a vector ``(N,)``.
+        anchors: the number of rows (an integer), or the fraction of them (a float up to 1), that start tuples, drawn at
+            random in each call; None: all of them.
+        gather: True, or a process group: the loss is over the batches of all processes, or of the group.
+        impl: the kernel: ``"auto"``, ``"reference"``, ``"chunked"`` or ``"fused"``.
+
+    Raises:
+        TypeError, ValueError: if an option has the wrong type or an invalid value; when called, as `relational_loss`.
+
+    Example:
+        >>> import torch
+        >>> loss = RelationalLoss("cosine", "kl", scale="softmax", temperature=0.1)
+        >>> loss(torch.eye(4, 3), torch.eye(4)).shape
+        torch.Size([])
+    """
+
+    _function = staticmethod(relational_loss)
+    _checked = RelationalOptions
+
+    def __init__(
+        self,
+        potential: Potential = "distance",
+        penalty: Penalty = "huber",
+        scale: Scale | None = "auto",
+        temperature: float = 1.0,
+        huber_delta: float = 1.0,
+        neighbours: int | None = None,
+        references: References | None = None,
+        reduction: Reduction = "mean",
+        anchors: float | None = None,
+        gather: Gather = False,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__(
+            potential=potential,
+            penalty=penalty,
+            scale=scale,
+            temperature=temperature,
+            huber_delta=huber_delta,
+            neighbours=neighbours,
+            references=references,
+            reduction=reduction,
+            anchors=anchors,
+            gather=gather,
+            impl=impl,
         )

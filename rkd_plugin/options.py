@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rkd_plugin.kernels.derivatives import transformed
+from rkd_plugin.kernels.potentials import DIVERGENCES, EVERY_SCALE, PENALTIES, POTENTIALS, order_of, scales_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -79,6 +80,74 @@ class Options:
             )
 
 
+@dataclass(frozen=True)
+class RelationalOptions(Options):
+    """The options of `relational_loss`."""
+
+    potential: Any = "distance"
+    penalty: Any = "huber"
+    scale: str | None = "auto"
+    temperature: float = 1.0
+    neighbours: int | None = None
+    references: Any = None
+
+    @property
+    def order(self) -> int:
+        """The number of rows that the potential relates."""
+        return order_of(self.potential) or 0
+
+    @property
+    def chosen_scale(self) -> str | None:
+        """The scale, with the one of the potential for ``"auto"``."""
+        return scales_of(self.potential)[0] if self.scale == "auto" else self.scale
+
+    def check(self, name: str) -> None:
+        """As `Options.check`."""
+        super().check(name)
+        for option, value, known in (
+            ("potential", self.potential, (*POTENTIALS,)),
+            ("penalty", self.penalty, (*PENALTIES, *DIVERGENCES)),
+        ):
+            if not callable(value) and not (isinstance(value, str) and value in known):
+                raise ValueError(f"{name}: expected {option} to be one of {known} or a function, got {value!r}")
+        if self.order not in (1, 2, 3):
+            raise ValueError(
+                f"{name}: expected potential to be a function of 1, 2 or 3 rows, got {self.potential!r} of "
+                f"{order_of(self.potential)} positional parameters without a default; wrap it in a function of rows"
+            )
+        what = f"potential {self.potential!r}" if isinstance(self.potential, str) else f"a function of {self.order}"
+        if self.scale not in (*EVERY_SCALE, "auto"):
+            raise ValueError(f"{name}: expected scale to be one of {(*EVERY_SCALE, 'auto')}, got {self.scale!r}")
+        if self.chosen_scale not in scales_of(self.potential):
+            raise ValueError(
+                f"{name}: expected scale to be one of {(*scales_of(self.potential), 'auto')} with {what}, got "
+                f"{self.scale!r}"
+            )
+        sums_to_1 = ("softmax",) if self.potential == "dot" else ("softmax", "row_sum")  # a product may be negative
+        if self.penalty in DIVERGENCES and self.chosen_scale not in sums_to_1:
+            raise ValueError(
+                f"{name}: expected rows that sum to 1 for penalty {self.penalty!r}, got scale {self.chosen_scale!r} "
+                f"with {what}; use one of {sums_to_1}"
+            )
+        if not 0 < _number(name, "temperature", self.temperature) < math.inf:
+            raise ValueError(f"{name}: expected temperature to be positive and finite, got {self.temperature!r}")
+        if self.neighbours is not None:
+            whole = isinstance(self.neighbours, Integral) and not isinstance(self.neighbours, bool)
+            if not whole or self.neighbours < 1:
+                raise (ValueError if whole else TypeError)(
+                    f"{name}: expected neighbours to be None or an integer of at least 1, got {self.neighbours!r}"
+                )
+        for option, tuples, order in (("pairs", self.pairs, 2), ("triplets", self.triplets, 3)):
+            if tuples is not None and (self.order != order or self.neighbours or self.references is not None):
+                raise ValueError(
+                    f"{name}: expected {option} with a potential of {order} rows, and without neighbours or "
+                    f"references, got {what}, neighbours={self.neighbours!r} and "
+                    f"{'no ' if self.references is None else ''}references"
+                )
+        if self.order == 1 and (self.neighbours or self.references is not None):
+            raise ValueError(f"{name}: expected neighbours and references with a potential of 2 or 3 rows, got {what}")
+
+
 def _number(name: str, option: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         advice = "; a number in YAML has a point, as in 1.0e-4" if isinstance(value, str) else ""
@@ -97,28 +166,31 @@ def _is_group(group: Any) -> bool:
     )
 
 
-def check_batch(name: str, student: Tensor, teacher: Tensor) -> None:
+def check_batch(name: str, student: Tensor, teacher: Tensor, sets: bool = False, what: str = "") -> None:
     """Check both sides of a batch.
 
     Args:
         name: of the loss, for error messages.
         student: ``(N, D_s)``.
         teacher: ``(N, D_t)``.
+        sets: whether both may have shape ``(B, N, D)``.
+        what: added to the names of the sides in messages.
 
     Raises:
         TypeError: if a side is not a dense floating-point tensor.
-        ValueError: if a side is not 2-D, or the numbers of rows or the devices differ.
+        ValueError: if a side has another shape, or the numbers of rows or the devices differ.
     """
-    for side, x in (("student", student), ("teacher", teacher)):
+    for side, x in ((f"student{what}", student), (f"teacher{what}", teacher)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected {side} to be a tensor, got {type(x).__name__}")
         _check_dense(name, side, x)
-        if x.ndim != 2:
-            raise ValueError(f"{name}: expected {side} to have shape (N, D), got {tuple(x.shape)}")
-    if student.shape[0] != teacher.shape[0]:
+        if x.ndim != 2 and not (sets and x.ndim == 3):
+            shapes = "(N, D) or (B, N, D)" if sets else "(N, D)"
+            raise ValueError(f"{name}: expected {side} to have shape {shapes}, got {tuple(x.shape)}")
+    if student.shape[:-1] != teacher.shape[:-1]:
+        ours, theirs = ("x".join(map(str, x.shape[:-1])) for x in (student, teacher))
         raise ValueError(
-            f"{name}: expected one row per example in student and teacher, got {student.shape[0]} and "
-            f"{teacher.shape[0]} rows"
+            f"{name}: expected one row per example in student{what} and teacher{what}, got {ours} and {theirs} rows"
         )
     if student.device != teacher.device:
         raise ValueError(

@@ -9,14 +9,28 @@ from datetime import timedelta
 
 import pytest
 import torch
+from relations import entropy, spread, turn
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rkd_plugin import RelationMemory, relational_loss, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
 from rkd_plugin import distributed as global_batch
-from rkd_plugin import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
 from rkd_plugin.kernels import chunked, native
 
 PROCESSES = 3
+RELATIONS = {
+    "similarity preserving": {"potential": "dot", "penalty": "mse"},
+    "row softmax": {"potential": "cosine", "penalty": "kl", "scale": "softmax", "temperature": 0.2},
+    "mean over all pairs": {"potential": "squared_distance", "penalty": "l1"},
+    "single rows": {"potential": entropy, "penalty": "mse"},
+    "function of two": {"potential": spread, "scale": "mean"},
+    "function of three": {"potential": turn},
+    "angles": {"potential": "angle", "penalty": "l1", "reduction": "tuple_mean"},
+    "neighbours": {"neighbours": 3},
+    "angles of neighbours": {"potential": "angle", "neighbours": 3, "reduction": "anchor"},
+    "every row is a neighbour": {"potential": "angle", "neighbours": 9},
+    "anchors": {"potential": "cosine", "penalty": "mse", "anchors": 1.0},
+}
 LOSSES = [rkd_distance_loss, rkd_angle_loss, rkd_da_loss]
 SIZES = {"one": [7], "even": [5, 5], "uneven": [3, 7], "empty": [0, 4], "three": [4, 4, 4], "ragged": [6, 0, 3]}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of the gradient
@@ -133,6 +147,38 @@ def test_as_one_process_with_all_rows(everywhere, loss, sizes):
 def test_reductions(everywhere, reduction):
     sizes, options = SIZES["ragged"], {"reduction": reduction}
     assert_as_one_process(everywhere(share, rkd_da_loss, sizes, torch.float64, options), rkd_da_loss, sizes, **options)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("sizes", [SIZES["uneven"], SIZES["ragged"]], ids=["uneven", "ragged"])
+@pytest.mark.parametrize("name", RELATIONS)
+def test_any_relation(everywhere, name, sizes):
+    options = RELATIONS[name]
+    found = everywhere(share, relational_loss, sizes, torch.float64, options)
+    assert_as_one_process(found, relational_loss, sizes, **options)
+
+
+def with_memory(rank, groups):
+    """Two steps of a loss with a memory on all processes: its rows, and the last value and gradient."""
+    sizes, memory, options = SIZES["ragged"], RelationMemory(6, gather=True), {"potential": "cosine", "penalty": "mse"}
+    for _ in range(2):
+        found = share(rank, groups, relational_loss, sizes, torch.float64, options | {"references": memory})
+        x, weights, teacher = embeddings(sum(sizes))
+        rows = own_rows(rank, sizes)
+        memory.update((x @ weights)[rows], teacher[rows])
+    return found, [side.clone() for side in memory.references]
+
+
+@pytest.mark.processes
+def test_memory_is_the_same_on_every_process(everywhere):
+    sizes = SIZES["ragged"]
+    found = everywhere(with_memory)
+    x, weights, teacher = embeddings(sum(sizes))
+    last = [(x @ weights)[-6:], teacher[-6:]]
+    for _, references in found:
+        torch.testing.assert_close(references, last, rtol=1e-12, atol=1e-12)
+    options = {"potential": "cosine", "penalty": "mse", "references": tuple(last)}
+    assert_as_one_process([each for each, _ in found], relational_loss, sizes, **options)
 
 
 @pytest.mark.processes

@@ -27,7 +27,7 @@ FLOORS = [
     ["kernels"],
     ["cores", "environment", "storage", "markdown", "printing"],
 ]
-CORE = ["options", "functional", "losses", "distributed"]
+CORE = ["options", "functional", "relational", "memory", "losses", "distributed"]
 
 
 def modules_of(folder):

@@ -11,19 +11,43 @@ import re
 import pytest
 import torch
 
-from rkd_plugin import RKDAngleLoss, RKDDALoss, RKDDistanceLoss, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
+from rkd_plugin import (
+    RelationalLoss,
+    RKDAngleLoss,
+    RKDDALoss,
+    RKDDistanceLoss,
+    relational_loss,
+    rkd_angle_loss,
+    rkd_da_loss,
+    rkd_distance_loss,
+)
 
-FUNCTIONS = {RKDDistanceLoss: rkd_distance_loss, RKDAngleLoss: rkd_angle_loss, RKDDALoss: rkd_da_loss}
+FUNCTIONS = {
+    RKDDistanceLoss: rkd_distance_loss,
+    RKDAngleLoss: rkd_angle_loss,
+    RKDDALoss: rkd_da_loss,
+    RelationalLoss: relational_loss,
+}
 OPTIONS = {"reduction": "sum", "huber_delta": 0.1, "impl": "reference"}
 GATHER, ANCHORS = {"gather": True}, {"anchors": 0.5}  # not for calls: one needs several processes, the other is random
-WEIGHTS = {"distance_weight": 25.0, "angle_weight": 50.0}
+OWN = {
+    RKDDALoss: {"distance_weight": 25.0, "angle_weight": 50.0},
+    RelationalLoss: {
+        "potential": "cosine",
+        "penalty": "mse",
+        "scale": "softmax",
+        "temperature": 0.5,
+        "neighbours": 3,
+        "references": None,
+    },
+}
 
 every_module = pytest.mark.parametrize("module", FUNCTIONS, ids=lambda m: m.__name__)
 
 
 def other_options(module, called=False):
     """Options that all differ from the defaults."""
-    options = OPTIONS | (WEIGHTS if module is RKDDALoss else {})
+    options = OPTIONS | OWN.get(module, {})
     return options if called else options | GATHER | (ANCHORS if module is not RKDDistanceLoss else {})
 
 
@@ -40,7 +64,7 @@ def test_module(module, changed, monkeypatch):
 
 
 @every_module
-@pytest.mark.parametrize("option", [*OPTIONS, *GATHER, *ANCHORS, *WEIGHTS])
+@pytest.mark.parametrize("option", [*OPTIONS, *GATHER, *ANCHORS, *(option for own in OWN.values() for option in own)])
 def test_every_option_reaches_the_function(module, option, monkeypatch):
     options = other_options(module)
     if option not in options:
@@ -59,7 +83,7 @@ def test_same_options_as_the_function(module):
     function = {
         name: p.default
         for name, p in inspect.signature(FUNCTIONS[module]).parameters.items()
-        if p.kind is p.KEYWORD_ONLY and name not in ("pairs", "triplets")
+        if name not in ("student", "teacher", "pairs", "triplets")
     }
     assert {name: p.default for name, p in inspect.signature(module).parameters.items()} == function
 

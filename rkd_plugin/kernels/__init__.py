@@ -17,8 +17,10 @@ triplets; those that name a row twice add exactly zero. ``pairs`` is ``(from, to
 ``reference`` is the readable one: the oracle of all tests, with derivatives of every order. ``chunked`` runs on any
 device: ``native`` computes its losses on a CPU with a C++ compiler, ``strips`` its cosines anywhere else. ``fused`` is
 for GPUs; it is the only file that imports Triton, and it is imported on first use. They share ``pairwise``: the scale
-of a batch, its squared distances and its mean distance. ``operators`` registers an angle loss with PyTorch. ``choose``
-picks a kernel, and ``derivatives`` raises for a derivative that a fast kernel does not have.
+of a batch, its squared distances and its mean distance. ``potentials`` computes every other relation, with
+``functions`` of the user and ``neighbours``, in strips that are computed again in the backward pass. ``operators``
+registers an angle loss with PyTorch. ``choose`` picks a kernel, and ``derivatives`` raises for a derivative that a fast
+kernel does not have.
 
 A kernel may also have ``sums``, which computes both losses of all pairs and triplets from the rows in one operator;
 `chunked.sums` describes it.

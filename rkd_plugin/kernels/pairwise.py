@@ -227,3 +227,60 @@ def mean_distance(distances: Tensor) -> Tensor:
 def normalise(distances: Tensor) -> Tensor:
     """Divide an ``(N, N)`` matrix by its mean over pairs of distinct rows, duplicates included."""
     return distances / mean_distance(distances)
+
+
+@torch.library.custom_op("rkd_plugin::cross_squares", mutates_args=())
+def _cross_squares(x: Tensor, y: Tensor) -> Tensor:
+    centre = y.mean(-2, keepdim=True) if y.shape[-2] else y.sum(-2, keepdim=True)
+    from_x, from_y = x - centre, y - centre
+    scale = from_x.square().sum(-1, keepdim=True) + from_y.square().sum(-1).unsqueeze(-2)
+    squares = (from_x @ from_y.mT).mul_(-2).add_(scale)
+    *sets, i, j = (squares < GRAM_LIMIT * scale).nonzero(as_tuple=True)
+    if len(i) > MANY_PAIRS * scale.numel():
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+    squares[(*sets, i, j)] = (x[(*sets, i)] - y[(*sets, j)]).square().sum(-1)
+    return squares
+
+
+@_cross_squares.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], y.shape[-2])
+
+
+@torch.library.custom_op("rkd_plugin::cross_squares_backward", mutates_args=())
+def _cross_squares_backward(grad: Tensor, x: Tensor, y: Tensor, squares: Tensor) -> Tensor:
+    centre = y.mean(-2, keepdim=True) if y.shape[-2] else y.sum(-2, keepdim=True)
+    from_x, from_y = x - centre, y - centre
+    to_x = grad.sum(-1, keepdim=True).mul(from_x).sub_(grad @ from_y)
+    if y.shape[-2]:  # as in `_squared_distances_backward`
+        nearest = squares.masked_fill(squares < EQUAL[squares.dtype], torch.inf).amin(-1)
+        for row in (nearest < GRADIENT_LIMIT * from_x.square().sum(-1)).nonzero().tolist():
+            *sets, i = row
+            to_x[(*sets, i)] = grad[(*sets, i)] @ (x[(*sets, i)] - y[tuple(sets)])
+    return to_x.mul_(2)
+
+
+@_cross_squares_backward.register_fake
+def _(grad: Tensor, x: Tensor, y: Tensor, squares: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _differentiate_cross_squares(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, y, squares = ctx.saved_tensors
+    needs_x, needs_y = ctx.needs_input_grad
+    return (
+        _cross_squares_backward(grad, x, y, squares) if needs_x else None,
+        _cross_squares_backward(grad.mT, y, x, squares.mT) if needs_y else None,
+    )
+
+
+_cross_squares.register_autograd(
+    _differentiate_cross_squares,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output),
+)
+
+
+def cross_squares(x: Tensor, y: Tensor) -> Tensor:
+    """``(..., N, D), (..., M, D) -> (..., N, M)``: `squared_distances` from the rows of ``x`` to those of ``y``."""
+    squares: Tensor = _cross_squares(x, y)
+    return squares

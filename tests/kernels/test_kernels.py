@@ -7,6 +7,7 @@ constant in conftest.py.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 
 import oracle
@@ -15,13 +16,14 @@ import torch
 from conftest import TOLERANCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from relations import RELATIONS
 from torch.autograd import functional as autograd_functional
 from torch.autograd import gradgradcheck
 from torch.nn import functional as F
 
 from rkd_plugin.bench import Case, batch, peak_growth
 from rkd_plugin.functional import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
-from rkd_plugin.kernels import native, strips
+from rkd_plugin.kernels import functions, native, strips
 from rkd_plugin.kernels.choose import _KERNELS
 
 # Numbers of float64 at both ends of its range are among the cases.
@@ -29,10 +31,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*distances differ by less than 
 
 SIZES = [0, 1, 2, 3, 17, 64, 129]
 LOSSES = [rkd_distance_loss, rkd_angle_loss]
+KERNELS = [*sorted(_KERNELS), "strips"]
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
-every_kernel = pytest.mark.parametrize("impl", [*sorted(_KERNELS), "strips"], indirect=True)
-every_size = pytest.mark.parametrize("rows", SIZES)
+every_kernel = pytest.mark.parametrize("impl", KERNELS, indirect=True)
+CASES = [(loss, impl) for loss in LOSSES for impl in KERNELS] + list(itertools.product(RELATIONS, sorted(_KERNELS)))
+every_relation = pytest.mark.parametrize(
+    ("loss", "impl"), CASES, ids=lambda x: getattr(x, "__name__", x), indirect=["impl"]
+)
 
 
 @pytest.fixture
@@ -47,8 +53,8 @@ def impl(request, monkeypatch):
 def evaluate(loss, student, teacher, **options):
     """Value per anchor and gradient of the mean."""
     student = student.detach().requires_grad_()
-    value = loss(student, teacher, reduction="anchor", **options)
-    if not len(value):
+    value = loss(student, teacher, **{"reduction": "anchor", **options})
+    if options.get("reduction", "anchor") == "anchor" and not len(value):
         return value.detach(), torch.zeros_like(student)
     value.mean().backward()
     return value.detach(), student.grad
@@ -87,12 +93,14 @@ def assert_within_budget(loss, impl, student, teacher, dtype, tolerance, device)
     assert value.dtype == torch.promote_types(dtype, torch.float32)
     assert gradient.dtype == dtype
     budget = [0.0, 0.0]
-    if len(student) > 1 and all(len(x.unique(dim=0)) == len(x) for x in (student, teacher)):
+    if loss in LOSSES and len(student) > 1 and all(len(x.unique(dim=0)) == len(x) for x in (student, teacher)):
         naive = evaluate(plain(loss), student.to(value.dtype), teacher.to(value.dtype))
         budget = [float((x - y).abs().max()) for x, y in zip(naive, truth, strict=True)]
     # A value is rounded to float32 or better, for every input.
     value_limit = budget[0] + min(tolerance, 1e-6)
     gradient_limit = budget[1] + tolerance * gradient_scale(student.double(), *truth)
+    info = torch.finfo(dtype)
+    gradient_limit += info.tiny * info.eps  # the smallest number of the gradient's dtype
     assert ((value - truth[0]).abs() <= value_limit).all()
     assert ((gradient - truth[1]).abs() <= gradient_limit).all()
 
@@ -131,9 +139,12 @@ HARD = {
 }
 
 
-@every_kernel
-@every_loss
-@every_size
+@pytest.mark.parametrize(
+    ("loss", "impl", "rows"),
+    [(*case, rows) for case in CASES for rows in SIZES if rows <= 17 or case[0] in LOSSES],
+    ids=lambda x: getattr(x, "__name__", x),
+    indirect=["impl"],
+)
 def test_error_budget(loss, impl, rows, dtype, tolerance, device):
     student, teacher = torch.randn(rows, 5), torch.randn(rows, 8)
     assert_within_budget(loss, impl, student, teacher, dtype, tolerance, device)
@@ -268,7 +279,7 @@ def through_a_network(loss, **options):
     return lambda weights: loss(torch.tanh(x @ weights), teacher, **options), torch.randn(4, 3).double()
 
 
-@every_loss
+@pytest.mark.parametrize("loss", [*LOSSES, *RELATIONS], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("huber_delta", [1.0, 0.1])
 def test_second_derivatives_of_the_reference(loss, huber_delta):
     function, weights = through_a_network(loss, impl="reference", huber_delta=huber_delta)
@@ -281,7 +292,7 @@ def test_second_derivatives_of_the_reference(loss, huber_delta):
         torch.testing.assert_close(outer(inner(function))(weights), hessian)
 
 
-@every_loss
+@pytest.mark.parametrize("loss", [*LOSSES, *RELATIONS], ids=lambda f: f.__name__)
 def test_transforms_of_the_reference(loss):
     function, weights = through_a_network(loss, impl="reference")
     leaf = weights.clone().requires_grad_()
@@ -324,12 +335,12 @@ DERIVATIVES = {
 }
 
 
-def assert_raises_for(derivative, impl):
-    function, weights = through_a_network(rkd_da_loss, impl=impl)
+def assert_raises_for(derivative, impl, loss=rkd_da_loss, name="rkd_da_loss"):
+    function, weights = through_a_network(loss, impl=impl)
     with pytest.raises(RuntimeError) as caught:
         DERIVATIVES[derivative](function, weights)
     message = str(caught.value)
-    assert message.startswith(f"rkd_da_loss: impl '{impl}': expected a first derivative in reverse mode, got ")
+    assert message.startswith(f"{name}: impl '{impl}': expected a first derivative in reverse mode, got ")
     assert message.endswith("; use impl='reference'")
 
 
@@ -337,6 +348,8 @@ def assert_raises_for(derivative, impl):
 def test_derivatives_that_a_fast_kernel_does_not_have(derivative):
     """Without the check, each is silently 0 or wrong, or ends in an error of PyTorch."""
     assert_raises_for(derivative, "chunked")
+    for loss in RELATIONS:
+        assert_raises_for(derivative, "chunked", loss, "relational_loss")
 
 
 @every_kernel
@@ -352,8 +365,7 @@ def test_a_gradient_in_a_graph(impl):
     torch.testing.assert_close(gradient.detach(), plain, rtol=0, atol=0)
 
 
-@every_kernel
-@every_loss
+@every_relation
 def test_half_precision_is_computed_in_float32(loss, impl, dtype, device):
     """The value has the same bits as the float32 computation with the same numbers."""
     student, teacher = (x.to(device, dtype) for x in distinct())
@@ -405,8 +417,7 @@ def test_float16_gradient_saturates(impl, device):
     assert student.grad.abs().max() == 65504
 
 
-@every_kernel
-@every_loss
+@every_relation
 @pytest.mark.parametrize("which", ["student", "teacher", "both"])
 def test_duplicates_keep_the_gradient_small(loss, impl, which, dtype, device):
     with_copy, without = duplicated(which)
@@ -453,8 +464,7 @@ def test_two_rows_span_no_angle(impl, dtype, device):
     assert not gradient.any()
 
 
-@every_kernel
-@every_loss
+@every_relation
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize(
     ("rows", "bad", "kind"),
@@ -472,8 +482,7 @@ def test_nan_in_gives_nan_out(loss, impl, side, rows, bad, kind, device):
     assert loss(*batch, impl=impl).isnan()
 
 
-@every_kernel
-@every_loss
+@every_relation
 def test_memory_layout_does_not_matter(loss, impl, dtype, device):
     student, teacher = (x.to(device, dtype) for x in distinct())
     expected = evaluate(loss, student, teacher, impl=impl)
@@ -483,8 +492,7 @@ def test_memory_layout_does_not_matter(loss, impl, dtype, device):
         torch.testing.assert_close(evaluate(loss, *views, impl=impl), expected)
 
 
-@every_kernel
-@every_loss
+@every_relation
 def test_sides_of_different_dtypes(loss, impl, dtype, device):
     """The student's dtype decides; stored teacher vectors are often float64 or float16."""
     student, teacher = distinct()
@@ -506,8 +514,20 @@ def test_strips_and_chunks(monkeypatch, rows, elements):
     torch.testing.assert_close(ours, evaluate(rkd_angle_loss, student, teacher, impl="reference"))
 
 
-@every_kernel
-@every_loss
+@pytest.mark.parametrize("loss", RELATIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "tuple_mean"}, {"anchors": 1.0}], ids=["all", "distinct", "drawn"]
+)
+@pytest.mark.parametrize("elements", [1, 150])
+def test_strips_of_any_relation(loss, options, elements, monkeypatch):
+    """One row, or some rows, at a time: the value and the gradient of one strip."""
+    student, teacher = distinct()
+    expected = evaluate(loss, student, teacher, impl="reference", **options)
+    monkeypatch.setattr(functions, "ELEMENTS", elements)
+    torch.testing.assert_close(evaluate(loss, student, teacher, **options), expected)
+
+
+@every_relation
 def test_upstream_weights(loss, impl):
     """A weight per anchor: different ones, for which the gradient is computed again, equal ones, and zeros."""
     student, teacher = distinct(40)
