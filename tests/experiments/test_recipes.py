@@ -1,3 +1,4 @@
+import importlib
 import json
 import random
 import string
@@ -27,7 +28,7 @@ from rkd_plugin.experiments.recipe import (
 )
 from rkd_plugin.experiments.recipe.anchors import early_aliases
 from rkd_plugin.experiments.recipe.errors import suggest
-from rkd_plugin.experiments.recipe.imports import find_modules_of_user
+from rkd_plugin.experiments.recipe.imports import find_modules_of_user, unlisted_module
 from rkd_plugin.experiments.recipe.reading import Recipe, parse
 from rkd_plugin.experiments.recipe.sections import Task
 from rkd_plugin.experiments.recipe.signatures import arguments, mismatch
@@ -442,6 +443,49 @@ def test_mistake(name):
     assert message in found[path]
 
 
+COMPONENTS, ADAPTER = "rkd_plugin.components", "rkd_plugin.adapters.torchdistill"
+
+
+@pytest.mark.parametrize(
+    ("listed", "missing"),
+    [
+        ([f"{COMPONENTS}.models"], {f"{CRITERION}.criterion.key": ADAPTER, "train.teacher.forward_proc": ADAPTER}),
+        ([f"{COMPONENTS}.models", f"{COMPONENTS}.samplers"], {f"{CRITERION}.criterion.key": ADAPTER}),
+        ([ADAPTER], {"models.student_model.key": f"{COMPONENTS}.models"}),
+        ([f"{COMPONENTS}.baselines", f"{COMPONENTS}.models"], {}),  # it imports the adapter
+        ([f"{{name: .torchdistill, package: {ADAPTER[:-13]}}}", f"{COMPONENTS}.models"], {}),
+    ],
+)
+def test_a_component_without_its_dependency_names_the_module_to_add(listed, missing):
+    """Whatever this process has imported for itself, torchdistill imports only the dependencies."""
+    found = dict(check(read("quickstart/rkd_da", [f"dependencies=[{', '.join(listed)}]"])))
+    assert bool(found) == bool(missing)
+    for path, module in missing.items():
+        assert found[path].endswith(f"; add '{module}' to `dependencies`")
+
+
+def test_every_registered_component_has_a_module_to_add():
+    from torchdistill.core.interfaces import registry as procs
+    from torchdistill.datasets import registry as datasets
+    from torchdistill.losses import registry as losses
+    from torchdistill.models import registry as models
+    from torchdistill.optim import registry as optim
+
+    for name in ("models", "baselines", "few_shot", "samplers"):
+        importlib.import_module(f"{COMPONENTS}.{name}")
+    registries = [value for m in (procs, datasets, losses, models, optim) for value in vars(m).values()]
+    ours = {
+        key: getattr(component, "__module__", "")
+        for registry in registries
+        if isinstance(registry, dict)
+        for key, component in registry.items()
+        if str(getattr(component, "__module__", "")).startswith("rkd_plugin.")
+    }
+    assert {"RKDDALoss", "ConvEmbedding", "DarkRankLoss", "PrototypicalLoss", "EpisodicBatchSampler"} <= ours.keys()
+    for key, place in ours.items():
+        assert f"{place}.".startswith(f"{unlisted_module(key, None, [])}."), key
+
+
 def test_stages_are_checked_like_train():
     recipe = read("quickstart/rkd_da").data
     one = {key: value for key, value in recipe["train"].items() if key != "log_freq"}
@@ -852,7 +896,7 @@ def test_programs_and_what_is_no_module_are_not_imported(name, monkeypatch):
 def test_relative_modules_are_imported_from_their_package():
     good, bad = ("{name: .torchdistill, package: rkd_plugin.adapters}", "{name: .__main__, package: rkd_plugin}")
     assert check(read("quickstart/rkd_da", [f"dependencies=[{good}, rkd_plugin.components.models]"])) == []
-    ((path, message),) = check(read("quickstart/rkd_da", [f"dependencies=[{bad}, rkd_plugin.components.models]"]))
+    ((path, message), *_) = check(read("quickstart/rkd_da", [f"dependencies=[{bad}, rkd_plugin.components.models]"]))
     assert path == "dependencies.0"
     assert "got 'rkd_plugin.__main__', which runs a program" in message
 

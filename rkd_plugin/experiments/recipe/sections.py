@@ -74,7 +74,8 @@ def _dependencies(walk: Walk, value: Any, path: str) -> None:
             case _:
                 walk.report(place, f"expected the name of a module, got {show(entry)}")
                 continue
-        import_for(walk.report, place, *arguments)
+        if module := import_for(walk.report, place, *arguments):
+            walk.modules.add(module.__name__)
 
 
 def _dataset_id(walk: Walk, value: Any, path: str) -> None:

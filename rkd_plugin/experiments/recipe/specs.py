@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rkd_plugin.experiments.recipe.errors import Findings, Problem, suggest
+from rkd_plugin.experiments.recipe.imports import unlisted_module
 from rkd_plugin.experiments.recipe.signatures import bind, mismatch, show, wrong
 from rkd_plugin.experiments.recipe.values import Tagged
 
@@ -24,13 +25,14 @@ class TooManyProblemsError(Exception):
 
 @dataclass
 class Walk:
-    """One walk over a recipe: its data, and the findings so far, each once."""
+    """One walk over a recipe: its data, the names of the imported dependencies, and the findings so far, each once."""
 
     data: Mapping[Any, Any]
     found: dict[Problem, None] = field(default_factory=dict)
     needs: dict[Problem, None] = field(default_factory=dict)
     notes: dict[Problem, None] = field(default_factory=dict)
     unchecked: dict[Problem, None] = field(default_factory=dict)
+    modules: set[str] = field(default_factory=set)
     visited: set[tuple[int, Spec]] = field(default_factory=set)
     built: dict[str, Any] = field(default_factory=dict)
 
@@ -151,11 +153,13 @@ def one_of(kind: str, components: Components) -> Spec:
 
 def find(walk: Walk, key: Any, path: str, kind: str, components: Mapping[str, Any]) -> Any:
     """A registered component; if it does not exist, report a problem and return None."""
-    if isinstance(key, str) and key in components:
-        return components[key]
-    hint = suggest(key, components) if isinstance(key, str) else ""
-    walk.report(path, f"no {kind} is registered as {key!r}{hint}")
-    return None
+    component = components.get(key) if isinstance(key, str) else None
+    unlisted = unlisted_module(key, component, walk.modules) if isinstance(key, str) else None
+    if component is None or unlisted:
+        hint = suggest(key, components) if isinstance(key, str) else ""
+        hint = f"; add {unlisted!r} to `dependencies`" if unlisted else hint
+        walk.report(path, f"no {kind} is registered as {key!r}{hint}")
+    return component
 
 
 @dataclass(frozen=True, eq=False)
