@@ -776,12 +776,12 @@ READINESS = {
     "no checkpoint": (
         ("datasets:\n", "recipe: {teacher: no.pt, task: classification, seed: 0}\ndatasets:\n"),
         f"{TEACHER}.src_ckpt=no.pt",
-        "notes", f"{TEACHER}.src_ckpt", "there is no file 'no.pt'; train that model first, or set recipe.teacher",
+        "missing", f"{TEACHER}.src_ckpt", "there is no file 'no.pt'; train that model first, or set recipe.teacher",
     ),
     "no data": (
         ("FakeData\n    init: {kwargs: {size: 16, ", "ImageFolder\n    init: {kwargs: {root: nowhere, "),
         "dependencies=[custom]",
-        "notes", "datasets.fake/train.init.kwargs.root", "there is no folder 'nowhere'",
+        "missing", "datasets.fake/train.init.kwargs.root", "there is no folder 'nowhere'",
     ),
     "classes of a folder": (
         ("FakeData\n    init: {kwargs: {size: 16, ", "ImageFolder\n    init: {kwargs: {root: data, "),
@@ -843,7 +843,7 @@ def test_a_host_recipe_whose_teacher_stands_still_has_nothing_to_note(host_recip
         "train.teacher.forward_proc=forward_in_eval_mode",
     ]
     find_modules_of_user()
-    assert examine(parse(HOST, Path(host_recipe), [*GIVEN[:3], *still])) == ([], [], [], [])
+    assert examine(parse(HOST, Path(host_recipe), [*GIVEN[:3], *still])) == ([], [], [], [], [])
 
 
 def test_a_key_that_is_an_alias_is_followed():

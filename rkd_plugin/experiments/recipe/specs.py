@@ -30,6 +30,7 @@ class Walk:
     data: Mapping[Any, Any]
     found: dict[Problem, None] = field(default_factory=dict)
     needs: dict[Problem, None] = field(default_factory=dict)
+    missing: dict[Problem, None] = field(default_factory=dict)
     notes: dict[Problem, None] = field(default_factory=dict)
     unchecked: dict[Problem, None] = field(default_factory=dict)
     modules: set[str] = field(default_factory=set)
@@ -44,6 +45,10 @@ class Walk:
         """Add what `rkd run` needs in addition."""
         self._add(self.needs, path, message)
 
+    def lack(self, path: str, message: str) -> None:
+        """Add a file or folder that a run needs and that does not exist."""
+        self._add(self.missing, path, message)
+
     def note(self, path: str, message: str) -> None:
         """Add what runs but is possibly not intended."""
         self._add(self.notes, path, message)
@@ -54,7 +59,7 @@ class Walk:
 
     def findings(self) -> Findings:
         """All findings."""
-        return Findings(list(self.found), list(self.needs), list(self.notes), list(self.unchecked))
+        return Findings(*map(list, (self.found, self.needs, self.missing, self.notes, self.unchecked)))
 
     def _add(self, findings: dict[Problem, None], path: str, message: str) -> None:
         findings[path, message] = None
