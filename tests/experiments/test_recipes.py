@@ -597,6 +597,30 @@ def test_idioms_of_torchdistills_own_recipes_are_no_problems():
     assert check(parse(IDIOMS, Path("idioms.yaml"))) == []
 
 
+TERMS = "train.criterion.kwargs.sub_terms"
+ACCEPTED = {
+    ("kwargs: {weights: IMAGENET1K_V1}", "kwargs: {pretrained: True}"): (
+        "models.student_model.kwargs.pretrained", "torchvision has replaced it; set weights, to a name or to None",
+    ),
+    ("              at_pairs:", "              mod: paper\n              at_pairs:"): (
+        f"{TERMS}.at.criterion.kwargs.mod", "ATLoss ignores this argument; did you mean mode?",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ACCEPTED)
+def test_what_torchdistill_accepts_and_ignores_is_a_note(change):
+    findings = examine(parse(IDIOMS.replace(*change), Path("idioms.yaml")))
+    assert findings.problems == []
+    assert ACCEPTED[change] in findings.notes
+
+
+@pytest.mark.parametrize("legacy", ["pretrained: true, num_clases: 3", "pretrained: true, weights: x"])
+def test_arguments_beside_a_legacy_one_are_checked(legacy):
+    override = f"models.student_model.kwargs={{{legacy}}}"
+    assert check(parse(IDIOMS, Path("idioms.yaml"), [override]))
+
+
 @pytest.mark.parametrize(
     ("override", "path"),
     [

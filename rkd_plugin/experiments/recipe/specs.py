@@ -199,6 +199,7 @@ class Component:
         if "key" in value and not isinstance(value["key"], Tagged):
             component = find(walk, value["key"], f"{path}.key", self.kind, self.components())
             if component is not None:
-                bind(walk.report, path, value["key"], component, kwargs, value.get("args"), given=self.given)
+                args = value.get("args")
+                bind(walk.report, path, value["key"], component, kwargs, args, given=self.given, note=walk.note)
         if isinstance(kwargs, dict):
             walk.visit(self.inside, kwargs, f"{path}.kwargs")
