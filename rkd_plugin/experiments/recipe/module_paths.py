@@ -143,7 +143,7 @@ def _term_paths(term: Mapping[Any, Any], place: str) -> Iterator[Read]:
     known = arguments(loss).named if loss else {}
     default_pool = known["pool"].default if "pool" in known else None
     pool = kwargs.get("pool", default_pool) if "pool" in known else None
-    pool = "map" if criterion.get("key") in _ON_MAPS else pool
+    pool = "map" if str(criterion.get("key")) in _ON_MAPS else pool
 
     def pool_of(side: str) -> Any:
         return pool.get(side, default_pool) if isinstance(pool, dict) else pool
