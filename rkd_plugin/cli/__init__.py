@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import rkd_plugin
-from rkd_plugin.cli import bench, check, embed, ls, reproduce, run
+from rkd_plugin.cli import balance, bench, check, embed, ls, reproduce, run
 from rkd_plugin.cli import eval as evaluate
 from rkd_plugin.cli.arguments import unrecognized
 from rkd_plugin.cli.failures import one_sentence
@@ -24,6 +24,7 @@ from rkd_plugin.printing import report
 VERBS: dict[str, ModuleType] = {
     "ls": ls,
     "check": check,
+    "balance": balance,
     "run": run,
     "eval": evaluate,
     "reproduce": reproduce,

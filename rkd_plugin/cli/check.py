@@ -7,7 +7,7 @@ import argparse
 from rkd_plugin.cli.arguments import add_recipe
 from rkd_plugin.printing import show
 
-ABOUT = "report every problem of a recipe, without running it"
+ABOUT = "report problems of a recipe (exit status 1) and missing files (exit status 0), without running it"
 EXAMPLES = ("check quickstart/rkd_da", "check my_recipe.yaml train.num_epochs=2")
 SHARES_WORK = False
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> None:
-    """Print notes and what was not checked, and raise the problems."""
+    """Print notes, missing files, what was not checked and a summary, and raise the problems."""
     from rkd_plugin.experiments.recipe import RecipeError, examine, read
     from rkd_plugin.experiments.recipe.errors import described
 

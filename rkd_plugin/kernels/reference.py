@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rkd_plugin.kernels.pairwise import inverse_lengths, normalise, rescale, safe_sqrt
+from rkd_plugin.kernels.pairwise import normalise, rescale, safe_sqrt
 
 
 def relations(x: Tensor) -> Tensor:
@@ -50,7 +50,9 @@ def angle(
 
     def psi(differences: Tensor) -> Tensor:
         differences = differences[:vertices]
-        units = differences * inverse_lengths(differences.square().sum(-1, keepdim=True))
+        lengths = safe_sqrt(differences.square().sum(-1, keepdim=True))
+        # A division, as the derivative of an inverse length would overflow below 1e-103.
+        units = differences / lengths.masked_fill(lengths == 0, torch.inf)
         return units @ units.mT
 
     losses = huber(psi(student), psi(teacher), huber_delta)

@@ -216,8 +216,10 @@ def _external(path: Path) -> ArrayReader:
         raise ValueError(f"expected a folder or a file of the kinds {', '.join(_ARRAYS)}, got {suffix or 'no suffix'}")
     try:
         values = _ARRAYS[suffix](path)
-    except (ValueError, MemoryError):
+    except ValueError:
         raise
+    except MemoryError as error:
+        raise ValueError(f"{path.name} describes an array that does not fit into memory") from error
     except Exception as error:  # the libraries raise many types for a truncated or wrong file
         raise ValueError(f"{path.name} could not be read: {' '.join(str(error).split())[:200]}") from error
     return ArrayReader(_checked(values, is_bfloat16=suffix == ".safetensors"), path)

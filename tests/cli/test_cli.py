@@ -54,9 +54,18 @@ for words in {HELP}:
     assert done.returncode == 0, done.stderr
 
 
-def test_check_of_a_good_recipe(capsys):
+READY = "quickstart/rkd_da: no problems in the recipe, no notes"
+
+
+def test_check_of_a_good_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     assert main(["check", "quickstart/rkd_da"]) == 0
-    assert capsys.readouterr().out.startswith("quickstart/rkd_da: no problems, 1 note\n")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "missing files and folders:"
+    assert said[-1] == f"{READY}; not ready to run: 1 file is missing"
+    (tmp_path / "teacher.pt").touch()
+    assert main(["check", "quickstart/rkd_da", "recipe.teacher_checkpoint=teacher.pt"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == READY
 
 
 def test_check_of_a_bad_recipe(capsys):
@@ -299,7 +308,7 @@ def test_the_wheel_works_away_from_the_checkout(tmp_path):
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
 
     assert "quickstart/rkd_da" in rkd("ls")
-    assert rkd("check", "quickstart/rkd_da").startswith("quickstart/rkd_da: no problems, 1 note\n")
+    assert rkd("check", "quickstart/rkd_da").splitlines()[-1].startswith(READY)
     where = [
         python,
         "-c",

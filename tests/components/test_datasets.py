@@ -240,7 +240,9 @@ def archive(path, kind, *members):
         return path
     with tarfile.open(path, "w:gz") as tarred:
         for name, member in members:
-            info = tarfile.TarInfo(name)
+            info = tarfile.TarInfo("data/innocent" if kind == "sparse tar" else name)
+            if kind == "sparse tar":  # readers take the name of a sparse file from this header
+                info.pax_headers = {"GNU.sparse.name": name}
             info.type, info.linkname = member, "data/target"  # inside, as filters allow it
             info.size = 4 if member == tarfile.REGTYPE else 0
             tarred.addfile(info, io.BytesIO(b"evil"))
@@ -267,9 +269,11 @@ HOSTILE = {
 
 
 IN_ZIP = ("a symbolic link", "a pipe", "climbing", "absolute", "a backslash", "another case", "no such folder")
+SPARSE = ("climbing", "absolute", "a backslash", "a duplicate", "another case", "a file that is a folder")
+IN_KINDS = {"tar": HOSTILE, "zip": IN_ZIP, "sparse tar": SPARSE}
 
 
-@pytest.mark.parametrize(("name", "kind"), [*((name, "tar") for name in HOSTILE), *((name, "zip") for name in IN_ZIP)])
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for kind, names in IN_KINDS.items() for name in names])
 def test_an_archive_raises_before_a_file_is_written(name, kind, tmp_path, monkeypatch):
     """By our own check of its members, as the filters of Python differ between versions."""
     members, reason = HOSTILE[name]

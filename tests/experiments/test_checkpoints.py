@@ -105,6 +105,41 @@ def test_a_version_of_a_module_is_kept(tmp_path):
     load_weights(torchvision.models.mnasnet0_5(num_classes=2), read_weights(tmp_path / "a.pt"), tmp_path, "a.yaml")
 
 
+@pytest.mark.parametrize("prefix", ["model.", "net.", "backbone.", "encoder.", "student.", "model._orig_mod.net."])
+def test_a_prefix_of_all_names_is_removed(prefix, tmp_path, capsys):
+    """MNASNet of torchvision raises for weights without a version, which PyTorch saves by the name of the module."""
+    model, other = (torchvision.models.mnasnet0_5(num_classes=2) for _ in range(2))
+    holder = nn.Module()
+    inner = holder
+    for name in prefix.split(".")[:-2]:
+        inner.add_module(name, nn.Module())
+        inner = getattr(inner, name)
+    inner.add_module(prefix.split(".")[-2], model)
+    holder.metric = nn.Linear(2, 2)
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": holder.state_dict(), "epoch": 3, "hyper_parameters": {"width": 2}}, path)
+    load_weights(other, read_weights(path), path, "a.yaml")
+    plain = prefix.replace("_orig_mod.", "")
+    printed = f"{path}: reading the weights with the prefix '{plain}', which is removed, and leaving out 2 others\n"
+    assert capsys.readouterr().err == printed
+    assert all(map(torch.equal, other.state_dict().values(), model.state_dict().values()))
+
+
+def test_prefixes_that_do_not_fit_or_are_several(tmp_path):
+    path, state = tmp_path / "a.ckpt", network().state_dict()
+    both = {f"{side}.{name}": value for side in ("student", "teacher") for name, value in state.items()}
+    match = r"a\.ckpt: expected one prefix without which the names fit, got student\., teacher\.; save one part: torch"
+    one_sentence(ValueError, match, load_weights, network(), both, path, "b")
+    part = {f"model.{name}": value for name, value in state.items() if name != "3.bias"}
+    one_sentence(
+        ValueError, r"it lacks 0\.weight, .*it has in addition model\.0", load_weights, network(), part, path, "b"
+    )
+    more = {**{f"model.{name}": value for name, value in state.items()}, "model.4.weight": state["0.weight"]}
+    one_sentence(ValueError, r"it lacks 0\.weight", load_weights, network(), more, path, "b")
+    wide = {f"model.{name}": value for name, value in network(6).state_dict().items()}
+    one_sentence(ValueError, r"; 0\.weight is|: 0\.weight is \(6", load_weights, network(), wide, path, "b")
+
+
 class Touch:
     def __init__(self, call, *arguments):
         self.reduced = call, arguments

@@ -331,7 +331,7 @@ def test_files_that_never_end_are_not_read(tmp_path, monkeypatch):
         with pytest.raises(RecipeError, match="neither a file nor a packaged recipe"):
             read(name)
     findings = examine(read("quickstart/rkd_da", ["models.teacher_model.src_ckpt=x.pt"]))
-    assert any("there is no file 'x.pt'" in note for _, note in findings.notes)
+    assert any("there is no file 'x.pt'" in note for _, note in findings.missing)
 
 
 def test_only_what_stands_where_a_key_stands_is_imported():

@@ -10,6 +10,11 @@ from rkd_plugin.experiments.recipe.module_paths import check_module_paths
 from rkd_plugin.experiments.recipe.specs import Walk
 
 
+def pair_of(path):
+    """A pair as in torchdistill's ATLoss, and the four modules of its FSPLoss."""
+    return {f"{side}{end}": {"path": path, "io": "output"} for side in ("student", "teacher") for end in ("", "_first")}
+
+
 def walked(model, path, loss="RKDDALoss", **kwargs):
     """The findings for a loss between two models of one kind."""
     known = {"key": model, "kwargs": {}}
@@ -75,6 +80,28 @@ def test_a_pool_that_does_not_fit_a_module_is_known_before(model, path, pool, mo
     assert expected is None or expected in problems[0]
 
 
+ON_MAPS = {
+    ("vit_b_16", "encoder.ln"): "expected a map (N, C, H, W), got (2, 197, 768), whose channels are last; name another",
+    ("swin_t", "features.7"): "expected a map (N, C, H, W), got (2, 7, 7, 768), whose channels are last; name another",
+    ("swin_t", "flatten"): "expected a map (N, C, H, W), got (2, 768); name another",
+    ("swin_t", "permute"): None,
+    ("resnet18", "layer4"): None,
+}
+
+
+@pytest.mark.parametrize(("loss", "pairs"), [("ATLoss", "at"), ("FSPLoss", "fsp"), ("ChSimLoss", "feature")])
+@pytest.mark.parametrize(("model", "path"), ON_MAPS)
+def test_losses_of_torchdistill_on_maps_whose_channels_are_last(model, path, loss, pairs):
+    """They take axis 1 for the channels, and give a number for any map."""
+    walk = walked(model, path, loss, **{f"{pairs}_pairs": {"one": pair_of(path)}})
+    found = [(place, text) for place, text in walk.found if f"{pairs}_pairs" in place]
+    expected = ON_MAPS[model, path]
+    places = {place.removeprefix("train.criterion.kwargs.sub_terms.rkd.criterion.kwargs.") for place, _ in found}
+    ends = (f"{side}{end}.path" for side in ("student", "teacher") for end in ("", "_first"))
+    assert places == ({f"{pairs}_pairs.one.{end}" for end in ends} if expected else set())
+    assert all(expected in text for _, text in found)
+
+
 def test_a_map_that_torchdistill_would_flatten_is_noted():
     for path, pool, count in (("layer4", "auto", 2), ("layer4", "avg", 0), ("avgpool", "auto", 0)):
         walk = walked("resnet18", path, pool=pool)
@@ -85,7 +112,10 @@ def test_a_map_that_torchdistill_would_flatten_is_noted():
 
 def test_a_model_that_takes_no_images_is_not_guessed_at(monkeypatch):
     monkeypatch.setitem(MODEL_DICT, "Rows", lambda: nn.Sequential(nn.Linear(5, 5)))
-    assert found("Rows", "0") == []
+    walk = walked("Rows", "0")
+    assert not walk.found
+    assert all("as the model does not run on images" in text for _, text in walk.unchecked)
+    assert len(walk.unchecked) == 2
 
 
 def test_the_arguments_of_torchdistills_loss_are_translated():

@@ -1,3 +1,4 @@
+import importlib
 import json
 import random
 import string
@@ -27,7 +28,7 @@ from rkd_plugin.experiments.recipe import (
 )
 from rkd_plugin.experiments.recipe.anchors import early_aliases
 from rkd_plugin.experiments.recipe.errors import suggest
-from rkd_plugin.experiments.recipe.imports import find_modules_of_user
+from rkd_plugin.experiments.recipe.imports import find_modules_of_user, unlisted_module
 from rkd_plugin.experiments.recipe.reading import Recipe, parse
 from rkd_plugin.experiments.recipe.sections import Task
 from rkd_plugin.experiments.recipe.signatures import arguments, mismatch
@@ -442,6 +443,49 @@ def test_mistake(name):
     assert message in found[path]
 
 
+COMPONENTS, ADAPTER = "rkd_plugin.components", "rkd_plugin.adapters.torchdistill"
+
+
+@pytest.mark.parametrize(
+    ("listed", "missing"),
+    [
+        ([f"{COMPONENTS}.models"], {f"{CRITERION}.criterion.key": ADAPTER, "train.teacher.forward_proc": ADAPTER}),
+        ([f"{COMPONENTS}.models", f"{COMPONENTS}.samplers"], {f"{CRITERION}.criterion.key": ADAPTER}),
+        ([ADAPTER], {"models.student_model.key": f"{COMPONENTS}.models"}),
+        ([f"{COMPONENTS}.baselines", f"{COMPONENTS}.models"], {}),  # it imports the adapter
+        ([f"{{name: .torchdistill, package: {ADAPTER[:-13]}}}", f"{COMPONENTS}.models"], {}),
+    ],
+)
+def test_a_component_without_its_dependency_names_the_module_to_add(listed, missing):
+    """Whatever this process has imported for itself, torchdistill imports only the dependencies."""
+    found = dict(check(read("quickstart/rkd_da", [f"dependencies=[{', '.join(listed)}]"])))
+    assert bool(found) == bool(missing)
+    for path, module in missing.items():
+        assert found[path].endswith(f"; add '{module}' to `dependencies`")
+
+
+def test_every_registered_component_has_a_module_to_add():
+    from torchdistill.core.interfaces import registry as procs
+    from torchdistill.datasets import registry as datasets
+    from torchdistill.losses import registry as losses
+    from torchdistill.models import registry as models
+    from torchdistill.optim import registry as optim
+
+    for name in ("models", "baselines", "few_shot", "samplers"):
+        importlib.import_module(f"{COMPONENTS}.{name}")
+    registries = [value for m in (procs, datasets, losses, models, optim) for value in vars(m).values()]
+    ours = {
+        key: getattr(component, "__module__", "")
+        for registry in registries
+        if isinstance(registry, dict)
+        for key, component in registry.items()
+        if str(getattr(component, "__module__", "")).startswith("rkd_plugin.")
+    }
+    assert {"RKDDALoss", "ConvEmbedding", "DarkRankLoss", "PrototypicalLoss", "EpisodicBatchSampler"} <= ours.keys()
+    for key, place in ours.items():
+        assert f"{place}.".startswith(f"{unlisted_module(key, None, [])}."), key
+
+
 def test_stages_are_checked_like_train():
     recipe = read("quickstart/rkd_da").data
     one = {key: value for key, value in recipe["train"].items() if key != "log_freq"}
@@ -551,6 +595,30 @@ test:
 
 def test_idioms_of_torchdistills_own_recipes_are_no_problems():
     assert check(parse(IDIOMS, Path("idioms.yaml"))) == []
+
+
+TERMS = "train.criterion.kwargs.sub_terms"
+ACCEPTED = {
+    ("kwargs: {weights: IMAGENET1K_V1}", "kwargs: {pretrained: True}"): (
+        "models.student_model.kwargs.pretrained", "torchvision has replaced it; set weights, to a name or to None",
+    ),
+    ("              at_pairs:", "              mod: paper\n              at_pairs:"): (
+        f"{TERMS}.at.criterion.kwargs.mod", "ATLoss ignores this argument; did you mean mode?",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ACCEPTED)
+def test_what_torchdistill_accepts_and_ignores_is_a_note(change):
+    findings = examine(parse(IDIOMS.replace(*change), Path("idioms.yaml")))
+    assert findings.problems == []
+    assert ACCEPTED[change] in findings.notes
+
+
+@pytest.mark.parametrize("legacy", ["pretrained: true, num_clases: 3", "pretrained: true, weights: x"])
+def test_arguments_beside_a_legacy_one_are_checked(legacy):
+    override = f"models.student_model.kwargs={{{legacy}}}"
+    assert check(parse(IDIOMS, Path("idioms.yaml"), [override]))
 
 
 @pytest.mark.parametrize(
@@ -732,12 +800,12 @@ READINESS = {
     "no checkpoint": (
         ("datasets:\n", "recipe: {teacher: no.pt, task: classification, seed: 0}\ndatasets:\n"),
         f"{TEACHER}.src_ckpt=no.pt",
-        "notes", f"{TEACHER}.src_ckpt", "there is no file 'no.pt'; train that model first, or set recipe.teacher",
+        "missing", f"{TEACHER}.src_ckpt", "there is no file 'no.pt'; train that model first, or set recipe.teacher",
     ),
     "no data": (
         ("FakeData\n    init: {kwargs: {size: 16, ", "ImageFolder\n    init: {kwargs: {root: nowhere, "),
         "dependencies=[custom]",
-        "notes", "datasets.fake/train.init.kwargs.root", "there is no folder 'nowhere'",
+        "missing", "datasets.fake/train.init.kwargs.root", "there is no folder 'nowhere'",
     ),
     "classes of a folder": (
         ("FakeData\n    init: {kwargs: {size: 16, ", "ImageFolder\n    init: {kwargs: {root: data, "),
@@ -799,7 +867,7 @@ def test_a_host_recipe_whose_teacher_stands_still_has_nothing_to_note(host_recip
         "train.teacher.forward_proc=forward_in_eval_mode",
     ]
     find_modules_of_user()
-    assert examine(parse(HOST, Path(host_recipe), [*GIVEN[:3], *still])) == ([], [], [], [])
+    assert examine(parse(HOST, Path(host_recipe), [*GIVEN[:3], *still])) == ([], [], [], [], [])
 
 
 def test_a_key_that_is_an_alias_is_followed():
@@ -852,7 +920,7 @@ def test_programs_and_what_is_no_module_are_not_imported(name, monkeypatch):
 def test_relative_modules_are_imported_from_their_package():
     good, bad = ("{name: .torchdistill, package: rkd_plugin.adapters}", "{name: .__main__, package: rkd_plugin}")
     assert check(read("quickstart/rkd_da", [f"dependencies=[{good}, rkd_plugin.components.models]"])) == []
-    ((path, message),) = check(read("quickstart/rkd_da", [f"dependencies=[{bad}, rkd_plugin.components.models]"]))
+    ((path, message), *_) = check(read("quickstart/rkd_da", [f"dependencies=[{bad}, rkd_plugin.components.models]"]))
     assert path == "dependencies.0"
     assert "got 'rkd_plugin.__main__', which runs a program" in message
 

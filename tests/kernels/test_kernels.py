@@ -246,6 +246,22 @@ def test_any_magnitudes_of_rows(loss, seed, powers, offset, wide):
 
 
 @every_kernel
+@pytest.mark.parametrize("distance", [1e-103, 1e-149])
+def test_the_gradient_between_rows_that_nearly_count_as_equal(impl, distance):
+    """It grows with the inverse of the distance, up to the limit 2^-500 = 3e-151."""
+
+    def at(distance):
+        student[1, 0] = distance
+        return distance * evaluate(rkd_angle_loss, student, teacher, impl=impl)[1]
+
+    student, teacher = torch.randn(5, 3).double(), torch.randn(5, 4).double()
+    student[:2] = 0
+    near = at(1e-50)
+    # Along the difference the angles do not change, up to the rounding of the terms that cancel.
+    torch.testing.assert_close(at(distance), near, rtol=1e-10, atol=1e-12 * float(near.abs().max()))
+
+
+@every_kernel
 @pytest.mark.parametrize("which", [0, 1])
 def test_index_tuples_of_rows_far_apart(impl, which):
     """All tuples as indices, which is the loss itself."""

@@ -21,12 +21,14 @@ class Findings(NamedTuple):
     Attributes:
         problems: what torchdistill or `rkd run` fails on.
         needs: what `rkd run` needs and torchdistill does not; overrides can add it.
-        notes: what runs but is possibly not intended, and files that are missing.
+        missing: files and folders that a run needs and that do not exist.
+        notes: what runs but is possibly not intended.
         unchecked: what was not checked, and why.
     """
 
     problems: list[Problem]
     needs: list[Problem]
+    missing: list[Problem]
     notes: list[Problem]
     unchecked: list[Problem]
 
@@ -54,20 +56,30 @@ class RecipeError(ValueError):
 
 
 def described(source: object, findings: Findings) -> str:
-    """What `rkd check` prints in addition to the problems.
+    """What `rkd check` prints in addition to the problems; the last line says whether a run can start.
 
     Example:
-        >>> print(described("a.yaml", Findings([], [], [("train.teacher", "a note")], [])))
-        a.yaml: no problems, 1 note
-          train.teacher: a note
+        >>> print(described("a.yaml", Findings([], [], [("models.model.src_ckpt", "there is no file 'a.pt'")], [], [])))
+        missing files and folders:
+          models.model.src_ckpt: there is no file 'a.pt'
         not checked: images, labels and checkpoints, as none is loaded; time and memory
+        a.yaml: no problems in the recipe, no notes; not ready to run: 1 file is missing
     """
-    parts = [f"{source}: {counted(findings.problems, 'problem')}, {counted(findings.notes, 'note')}"]
-    parts += lines(findings.notes)
-    if findings.needs:
-        parts += ["`rkd run` needs in addition, in the file or on its command line:", *lines(findings.needs)]
+    listed = {
+        "notes:": findings.notes,
+        "`rkd run` needs in addition, in the file or on its command line:": findings.needs,
+        "missing files and folders:": findings.missing,
+    }
+    parts = [part for title, items in listed.items() if items for part in (title, *lines(items))]
     parts += ["not checked: images, labels and checkpoints, as none is loaded; time and memory"]
-    return "\n".join([printable(parts[0]), *parts[1:], *lines(findings.unchecked)])
+    summary = f"{source}: {counted(findings.problems, 'problem')} in the recipe, {counted(findings.notes, 'note')}"
+    lacking = [
+        f"{counted(items, name)} {'is' if len(items) == 1 else 'are'} missing"
+        for name, items in (("setting", findings.needs), ("file", findings.missing))
+        if items
+    ]
+    ready = f"; not ready to run: {' and '.join(lacking)}" if lacking else ""
+    return "\n".join([*parts, *lines(findings.unchecked), printable(summary + ready)])
 
 
 def counted(items: Sequence[object], name: str) -> str:

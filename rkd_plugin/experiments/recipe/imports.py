@@ -8,11 +8,17 @@ import importlib.util
 import os
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import Any
 
 from rkd_plugin.experiments.recipe.errors import suggest
 
+# Modules whose import registers components in torchdistill.
+_REGISTERING = (
+    "rkd_plugin.adapters.torchdistill",
+    *(f"rkd_plugin.components.{name}" for name in ("models", "baselines", "few_shot", "samplers")),
+)
 # Modules of Python itself that run a program when they are imported.
 _PROGRAMS = {"__hello__", "__phello__", "antigravity", "idlelib.idle", "test.autotest", "this"}
 
@@ -83,3 +89,40 @@ def _modules_in(package: str) -> list[str]:
         return [module.name for module in pkgutil.iter_modules(places)]
     except (Exception, SystemExit):  # the package cannot be imported
         return []
+
+
+def unlisted_module(key: str, component: Any, dependencies: Iterable[str]) -> str | None:
+    """The module of this package that registers a component and that no dependency imports; None if there is none.
+
+    A registry alone does not show it: it also has the components of modules that this process imported for itself.
+
+    Args:
+        key: the name of the component.
+        component: what is registered under this name, None if nothing is.
+        dependencies: names of imported modules.
+    """
+    if component is not None and not _is_ours(component):
+        return None
+    for wanted in _REGISTERING:
+        found = getattr(import_for(None, "", wanted), key, None)
+        if _is_inside(getattr(found, "__module__", ""), wanted):
+            is_listed = component is not None and any(_imports(name, wanted, set()) for name in dependencies)
+            return None if is_listed else wanted
+    return None
+
+
+def _is_ours(component: Any) -> bool:
+    return str(getattr(component, "__module__", "")).startswith("rkd_plugin.")
+
+
+def _is_inside(name: str, package: str) -> bool:
+    return f"{name}.".startswith(f"{package}.")
+
+
+def _imports(name: str, wanted: str, seen: set[str]) -> bool:
+    """Whether a module is, or has something from, a module of this package; True for modules of other packages."""
+    if not name.startswith("rkd_plugin.") or _is_inside(name, wanted):
+        return True
+    seen.add(name)
+    names = {value.__module__ for value in vars(sys.modules[name]).values() if _is_ours(value)}
+    return any(_imports(other, wanted, seen) for other in names - seen)

@@ -17,6 +17,8 @@ from rkd_plugin.experiments.recipe.signatures import arguments
 from rkd_plugin.experiments.recipe.specs import Walk
 
 _SIDED = re.compile(r"(student|teacher)_.*path")
+# Losses of torchdistill that take axis 1 for the channels, without a check.
+_ON_MAPS = {"AffinityLoss", "ATLoss", "ChSimLoss", "FSPLoss"}
 
 
 def check_module_paths(walk: Walk) -> None:
@@ -114,7 +116,7 @@ def _reaches(module: Any, path: str) -> bool:
 class Read(NamedTuple):
     """What a loss reads: its place in the recipe, the side, the module path, input or output, and the pooling.
 
-    ``pool`` is None for a loss that does not pool.
+    ``pool`` is ``"map"`` for a loss that needs ``(N, C, H, W)``, and None for other losses that do not pool.
     """
 
     place: str
@@ -141,6 +143,7 @@ def _term_paths(term: Mapping[Any, Any], place: str) -> Iterator[Read]:
     known = arguments(loss).named if loss else {}
     default_pool = known["pool"].default if "pool" in known else None
     pool = kwargs.get("pool", default_pool) if "pool" in known else None
+    pool = "map" if str(criterion.get("key")) in _ON_MAPS else pool
 
     def pool_of(side: str) -> Any:
         return pool.get(side, default_pool) if isinstance(pool, dict) else pool
@@ -154,7 +157,7 @@ def _term_paths(term: Mapping[Any, Any], place: str) -> Iterator[Read]:
             yield Read(f"{place}.{key}", match[1], kwargs[key], kwargs.get(io, default_io), pool_of(match[1]))
         elif not known[key].required and known[key].default is None:
             yield Read(f"{place}.{key}", match[1], None, "output", pool_of(match[1]))
-    yield from _pair_paths(kwargs, place)
+    yield from _pair_paths(kwargs, place, pool)
     if "criterion" in kwargs:  # a loss that wraps another one
         yield from _term_paths(kwargs, place)
 
@@ -167,12 +170,12 @@ def _wrapper_paths(kwargs: Mapping[Any, Any], path: str) -> Iterator[Read]:
             yield Read(f"{path}.{name}.module_path", side, config.get("module_path"), config.get("io"))
 
 
-def _pair_paths(kwargs: Mapping[Any, Any], path: str) -> Iterator[Read]:
+def _pair_paths(kwargs: Mapping[Any, Any], path: str, pool: Any) -> Iterator[Read]:
     """Pairs such as ``{student: {path: layer1, io: output}, teacher: {...}}`` at any depth."""
     for place, config in _mappings(kwargs, path):
         side = re.match(r"student|teacher", place.rpartition(".")[2])
         if side and "path" in config and "io" in config:
-            yield Read(f"{place}.path", side[0], config["path"], config["io"])
+            yield Read(f"{place}.path", side[0], config["path"], config["io"], pool)
 
 
 def _check_hooked(walk: Walk, place: str, module_path: Any, io: Any, side: Mapping[Any, Any], path: str) -> None:
@@ -186,7 +189,7 @@ def _check_hooked(walk: Walk, place: str, module_path: Any, io: Any, side: Mappi
 
 
 def _check_pools(walk: Walk, model: nn.Module, reads: list[Read]) -> None:
-    """Report pools that do not fit the outputs of the modules, by one forward pass on the meta device."""
+    """Report pools and losses that do not fit the outputs of the modules, by one forward pass on the meta device."""
     pooled = [
         read
         for read in reads
@@ -197,7 +200,7 @@ def _check_pools(walk: Walk, model: nn.Module, reads: list[Read]) -> None:
     ]
     if not pooled:
         return
-    # A loss that pools was found, so that the adapter is imported already.
+    # The adapter loads pytorch-metric-learning, which a recipe without such losses does not need.
     from rkd_plugin.adapters.torchdistill import is_channels_last, pooling, reading
 
     values: Mapping[tuple[str, str], Any] = {}
@@ -211,12 +214,19 @@ def _check_pools(walk: Walk, model: nn.Module, reads: list[Read]) -> None:
             continue
         break
     for read in pooled:
+        where = f"the {read.io} of the {read.side}'s {read.path!r}"
         if (read.path, read.io) not in values:
+            walk.skip(read.place, f"the shape of {where}, as the model does not run on images of usual sizes")
             continue
         value = values[read.path, read.io]
-        where = f"the {read.io} of the {read.side}'s {read.path!r}"
         if not isinstance(value, Tensor):
             walk.report(read.place, f"{where}: expected one tensor, got {type(value).__name__}; name another module")
+            continue
+        last = is_channels_last(value.shape) if value.ndim > 3 else _normalizes(model, value.shape[-1])
+        if read.pool == "map":
+            if last or value.ndim < 3:
+                found = f"{tuple(value.shape)}{', whose channels are last' * (value.ndim > 2)}"
+                walk.report(read.place, f"{where}: expected a map (N, C, H, W), got {found}; name another module")
             continue
         try:
             name = pooling(value, read.pool)
@@ -231,7 +241,6 @@ def _check_pools(walk: Walk, model: nn.Module, reads: list[Read]) -> None:
                 f"{where} is a map {tuple(value.shape)}, which is averaged over its positions; "
                 "torchdistill's RKDLoss flattens it; set pool to 'avg' or 'flatten'",
             )
-        last = is_channels_last(value.shape) if value.ndim > 3 else _normalizes(model, value.shape[-1])
         # The images are square, and so are the maps.
         first = value.ndim > 3 and value.shape[-1] == value.shape[-2] != value.shape[1]
         if (name == "avg" and last) or (name == "avg_channels_last" and first):

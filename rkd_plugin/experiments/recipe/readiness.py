@@ -70,7 +70,7 @@ def _check_data_folders(walk: Walk) -> None:
         root = kwargs.get("root")
         if isinstance(root, str) and kwargs.get("download") is not True and not _exists(root):
             hint = f"; get the data{_setting_of(walk, root)}"
-            walk.note(f"{path}.init.kwargs.root", f"there is no folder {root!r}{hint}")
+            walk.lack(f"{path}.init.kwargs.root", f"there is no folder {root!r}{hint}")
 
 
 def _check_checkpoints(walk: Walk) -> None:
@@ -81,7 +81,7 @@ def _check_checkpoints(walk: Walk) -> None:
             continue
         if isinstance(checkpoint, str) and not _exists(checkpoint, is_file=True):
             hint = f"; train that model first{_setting_of(walk, checkpoint)}"
-            walk.note(f"models.{name}.src_ckpt", f"there is no file {checkpoint!r}{hint}")
+            walk.lack(f"models.{name}.src_ckpt", f"there is no file {checkpoint!r}{hint}")
 
 
 def _check_weights(walk: Walk) -> None:

@@ -138,8 +138,8 @@ def examine(recipe: Recipe) -> Findings:
     Files are checked for existence only.
 
     Returns:
-        Pairs of a YAML path and a sentence: problems, what `rkd run` needs in addition, notes, and what was not
-        checked.
+        Pairs of a YAML path and a sentence: problems, what `rkd run` needs in addition, missing files, notes, and what
+        was not checked.
     """
     from rkd_plugin.experiments.recipe.checking import examined  # loads the hosts, which reading does not need
 

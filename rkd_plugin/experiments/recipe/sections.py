@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+import torchvision
 from torch.utils.data import DataLoader
 from torchdistill.core.interfaces import registry as procs
 from torchdistill.datasets import registry as datasets
@@ -46,10 +47,20 @@ _MODEL_OTHERS: dict[str, Spec] = {
 }
 
 
+# Arguments that torchvision still accepts.
+_LEGACY = {"pretrained", "pretrained_backbone"}
+
+
 def _model(walk: Walk, value: Any, path: str) -> None:
     if isinstance(value, dict) and value.get("repo_or_dir") is not None:
         return  # torch.hub downloads it, so that nothing can be checked
     is_quantized = isinstance(value, dict) and value.get("quantized") is True
+    for name in _LEGACY & set(mapping(mapping(value).get("kwargs"))):
+        if str(value.get("key")) in torchvision.models.list_models():
+            kwargs = {key: given for key, given in value["kwargs"].items() if key != name}
+            value = {**value, "kwargs": kwargs}
+            new = name.replace("pretrained", "weights")
+            walk.note(f"{path}.kwargs.{name}", f"torchvision has replaced it; set {new}, to a name or to None")
     Component("model", functools.partial(model_builders, is_quantized), others=_MODEL_OTHERS)(walk, value, path)
 
 
@@ -74,7 +85,8 @@ def _dependencies(walk: Walk, value: Any, path: str) -> None:
             case _:
                 walk.report(place, f"expected the name of a module, got {show(entry)}")
                 continue
-        import_for(walk.report, place, *arguments)
+        if module := import_for(walk.report, place, *arguments):
+            walk.modules.add(module.__name__)
 
 
 def _dataset_id(walk: Walk, value: Any, path: str) -> None:

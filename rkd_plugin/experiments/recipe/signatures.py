@@ -42,12 +42,14 @@ class Arguments:
         positional: the names of those that can be passed by position, in order.
         is_open: whether other keywords can be passed, or are unknown.
         is_variadic: whether any number of positional arguments can be passed.
+        ignores: whether other keywords can be passed and are not used.
     """
 
     named: Mapping[str, Argument] = field(default_factory=dict)
     positional: Sequence[str] = ()
     is_open: bool = False
     is_variadic: bool = False
+    ignores: bool = False
 
     def without(self, given: int, names: Collection[str]) -> Arguments:
         """The arguments that remain after some are passed, by position and by name."""
@@ -93,6 +95,7 @@ def bind(
     *,
     given: int = 0,
     taken: Collection[str] = (),
+    note: Report | None = None,
 ) -> None:
     """Report problems of the arguments of a component, without calling it.
 
@@ -105,6 +108,7 @@ def bind(
         args: plain data.
         given: number of positional arguments that the host passes before ``args``.
         taken: names of arguments that the host passes.
+        note: `report` for an argument that the component accepts and ignores; None to report a problem.
     """
     if isinstance(kwargs, Tagged) or isinstance(args, Tagged):
         return
@@ -130,7 +134,10 @@ def bind(
         elif not left.is_open:
             new = getattr(component, "renamed", {}).get(key)
             hint = f"; use {new}" if new else suggest(str(key), left.named)
-            report(f"{path}.kwargs.{key}", f"{name} has no such argument{hint}")
+            if note and left.ignores:
+                note(f"{path}.kwargs.{key}", f"{name} ignores this argument{hint}")
+            else:
+                report(f"{path}.kwargs.{key}", f"{name} has no such argument{hint}")
     for key, argument in left.named.items():
         if argument.required and key not in kwargs:
             report(f"{path}.kwargs.{key}", f"required by {name}, but missing")
@@ -236,7 +243,8 @@ def _of_function(function: Any, mro: Sequence[type] = ()) -> Arguments:
     is_variadic = inspect.Parameter.VAR_POSITIONAL in kinds
     rest = kinds.get(inspect.Parameter.VAR_KEYWORD)
     passed_on = _passed_on(function, rest, mro) if rest else Arguments()
-    return Arguments({**passed_on.named, **own}, [p.name for p in positional], passed_on.is_open, is_variadic)
+    names = [p.name for p in positional]
+    return Arguments({**passed_on.named, **own}, names, passed_on.is_open, is_variadic, passed_on.ignores)
 
 
 def _hint(function: Any, annotation: Any) -> Any:
@@ -256,7 +264,7 @@ def _passed_on(function: Any, rest: str, mro: Sequence[type]) -> Arguments:
     except (OSError, TypeError, SyntaxError):
         return _ANYTHING
     found: dict[str, Argument] = {}
-    is_open = False
+    is_open, ignores = False, True
     for node in ast.walk(tree):
         match node:
             case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=str(key))) if name == rest:
@@ -271,7 +279,8 @@ def _passed_on(function: Any, rest: str, mro: Sequence[type]) -> Arguments:
                 )
                 found = {**found, **passed.named}
                 is_open = is_open or passed.is_open
-    return Arguments(found, is_open=is_open)
+                ignores = ignores and passed.ignores
+    return Arguments(found, is_open=is_open, ignores=ignores)
 
 
 def _is_name(node: ast.expr, name: str) -> bool:

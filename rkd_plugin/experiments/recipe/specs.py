@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rkd_plugin.experiments.recipe.errors import Findings, Problem, suggest
+from rkd_plugin.experiments.recipe.imports import unlisted_module
 from rkd_plugin.experiments.recipe.signatures import bind, mismatch, show, wrong
 from rkd_plugin.experiments.recipe.values import Tagged
 
@@ -24,13 +25,15 @@ class TooManyProblemsError(Exception):
 
 @dataclass
 class Walk:
-    """One walk over a recipe: its data, and the findings so far, each once."""
+    """One walk over a recipe: its data, the names of the imported dependencies, and the findings so far, each once."""
 
     data: Mapping[Any, Any]
     found: dict[Problem, None] = field(default_factory=dict)
     needs: dict[Problem, None] = field(default_factory=dict)
+    missing: dict[Problem, None] = field(default_factory=dict)
     notes: dict[Problem, None] = field(default_factory=dict)
     unchecked: dict[Problem, None] = field(default_factory=dict)
+    modules: set[str] = field(default_factory=set)
     visited: set[tuple[int, Spec]] = field(default_factory=set)
     built: dict[str, Any] = field(default_factory=dict)
 
@@ -42,6 +45,10 @@ class Walk:
         """Add what `rkd run` needs in addition."""
         self._add(self.needs, path, message)
 
+    def lack(self, path: str, message: str) -> None:
+        """Add a file or folder that a run needs and that does not exist."""
+        self._add(self.missing, path, message)
+
     def note(self, path: str, message: str) -> None:
         """Add what runs but is possibly not intended."""
         self._add(self.notes, path, message)
@@ -52,7 +59,7 @@ class Walk:
 
     def findings(self) -> Findings:
         """All findings."""
-        return Findings(list(self.found), list(self.needs), list(self.notes), list(self.unchecked))
+        return Findings(*map(list, (self.found, self.needs, self.missing, self.notes, self.unchecked)))
 
     def _add(self, findings: dict[Problem, None], path: str, message: str) -> None:
         findings[path, message] = None
@@ -151,11 +158,13 @@ def one_of(kind: str, components: Components) -> Spec:
 
 def find(walk: Walk, key: Any, path: str, kind: str, components: Mapping[str, Any]) -> Any:
     """A registered component; if it does not exist, report a problem and return None."""
-    if isinstance(key, str) and key in components:
-        return components[key]
-    hint = suggest(key, components) if isinstance(key, str) else ""
-    walk.report(path, f"no {kind} is registered as {key!r}{hint}")
-    return None
+    component = components.get(key) if isinstance(key, str) else None
+    unlisted = unlisted_module(key, component, walk.modules) if isinstance(key, str) else None
+    if component is None or unlisted:
+        hint = suggest(key, components) if isinstance(key, str) else ""
+        hint = f"; add {unlisted!r} to `dependencies`" if unlisted else hint
+        walk.report(path, f"no {kind} is registered as {key!r}{hint}")
+    return component
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +199,7 @@ class Component:
         if "key" in value and not isinstance(value["key"], Tagged):
             component = find(walk, value["key"], f"{path}.key", self.kind, self.components())
             if component is not None:
-                bind(walk.report, path, value["key"], component, kwargs, value.get("args"), given=self.given)
+                args = value.get("args")
+                bind(walk.report, path, value["key"], component, kwargs, args, given=self.given, note=walk.note)
         if isinstance(kwargs, dict):
             walk.visit(self.inside, kwargs, f"{path}.kwargs")

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rkd_plugin import distributed
 from rkd_plugin.experiments.recipe import configs_root
 from rkd_plugin.experiments.running.tensor_files import CONVERT, LONGEST, describe, is_dict, listed, read_file, short
-from rkd_plugin.printing import printable
+from rkd_plugin.printing import printable, report
 
 # Keys under which programs save the weights of a model: torchdistill and torchvision, Lightning and timm, the tutorials
 # of PyTorch, DeepSpeed, and other training scripts.
@@ -98,23 +99,25 @@ def load_weights(
 ) -> None:
     """Load weights into a module with the same names, shapes and kinds of numbers.
 
+    If the names fit the module only without a prefix, such as the ``model.`` of PyTorch Lightning, the weights with
+    this prefix are loaded, and a sentence about it is printed.
+
     Args:
         module: the module that gets the weights.
         weights: a ``state_dict``, from `read_weights` or from a checkpoint.
         path: of the file of the weights, for the message.
         source: what describes the module, such as the path of a recipe, for the message.
         settings: override such as ``models.model.kwargs.embedding_dim`` -> the value with which the module was built,
-        for
-            the message.
+            for the message.
 
     Raises:
         ValueError: if the weights are of another module (the message has the numbers of outputs if only the last layer
-            differs, otherwise the first tensors that differ), or are integers or complex numbers where the module has
-            floating-point numbers.
+            differs, otherwise the first tensors that differ), are integers or complex numbers where the module has
+            floating-point numbers, or fit with several prefixes.
     """
     expected = module.state_dict()
-    given = weights if is_dict(weights) else {}
     by_plain_name = {} if _collide(expected) else {_plain_name(name): name for name in expected}
+    given = _without_prefix(weights if is_dict(weights) else {}, by_plain_name or expected, path)
     given = _renamed(given, {name: name if name in expected else by_plain_name.get(name, name) for name in given})
     for name, value in given.items():
         own = expected.get(name)
@@ -157,14 +160,48 @@ def _collide(names: Iterable[str]) -> bool:
     return len(set(plain)) < len(plain)
 
 
-def _renamed(state: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A ``state_dict`` with other names; it keeps the versions of its modules, which `load_state_dict` reads."""
+def _without_prefix(state: dict[str, Any], expected: Iterable[str], path: Path) -> dict[str, Any]:
+    """The weights under the only prefix without which their names are the expected ones; all if there is none."""
+    names = set(expected)
+    first = min(names, default="")
+    if not names.isdisjoint(state):
+        return state
+    prefixes = [name.removesuffix(first) for name in state if name.endswith(f".{first}")]
+    fitting = [
+        prefix
+        for prefix in prefixes
+        if all(prefix + name in state for name in names)
+        and len(names) == sum(name.startswith(prefix) for name in state)
+    ]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{path}: expected one prefix without which the names fit, got {listed(fitting)}; save one part: "
+            f"torch.save({{name.removeprefix(P): w for name, w in state_dict.items() if name.startswith(P)}}, NEW)"
+        )
+    if not fitting:
+        return state
+    (prefix,) = fitting
+    if distributed.rank() == 0:
+        left = f", and leaving out {len(state) - len(names)} others" if len(state) > len(names) else ""
+        report(f"{path}: reading the weights with the prefix {short(prefix)!r}, which is removed{left}")
+    return _renamed(state, {prefix + name: name for name in names}, prefix)
+
+
+def _renamed(state: dict[str, Any], names: Mapping[str, str], prefix: str = "") -> dict[str, Any]:
+    """A ``state_dict`` with other names; it keeps the versions of its modules, which `load_state_dict` reads.
+
+    Args:
+        state: the ``state_dict``.
+        names: name -> new name.
+        prefix: what has another prefix is left out.
+    """
     if all(names.get(name, name) == name for name in state):
         return state
-    renamed = OrderedDict((names.get(name, name), value) for name, value in state.items())
+    renamed = OrderedDict((names.get(name, name), value) for name, value in state.items() if name.startswith(prefix))
     versions = getattr(state, "_metadata", None)
     if isinstance(versions, dict):
-        renamed._metadata = {_plain_name(str(name)): version for name, version in dict.items(versions)}  # type: ignore[attr-defined]
+        plain = {f"{_plain_name(str(name))}.": version for name, version in dict.items(versions)}
+        renamed._metadata = {name.removeprefix(prefix)[:-1]: version for name, version in plain.items()}  # type: ignore[attr-defined]
     return renamed
 
 
