@@ -168,9 +168,9 @@ def backward_squares(grad: Tensor, x: Tensor, squares: Tensor, found: Scale | No
     close = (nearest < GRADIENT_LIMIT * from_centre).nonzero().flatten().tolist()
     gradient, start = torch.empty_like(x, dtype=both.dtype), 0
     for part in _columns(x, found):
-        part = part - part.mean(0)
+        centred = part - part.mean(0)
         into = gradient[:, start : (start := start + part.shape[1])]
-        torch.addmm(total * part, both, part, alpha=-1, out=into)
+        torch.addmm(total * centred, both, centred, alpha=-1, out=into)
         for row in close:
             into[row] = both[row] @ (part[row] - part)
         into.mul_(2)
