@@ -424,7 +424,8 @@ def test_quickstart_runs_with_torchdistills_own_classes(tmp_path):
         text = text.replace("runs/quickstart/teacher/last.pt", str(checkpoint)).replace(
             "runs/quickstart", str(tmp_path)
         )
-        (tmp_path / f"{name}.yaml").write_text(text.replace("num_epochs 8", "num_epochs 2"))
+        text = text.replace("num_epochs 8", "num_epochs 2").replace("samples_per_epoch 6400", "samples_per_epoch 2560")
+        (tmp_path / f"{name}.yaml").write_text(text)
         student, teacher, box = build_as_the_example_scripts_do(tmp_path / f"{name}.yaml", seed=0)
         before = teacher and copy.deepcopy(teacher.state_dict())
         losses = train_as_the_example_scripts_do(box)

@@ -16,6 +16,7 @@ from pathlib import Path
 import many_processes
 import pytest
 import torch
+from children import in_child
 
 from rkd_plugin import cli, distributed
 from rkd_plugin.experiments.recipe import read
@@ -137,15 +138,18 @@ def python(*arguments, folder=None, **environment):
     )  # fmt: skip
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def tasks_of_slurm(*commands, folders=(None, None), **environment):
     """Two processes that are connected by the variables of SLURM only; the results are those of `python`.
 
     Both have one command, or each its own.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        environment["MASTER_PORT"] = str(free.getsockname()[1])
-    environment |= {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "127.0.0.[1-2],other"}
+    environment |= {"MASTER_PORT": free_port(), "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "127.0.0.[1-2],other"}
     with ThreadPoolExecutor() as pool:
         tasks = [
             pool.submit(python, *command, folder=folder, **environment, SLURM_PROCID=rank, SLURM_LOCALID=rank)
@@ -166,11 +170,30 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-def test_rkd_run_under_torchrun_has_the_numbers_of_one_process(tmp_path):
+def run_by_torchrun(command):
+    done = python(*TORCHRUN, "-m", "rkd_plugin", *command)
+    assert done.returncode == 0, done.stderr
+
+
+def run_by_variables(command):
+    """Two forked processes with the variables of torchrun."""
+    port = free_port()
+    ranks = [in_child(_run_as, str(rank), port, command) for rank in range(2)]
+    for process in ranks:
+        process.join(240)
+        assert process.exitcode == 0
+
+
+def _run_as(rank, port, command):
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    sys.exit(cli.main(command))
+
+
+@pytest.mark.parametrize("launch", [run_by_variables, pytest.param(run_by_torchrun, marks=pytest.mark.processes)])
+def test_rkd_run_has_the_numbers_of_one_process(tmp_path, launch):
     path, short = classification(tmp_path / "recipe.yaml"), "recipe.num_epochs=2"
     many_processes.train(path, tmp_path / "one", short)
-    done = python(*TORCHRUN, "-m", "rkd_plugin", "run", path, short, "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    launch(["run", path, short, "--out", str(tmp_path / "two")])
     runs = [result(tmp_path / name) for name in ("one", "two")]
     assert [run["processes"] for run in runs] == [1, 2]
     same([run["history"] for run in runs])
