@@ -475,7 +475,7 @@ def test_fractions_are_pytorchs_milestones(num_epochs, fractions, milestones):
 
 
 @pytest.mark.parametrize("milestones", [[0.5, 60], [0], [-0.1], [float("nan")]])
-def test_a_milestone_that_is_no_fraction_is_refused(milestones):
+def test_a_milestone_that_is_no_fraction_raises(milestones):
     with pytest.raises(ValueError, match=r"MultiStepFractionLR: expected milestones as fractions .*, got .*; write"):
         learning_rate_falls_after({"num_epochs": 10, "milestones": milestones})
 

@@ -70,7 +70,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_second_run_in_a_folder_is_refused_until_the_first_is_killed(tmp_path, undisturbed, workers):
+def test_the_second_run_in_a_folder_raises_until_the_first_is_killed(tmp_path, undisturbed, workers):
     folder = tmp_path / "shared"
     overrides = [*TINY, f"train.train_data_loader.kwargs.num_workers={workers}"]
     first = in_child(run, folder, [*overrides[1:], "recipe.num_epochs=1000"])
@@ -102,7 +102,7 @@ with alone_in(Path(sys.argv[1])):
 """
 
 
-def test_a_lock_ends_with_its_run_though_a_process_that_it_forked_lives_on(tmp_path):
+def test_a_lock_ends_with_its_run_even_if_a_forked_process_lives_on(tmp_path):
     folder = tmp_path / "shared"
     first = subprocess.Popen([sys.executable, "-c", HOLDS, folder], stdout=subprocess.PIPE, start_new_session=True)
     try:
@@ -131,7 +131,7 @@ def test_a_folder_is_locked_while_it_is_locked_by_this_process(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()])
-def test_a_file_system_without_locks_refuses_nobody(error, tmp_path, monkeypatch):
+def test_a_file_system_without_locks_stops_no_run(error, tmp_path, monkeypatch):
     def acquire(*_, **__):
         raise error
 
@@ -256,7 +256,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_best_one_used(stopped, undistu
     assert read_checkpoint(stopped / "last.pt")["history"]
 
 
-def test_without_an_earlier_one_it_is_refused_and_stays(stopped):
+def test_a_damaged_checkpoint_without_an_earlier_one_raises_and_stays(stopped):
     for name in ("last.pt", "best.pt"):
         flip(stopped / name)
     before = {path: path.read_bytes() for path in stopped.iterdir()}
@@ -273,19 +273,19 @@ def test_any_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
     write_checkpoint(path, content)
     whole = path.read_bytes()
     draw = random.Random(0)
-    refused = 0
+    noticed = 0
     for _ in range(300):
         place = draw.randrange(8 * len(whole))
         path.write_bytes(whole[: place // 8] + bytes([whole[place // 8] ^ 1 << place % 8]) + whole[place // 8 + 1 :])
         try:
             found = read_checkpoint(path, "model", "history")
         except ValueError:
-            refused += 1
+            noticed += 1
         else:
             assert torch.equal(found["model"]["weight"], content["model"]["weight"])
             assert found["history"] == content["history"]
     # The rest are the bytes between the parts, which pad them to whole blocks.
-    assert refused > 150
+    assert noticed > 150
 
 
 class Malicious:
@@ -313,13 +313,13 @@ def test_a_checkpoint_that_would_execute_code_stops_the_run_and_stays(stopped, t
 def test_a_checkpoint_of_another_model_stops_the_run_and_stays(stopped, undisturbed, tmp_path):
     run(tmp_path / "other", [*TINY[:3], "models.model.kwargs.width=6", "recipe.num_epochs=1"])
     shutil.copy(tmp_path / "other" / "last.pt", stopped / "last.pt")
-    foreign = (stopped / "last.pt").read_bytes()
+    other = (stopped / "last.pt").read_bytes()
     with pytest.raises(ValueError, match=r"last\.pt holds another model than .*recipe\.yaml describes, ConvEmbedding"):
         run(stopped)
-    assert (stopped / "last.pt").read_bytes() == foreign
+    assert (stopped / "last.pt").read_bytes() == other
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused(stopped):
+def test_a_checkpoint_of_another_optimizer_raises(stopped):
     checkpoint = read_checkpoint(stopped / "last.pt")
     checkpoint["optimizer"]["param_groups"] *= 2
     write_checkpoint(stopped / "last.pt", checkpoint)
@@ -356,7 +356,7 @@ def pictures(tmp_path):
     return root, tmp_path / "birds.yaml"
 
 
-def refused(error, match, *arguments, **options):
+def raises(error, match, *arguments, **options):
     """The one sentence of a run that raises."""
     with pytest.raises(error, match=match) as raised:
         run(*arguments, **options)
@@ -370,7 +370,7 @@ def test_a_corrupt_image_is_named(pictures, tmp_path, workers):
     for path in sorted(root.glob("a/*.png"))[1:]:  # the first one is read before the run has a folder
         path.write_bytes(path.read_bytes()[:60])
     overrides = [*TINY, f"train.train_data_loader.kwargs.num_workers={workers}"]
-    refused(ValueError, r"^expected an image in .*/a/\d\d\.png, could not read it: ", tmp_path / "o", overrides, recipe)
+    raises(ValueError, r"^expected an image in .*/a/\d\d\.png, could not read it: ", tmp_path / "o", overrides, recipe)
     assert files(tmp_path / "o") == {"recipe.yaml"}
 
 
@@ -379,7 +379,7 @@ def test_an_empty_class_is_named(pictures, tmp_path):
     shutil.rmtree(root / "b")
     (root / "b").mkdir()
     match = r"^ClassFolders: expected an image or more in .*/birds/b, found nothing, none of .*; add some, or"
-    refused(FileNotFoundError, match, tmp_path / "o", TINY, recipe)
+    raises(FileNotFoundError, match, tmp_path / "o", TINY, recipe)
     assert not (tmp_path / "o").exists()
 
 
@@ -390,7 +390,7 @@ def test_one_image_is_too_few(pictures, tmp_path):
     shutil.rmtree(root / "d")
     shutil.rmtree(root / "b")
     match = r"^datasets\.digits/test: expected two images or more, got 1; relations are between two$"
-    refused(ValueError, match, tmp_path / "o", TINY, recipe)
+    raises(ValueError, match, tmp_path / "o", TINY, recipe)
     (root / "d").mkdir()
     shutil.copy(next(root.glob("c/*.png")), root / "d" / "1.png")
     (root / "b").mkdir()
@@ -398,10 +398,10 @@ def test_one_image_is_too_few(pictures, tmp_path):
     match = (
         r"^datasets\.digits/test: expected a class with two images or more, .* got 2 images of as many classes; test"
     )
-    refused(ValueError, match, tmp_path / "o", TINY, recipe)
+    raises(ValueError, match, tmp_path / "o", TINY, recipe)
 
 
-def test_an_epoch_without_a_step_is_refused(pictures, tmp_path):
+def test_an_epoch_without_a_step_raises(pictures, tmp_path):
     """Before the run where the recipe says how many images there are, else at its first epoch."""
     overrides = ["recipe.samples_per_epoch=32", "recipe.batch_size=64"]
     with pytest.raises(RecipeError, match=r"batch_size: an epoch of 32 images has no batch of 64, and drop_last"):
@@ -411,7 +411,7 @@ def test_an_epoch_without_a_step_is_refused(pictures, tmp_path):
     assert sampler in recipe.read_text()
     recipe.write_text(recipe.read_text().replace(sampler, ""))
     match = r"^train\.train_data_loader: expected a batch or more in an epoch, got none of 80 images; use a smaller"
-    refused(ValueError, match, tmp_path / "o", ["recipe.batch_size=81"], recipe)
+    raises(ValueError, match, tmp_path / "o", ["recipe.batch_size=81"], recipe)
 
 
 @pytest.mark.parametrize(("label", "kind"), [("jay", "str"), (0.5, "float"), (None, "NoneType")])
@@ -425,7 +425,7 @@ def test_labels_of_the_wrong_type_are_named(tmp_path, monkeypatch, label, kind):
     match = (
         rf"^datasets\.digits/train: expected labels that are whole numbers, got {label!r}, a {kind}, for image 3; numb"
     )
-    refused(ValueError, match, tmp_path / "o", TINY)
+    raises(ValueError, match, tmp_path / "o", TINY)
     assert not (tmp_path / "o").exists()
 
 
@@ -438,9 +438,9 @@ def test_an_image_with_a_pixel_that_is_no_number_is_named(tmp_path, monkeypatch,
         return loaded
 
     monkeypatch.setattr("sklearn.datasets.load_digits", load)
-    said = refused(FloatingPointError, r"^epoch 1: ", tmp_path / "o", [*TINY, "recipe.samples_per_epoch=6400"])
-    assert f", as image {number} of datasets.digits/{split} has pixels that are; repair that image" in said
-    assert ("through its term triplet" in said) == (split == "train")
+    message = raises(FloatingPointError, r"^epoch 1: ", tmp_path / "o", [*TINY, "recipe.samples_per_epoch=6400"])
+    assert f", as image {number} of datasets.digits/{split} has pixels that are; repair that image" in message
+    assert ("through its term triplet" in message) == (split == "train")
     assert files(tmp_path / "o") == {"recipe.yaml"}
 
 
@@ -451,8 +451,8 @@ def test_of_an_image_that_a_transform_breaks_the_file_is_named(pictures, tmp_pat
     # The logarithm of a black image.
     Image.new("L", (8, 8)).save(root / "b" / "05.png")
     recipe.write_text(recipe.read_text().replace(whole, f"{whole}\n{16 * ' '}- !import_get {{key: torch.log}}"))
-    said = refused(FloatingPointError, r"^epoch 1: the loss became nan in step \d ", tmp_path / "o", TINY, recipe)
-    assert f", as image 45, {root / 'b' / '05.png'}, of datasets.digits/train has pixels that are" in said
+    message = raises(FloatingPointError, r"^epoch 1: the loss became nan in step \d ", tmp_path / "o", TINY, recipe)
+    assert f", as image 45, {root / 'b' / '05.png'}, of datasets.digits/train has pixels that are" in message
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_term(stopped):
@@ -466,7 +466,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_term(stopped):
         r"^epoch 4: the loss became nan in step \d through its term triplet, although the images are finite; "
         r"lower the learning rate, .*; the checkpoint of epoch 3 is kept$"
     )
-    refused(FloatingPointError, match, stopped)
+    raises(FloatingPointError, match, stopped)
     assert (stopped / "last.pt").read_bytes() == kept
 
 
@@ -480,7 +480,7 @@ def test_of_two_terms_the_one_that_is_not_finite_is_named(undisturbed, tmp_path)
     text = Path(read("quickstart/rkd_da").path).read_text()
     rkd = text[text.index("        rkd:\n") : text.index("\ntest:")]
     (tmp_path / "two.yaml").write_text(text.replace(rkd, rkd + rkd.replace(" rkd:", " second:")))
-    refused(
+    raises(
         FloatingPointError,
         r"in step 1 through its term rkd, although",
         tmp_path / "o",
@@ -632,7 +632,7 @@ def test_a_second_signal_ends_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_signals_that_are_ignored_stay_so_and_threads_leave_them_alone():
+def test_ignored_signals_stay_ignored_and_threads_do_not_change_them():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with stopping() as recorded:
@@ -741,7 +741,7 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_stays(disk, undisturbed,
     match = (
         r"^expected to write .*/(best|last)\.pt, got: No space left on device; what was there before is as it was: make"
     )
-    refused(OSError, match, folder)
+    raises(OSError, match, folder)
     assert {path: path.read_bytes() for path in kept} == kept
     assert len(kept) == 2
     assert files(folder) == {"recipe.yaml", "last.pt", "best.pt"}
@@ -753,7 +753,7 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_stays(disk, undisturbed,
 @pytest.mark.root
 def test_a_disk_that_cannot_be_written_is_one_sentence(disk):
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    refused(OSError, rf"^expected to write {disk}/run, got: Read-only file system; what was there before", disk / "run")
+    raises(OSError, rf"^expected to write {disk}/run, got: Read-only file system; what was there before", disk / "run")
     assert list(disk.iterdir()) == []
 
 
@@ -791,7 +791,7 @@ def test_data_that_disappears_is_one_sentence_and_the_checkpoint_stays(pictures,
     expected = run(tmp_path / "undisturbed", overrides, recipe)["history"]
     before_epoch(monkeypatch, 3, lambda: root.rename(tmp_path / "elsewhere"))
     match = r"^expected an image in .*/birds/[ab]/\d\d\.png, could not read it: .*No such file or directory"
-    refused(ValueError, match, tmp_path / "o", overrides, recipe)
+    raises(ValueError, match, tmp_path / "o", overrides, recipe)
     assert len(read_checkpoint(tmp_path / "o" / "last.pt")["history"]) == 2
     monkeypatch.undo()
     (tmp_path / "elsewhere").rename(root)

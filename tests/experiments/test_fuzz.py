@@ -111,7 +111,7 @@ ACTS = re.compile(
 acts: list[tuple[object, ...]] | None = None
 
 
-def _witness(event: str, args: tuple[object, ...]) -> None:
+def _record(event: str, args: tuple[object, ...]) -> None:
     if acts is not None and (ACTS.fullmatch(event) or (event == "open" and _writes(*args[1:3]))):
         acts.append((event, *args))
 
@@ -122,7 +122,7 @@ def _writes(mode: object, flags: object) -> bool:
     )
 
 
-sys.addaudithook(_witness)  # cannot be removed; it records only while `acts` is a list
+sys.addaudithook(_record)  # cannot be removed; it records only while `acts` is a list
 
 
 @contextlib.contextmanager
@@ -169,7 +169,7 @@ def looked_at(count: int):
 
 def answer(text: str, is_suite: bool = False) -> None:
     """Check a recipe: it has no problem, or a `RecipeError` whose lines are printable."""
-    said = None
+    raised = None
     started = time.process_time()
     with watched() as seen:
         try:
@@ -182,12 +182,12 @@ def answer(text: str, is_suite: bool = False) -> None:
                 recipe.validate()
                 recipe.resolved()
         except RecipeError as error:
-            said = error
+            raised = error
     assert seen == []
     assert time.process_time() - started < SECONDS
-    if said:
-        lines = str(said).split("\n")
-        assert len(lines) == len(said.problems) + 1 > 1
+    if raised:
+        lines = str(raised).split("\n")
+        assert len(lines) == len(raised.problems) + 1 > 1
         assert all(line.isprintable() for line in lines)
 
 
@@ -334,7 +334,7 @@ def test_files_that_never_end_are_not_read(tmp_path, monkeypatch):
     assert any("there is no file 'x.pt'" in note for _, note in findings.notes)
 
 
-def test_only_what_stands_where_a_key_stands_is_imported():
+def test_only_values_of_keys_are_imported():
     """Every scalar of a recipe but keys and dependencies names a module, and none of them is loaded."""
     named = re.compile(r"(.*\b(?:key|package|name|dependencies):.*|[^:]*:|[^:]*: [&*!].*)")
     lines = [
@@ -350,7 +350,7 @@ def test_only_what_stands_where_a_key_stands_is_imported():
 @pytest.mark.parametrize(
     "act", ["open('{}', 'w').close()", "__import__('os').mkdir('{}')", "__import__('subprocess').run('true')"]
 )
-def test_the_witness_can_fail(act, tmp_path):
+def test_acts_are_recorded(act, tmp_path):
     with watched() as seen:
         exec(act.format(tmp_path / "act"))
     assert seen

@@ -330,7 +330,7 @@ def test_data_that_one_process_cannot_load_keeps_no_other_waiting(alone, tmp_pat
 
 
 @pytest.mark.processes
-def test_asked_to_stop_one_stops_all_after_the_same_step(alone, tmp_path):
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(alone, tmp_path):
     path, folder = alone[1]["two_stages"], tmp_path / "run"
     command = ["-m", "rkd_plugin", "run", path, "--out", str(folder)]
     stopped = python(*TORCHRUN, *command, BREAK="1,100,term")
@@ -420,7 +420,7 @@ def test_ranks_with_other_weights_all_end_with_an_error(alone, tmp_path, verb):
 
 
 @pytest.mark.parametrize("variables", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
-def test_what_processes_do_not_share_is_refused(monkeypatch, capsys, variables):
+def test_what_processes_do_not_share_raises(monkeypatch, capsys, variables):
     for name, value in zip((*variables, "MASTER_ADDR", "MASTER_PORT"), "1234", strict=True):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # which gains the launcher's
@@ -434,8 +434,10 @@ def test_what_processes_do_not_share_is_refused(monkeypatch, capsys, variables):
 @pytest.fixture
 def slurm(monkeypatch):
     """The environment, without what started this process."""
-    said = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_", "RANK"))}
-    monkeypatch.setattr(os, "environ", said | {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"})
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_", "RANK"))
+    }
+    monkeypatch.setattr(os, "environ", inherited | {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"})
     return os.environ
 
 
@@ -452,7 +454,7 @@ def test_the_script_of_a_job_is_one_process(slurm):
     assert launched() == (0, 1)
 
 
-def test_a_first_host_that_nobody_names(slurm):
+def test_a_first_host_without_a_name(slurm):
     with pytest.raises(ValueError, match="the first host in MASTER_ADDR or SLURM_JOB_NODELIST, found neither; export"):
         launched()
 
@@ -465,7 +467,7 @@ def as_if_two(monkeypatch):
     monkeypatch.setattr(processes, "rank_zero_first", nullcontext)
 
 
-def test_wrappers_of_torchdistill_are_refused(tmp_path, as_if_two):
+def test_wrappers_of_torchdistill_raise(tmp_path, as_if_two):
     path = tmp_path / "wrapped.yaml"
     text = Path(classification(path)).read_text()
     path.write_text(text.replace(HOOKED, f"{HOOKED}, wrapper: DataParallel"))

@@ -368,7 +368,7 @@ distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank
 try:
     embed(read(sys.argv[4 + rank]), Path(sys.argv[3]))
 except ValueError as error:
-    sys.exit("refused: " + str(error))
+    sys.exit("raised: " + str(error))
 distributed.destroy_process_group()
 """
 
@@ -877,7 +877,7 @@ def raw_npy(path, described):
 
 
 FLOATS = np.zeros((4, 3), np.float32)
-FOREIGN = {
+EXTERNAL = {
     "three dimensions": ("x.npy", lambda p: np.save(p, np.zeros((4, 2, 2))), r"\(N, D\) of floats was expected"),
     "integers": ("x.npy", lambda p: np.save(p, np.zeros((4, 2), np.uint16)), "of floats was expected, got .* uint16"),
     "objects": ("x.npy", lambda p: np.save(p, np.array([print], object)), "Python objects"),
@@ -912,9 +912,9 @@ FOREIGN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", EXTERNAL)
 def test_bad_external_arrays_raise(name, tmp_path):
-    file, write, reason = FOREIGN[name]
+    file, write, reason = EXTERNAL[name]
     write(tmp_path / file)
     with pytest.raises((ValueError, FileNotFoundError), match=reason) as raised:
         Bank(tmp_path / file)
@@ -971,9 +971,9 @@ def sparse(folder, rows, width):
 def test_a_large_bank_is_not_loaded(tmp_path):
     rows, width = 2**18, 1024
     folder = sparse(tmp_path / "bank", rows, width)
-    said = python(GROWTH, folder)
-    grown, seconds, nonzero = said.stdout.split()
-    assert int(grown) < 4 * rows * width / 10, said.stderr
+    done = python(GROWTH, folder)
+    grown, seconds, nonzero = done.stdout.split()
+    assert int(grown) < 4 * rows * width / 10, done.stderr
     assert float(seconds) < 1
     assert nonzero == "0"
 
