@@ -30,6 +30,7 @@ from rkd_plugin.experiments.recipe.reading import parse
 from rkd_plugin.experiments.running.embed import verify
 from rkd_plugin.teacher_bank import Bank, files
 from rkd_plugin.teacher_bank.fingerprint import digest
+from rkd_plugin.teacher_bank.header import FORMAT, HEADER, VERSION
 
 SECONDS = 10.0  # of CPU, for one example; the slowest takes two
 EXAMPLES = int(os.environ.get("RKD_FUZZ", "200"))
@@ -360,7 +361,7 @@ def test_acts_are_recorded(act, tmp_path):
 
 ROWS = np.arange(12, dtype=np.float32).reshape(4, 3)
 BANK = {
-    "format": files.FORMAT, "version": files.VERSION, "dtype": "float32", "views": 0, "seed": 0, "shard_rows": 2,
+    "format": FORMAT, "version": VERSION, "dtype": "float32", "views": 0, "seed": 0, "shard_rows": 2,
     "arrays": [{"path": ".", "io": "output", "pool": None, "width": 3}],
     "data": {
         "count": 4, "labels": None, "files": None, "transform": "",
@@ -381,9 +382,9 @@ HEADERS = [
     "{'descr': '<f4', 'fortran_order': True, 'shape': (4, 3), }", "{}", "", "(" * 9000, "-" * 9000,
     "x" * 70_000, "9" * 9999,
 ]  # fmt: skip
-FILES = [files.HEADER, "0.npy", files.CHECKSUMS, "a.npy", "a.npz", "a.safetensors", "a.pt"]
+FILES = [HEADER, "0.npy", files.CHECKSUMS, "a.npy", "a.npz", "a.safetensors", "a.pt"]
 CHANGE = st.one_of(
-    st.tuples(st.just("value"), st.just(files.HEADER), st.sampled_from(KEYS), st.sampled_from(VALUES), st.booleans()),
+    st.tuples(st.just("value"), st.just(HEADER), st.sampled_from(KEYS), st.sampled_from(VALUES), st.booleans()),
     st.tuples(st.just("header"), st.sampled_from([name for name in FILES if ".npy" in name]), st.sampled_from(HEADERS)),
     st.tuples(st.just("bytes"), st.sampled_from(FILES), st.integers(0, 1500), st.binary(min_size=1, max_size=9)),
     st.tuples(st.just("cut"), st.sampled_from(FILES), st.integers(0, 1500)),
@@ -409,7 +410,7 @@ def bank(tmp_path_factory):
 
 
 def write_header(folder, header):
-    (folder / files.HEADER).write_text(json.dumps({**header, "checksum": digest(header)}))
+    (folder / HEADER).write_text(json.dumps({**header, "checksum": digest(header)}))
 
 
 def replaced(content, keys, value):

@@ -39,6 +39,7 @@ from rkd_plugin.experiments.running.embed import embed
 from rkd_plugin.experiments.running.experiment import Experiment
 from rkd_plugin.experiments.support.files import alone_in
 from rkd_plugin.teacher_bank import Bank, files, fingerprint, views
+from rkd_plugin.teacher_bank.header import FORMAT, VERSION
 
 # The rounding of convolutions depends on the batch, and training steps amplify it.
 CLOSE = 1e-4
@@ -959,7 +960,7 @@ def sparse(folder, rows, width):
     sums = np.full((layout.shards, 1), files.checksum(np.zeros((layout.shard_rows, width), np.float32)), np.uint64)
     np.save(folder / "checksums.npy", sums)
     header = {
-        "format": files.FORMAT, "version": files.VERSION, "dtype": "float32", "views": 0, "seed": 0,
+        "format": FORMAT, "version": VERSION, "dtype": "float32", "views": 0, "seed": 0,
         "shard_rows": layout.shard_rows, "arrays": [{"path": ".", "io": "output", "pool": None, "width": width}],
         "data": {"count": rows, "labels": None, "files": None, "transform": "", "images": []},
         "teacher": {"model": {}, "weights": "", "precision": "float32"}, "checksums": fingerprint.digest(sums),
