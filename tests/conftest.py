@@ -12,6 +12,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
+from rkd_plugin.cores import usable_cores
+
 # The error that a kernel may have in addition to that of the plain formula in the same dtype: absolute for values (all
 # of order 1), and relative to the largest entry for gradients.
 TOLERANCE = {
@@ -33,12 +35,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure() -> None:
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each usable core; none, as debugging needs it, for tests that are chosen by path, name or mark."""
+    is_chosen = any(word.startswith(("-k", "-m")) for word in config.invocation_params.args)
+    return 0 if is_chosen or config.args_source is pytest.Config.ArgsSource.ARGS else usable_cores()
+
+
+def pytest_configure(config: pytest.Config) -> None:
     # A process in the background of a shell ignores SIGINT, and so would the processes that the tests start.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Runs are compared with torchdistill's loops number by number, which needs the same number of threads.
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    # Runs are compared with torchdistill's loops number by number, which needs the same number of threads. Workers
+    # inherit the variable, and have a core each.
+    threads = 1 if config.getoption("numprocesses") else torch.get_num_threads()
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -22,7 +22,7 @@ SUITES = [entry.name for entry in ENTRIES if entry.is_suite]
 TEST_SETS = [entry.name for entry in ENTRIES if "/test_sets/" in entry.name]
 RECIPES = [entry.name for entry in ENTRIES if entry.name not in {*SUITES, *TEST_SETS}]
 ALL = [*RECIPES, *TEST_SETS]
-TAUGHT = [name for name in RECIPES if "src_ckpt:" in find(name).read_text(encoding="utf-8")]
+WITH_TEACHER = [name for name in RECIPES if "src_ckpt:" in find(name).read_text(encoding="utf-8")]
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def test_every_file_is_a_recipe_or_a_suite():
     assert (len(files), len(SUITES), len(TEST_SETS), len(RECIPES)) == (56, 16, 4, 36)
 
 
-def test_the_first_sentence_tells_what_a_file_is():
+def test_the_first_sentence_describes_the_file():
     assert all(entry.summary.endswith(".") and len(entry.summary) > 30 for entry in ENTRIES)
 
 
@@ -411,7 +411,7 @@ def test_the_header_of_a_test_set_names_itself(name):
     assert [(by.verb, by.options["--data"]) for by in commands(header(name))] == [("eval", [name])]
 
 
-@pytest.mark.parametrize("name", TAUGHT)
+@pytest.mark.parametrize("name", WITH_TEACHER)
 def test_the_teacher_of_a_recipe_is_what_its_header_trains(name):
     runs = {folder: of for by in commands(header(name)) for folder, of in trained(by).items()}
     student = recipe(name)

@@ -23,8 +23,8 @@ from rkd_plugin.teacher_bank.files import (
     check_regular,
     decoded,
     open_npy,
-    read_header,
 )
+from rkd_plugin.teacher_bank.header import read_header
 from rkd_plugin.teacher_bank.views import draws, items
 
 VERIFIED_ROWS = 4096  # at once

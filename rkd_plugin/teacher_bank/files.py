@@ -1,9 +1,8 @@
-"""Reading and writing the files of a bank: the header, and arrays in shards with a checksum each."""
+"""Reading and writing the arrays of a bank, in shards with a checksum each."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import stat
 import zlib
@@ -18,10 +17,7 @@ from torch import Tensor
 from rkd_plugin.storage import allocate
 from rkd_plugin.teacher_bank.fingerprint import digest
 
-FORMAT = "rkd_plugin teacher bank"
-VERSION = 2  # increases when the files or their meaning change
-HEADER, UNFINISHED, CHECKSUMS = "bank.json", "unfinished.json", "checksums.npy"
-LARGEST_HEADER = 2**24  # bytes
+CHECKSUMS = "checksums.npy"
 SHARD = 2**16  # bytes of the widest array; a reader checks a whole shard at once
 LARGEST_SHARD = 64  # rows; resuming an unfinished bank computes a whole shard again
 WRITTEN = 2**32  # marks a written shard, since a CRC-32 may be 0
@@ -29,17 +25,6 @@ WRITTEN = 2**32  # marks a written shard, since a CRC-32 may be 0
 Array = np.ndarray[Any, Any]
 # NumPy has no bfloat16; PyTorch reinterprets the bits.
 DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-
-_TEXT_OR_NONE = (str, type(None))
-_HEADER = {
-    "format": str, "version": int, "dtype": str, "views": int, "seed": int, "shard_rows": int, "checksums": str,
-    "arrays": [{"path": str, "io": str, "pool": _TEXT_OR_NONE, "width": int}],
-    "data": {
-        "count": int, "labels": _TEXT_OR_NONE, "files": _TEXT_OR_NONE, "transform": str,
-        "images": [{"index": int, "shape": [int], "mean": float, "std": float}],
-    },
-    "teacher": {"model": dict, "weights": str, "precision": str},
-}  # fmt: skip
 
 
 class Stored(NamedTuple):
@@ -273,64 +258,3 @@ def decoded(values: Array | Tensor) -> Tensor:
     if values.dtype == np.uint16:
         return torch.from_numpy(np.ascontiguousarray(values)).view(torch.bfloat16).float()
     return torch.from_numpy(np.ascontiguousarray(values, np.float32))
-
-
-def read_header(folder: Path) -> dict[str, Any]:
-    """The content of ``bank.json``, checked.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if the bank is unfinished or of another version, or its header is truncated, changed or of wrong
-            types.
-    """
-    path = folder / HEADER
-    if not path.exists():
-        if (folder / UNFINISHED).exists():
-            raise ValueError(f"the teacher bank {folder} is unfinished; the same `rkd embed` goes on with it")
-        found = f"found a folder without {HEADER}" if folder.is_dir() else "found none"
-        raise FileNotFoundError(
-            f"expected a teacher bank at {folder}, {found}; write it with `rkd embed RECIPE --out {folder}`"
-        )
-    again = "; delete the bank and write it again with `rkd embed`"
-    header = read_json(path)
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ValueError(f"{path} cannot be used: it is cut or changed, or no header of a teacher bank{again}")
-    if header.get("version") != VERSION:
-        raise ValueError(f"{path} cannot be used: its version is {header.get('version')!r}, not {VERSION}{again}")
-    if header.pop("checksum", None) != digest(header):
-        raise ValueError(f"{path} cannot be used: it is cut or changed, its checksum differs{again}")
-    if not _fits(header, _HEADER) or not _is_sound(header):
-        raise ValueError(f"{path} cannot be used: its values are not those of a teacher bank{again}")
-    return header
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; None if it is not JSON, or larger than `LARGEST_HEADER`."""
-    check_regular(path)
-    if path.stat().st_size > LARGEST_HEADER:
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return None
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value has the types and all keys of a pattern."""
-    if isinstance(kind, dict):
-        return isinstance(value, dict) and all(name in value and _fits(value[name], kind[name]) for name in kind)
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(_fits(item, kind[0]) for item in value)
-    kinds = kind if isinstance(kind, tuple) else (kind, int) if kind is float else (kind,)
-    return type(value) in kinds
-
-
-def _is_sound(header: Mapping[str, Any]) -> bool:
-    """Whether the values of a header with the right types are valid."""
-    return (
-        header["dtype"] in DTYPES
-        and min(header["data"]["count"], header["views"]) >= 0
-        and bool(header["arrays"])
-        and min(header["shard_rows"], *(array["width"] for array in header["arrays"])) > 0
-        and all(array["io"] in ("input", "output") for array in header["arrays"])
-    )

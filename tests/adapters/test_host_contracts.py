@@ -39,7 +39,7 @@ def holds(host: str, is_so: bool, contract: str, relied_on_by: str) -> None:
 # torchdistill
 
 
-class Witness(nn.Module):
+class Recorder(nn.Module):
     """A mid-level loss, a forward process and a wrapper in one, which records its arguments."""
 
     def __init__(self):
@@ -53,10 +53,10 @@ class Witness(nn.Module):
 
 
 @pytest.fixture
-def witness(monkeypatch):
-    witness = Witness()
-    monkeypatch.setitem(MIDDLE_LEVEL_LOSS_DICT, "Witness", lambda: witness)
-    return witness
+def recorder(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setitem(MIDDLE_LEVEL_LOSS_DICT, "Recorder", lambda: recorder)
+    return recorder
 
 
 def net():
@@ -65,7 +65,7 @@ def net():
 
 def stage(**changes):
     loader = {"dataset_id": "data", "sampler": {"class_or_func": SequentialSampler}, "kwargs": {"batch_size": 4}}
-    term = {"criterion": {"key": "Witness", "kwargs": {}}, "weight": 1.0}
+    term = {"criterion": {"key": "Recorder", "kwargs": {}}, "weight": 1.0}
     return {
         "num_epochs": 1,
         "train_data_loader": {**loader, "requires_supp": True},
@@ -102,9 +102,7 @@ def test_torchdistill_registers_by_name_and_overwrites(monkeypatch):
     holds("torchdistill", is_so, "a decorator registers a class under its name and returns it", "every adapter")
     other = register_mid_level_loss(type("Thing", (nn.Module,), {}))
     is_so = MIDDLE_LEVEL_LOSS_DICT["Thing"] is other
-    holds(
-        "torchdistill", is_so, "a second class of that name replaces the first in silence", "_register, which refuses"
-    )
+    holds("torchdistill", is_so, "a second class of that name replaces the first in silence", "_register, which raises")
     names = {
         "forward_batch_only": FORWARD_PROC_FUNC_DICT,
         "default_pre_epoch_process_with_teacher": PRE_EPOCH_PROC_FUNC_DICT,
@@ -114,10 +112,10 @@ def test_torchdistill_registers_by_name_and_overwrites(monkeypatch):
         holds("torchdistill", name in registry, f"{name} is registered under its name", "the adapter's own registering")
 
 
-def test_torchdistill_calls_a_loss_with_the_hooked_tensors(witness):
+def test_torchdistill_calls_a_loss_with_the_hooked_tensors(recorder):
     box = box_of(stage(**SIDES), net())
     epoch_of(box)
-    (student, teacher, targets, *rest), kwargs = witness.calls[-1]
+    (student, teacher, targets, *rest), kwargs = recorder.calls[-1]
     kept = {path: set(io) for path, io in student.items()}
     is_so = kept == {".": {"output"}, "0": {"output"}, "2": {"input", "output"}}
     holds("torchdistill", is_so, f"a loss gets {{path: {{'input' or 'output': tensor}}}}, got {kept}", "HookedLoss")
@@ -128,14 +126,14 @@ def test_torchdistill_calls_a_loss_with_the_hooked_tensors(witness):
     holds("torchdistill", is_so, "the output of the model is under '.'", "HookedLoss")
 
 
-def test_torchdistill_hides_a_losss_parameters_from_the_optimizer(witness):
+def test_torchdistill_hides_a_losss_parameters_from_the_optimizer(recorder):
     box = box_of(stage(**SIDES), net())
     trained = {id(parameter) for group in box.optimizer.param_groups for parameter in group["params"]}
-    is_so = not list(box.criterion.parameters()) and id(witness.weight) not in trained
+    is_so = not list(box.criterion.parameters()) and id(recorder.weight) not in trained
     holds("torchdistill", is_so, "the parameters of a loss are in no optimizer", "TrainedWith")
 
 
-def test_torchdistill_leaves_the_teacher_in_training_mode(witness):
+def test_torchdistill_leaves_the_teacher_in_training_mode(recorder):
     teacher = net()
     epoch_of(box_of(stage(**SIDES), teacher))
     is_so = teacher.training and bool(teacher[1].num_batches_tracked)
@@ -148,7 +146,7 @@ def test_torchdistill_leaves_the_teacher_in_training_mode(witness):
     holds("torchdistill", is_so, "a teacher without requires_grad is trained", "`rkd check`, which requires it,")
 
 
-def test_torchdistill_passes_model_batch_labels_and_more_to_a_forward_process(witness, monkeypatch):
+def test_torchdistill_passes_model_batch_labels_and_more_to_a_forward_process(recorder, monkeypatch):
     calls = []
     monkeypatch.setitem(
         FORWARD_PROC_FUNC_DICT, "spy", lambda *args, **kwargs: calls.append((args, kwargs)) or args[0](args[1])
@@ -160,11 +158,11 @@ def test_torchdistill_passes_model_batch_labels_and_more_to_a_forward_process(wi
     holds("torchdistill", is_so, "forward_proc(model, batch, labels, supplement)", "forward_in_eval_mode")
     monkeypatch.setitem(FORWARD_PROC_FUNC_DICT, "none", lambda *_: None)
     epoch_of(box_of(stage(teacher={"requires_grad": False, "forward_proc": "none"}, student=PLAIN), teacher))
-    is_so = witness.calls[-1][0][1]["."]["output"] is None
+    is_so = recorder.calls[-1][0][1]["."]["output"] is None
     holds("torchdistill", is_so, "a teacher's forward process may give None", "no_forward")
 
 
-def test_torchdistill_sets_processes_on_the_class(witness, monkeypatch):
+def test_torchdistill_sets_processes_on_the_class(recorder, monkeypatch):
     epochs = []
     monkeypatch.setitem(PRE_EPOCH_PROC_FUNC_DICT, "spy", lambda self, epoch=0, **_: epochs.append((self, epoch)))
     box = box_of(stage(**SIDES, pre_epoch_process="spy"), net())
@@ -178,7 +176,7 @@ def test_torchdistill_sets_processes_on_the_class(witness, monkeypatch):
 
 
 @pytest.mark.parametrize("has_teacher", [True, False])
-def test_torchdistill_gives_a_wrapper_the_model_by_name(has_teacher, witness, monkeypatch):
+def test_torchdistill_gives_a_wrapper_the_model_by_name(has_teacher, recorder, monkeypatch):
     given = {}
 
     class Wrapper(AuxiliaryModelWrapper):
@@ -204,7 +202,7 @@ def test_torchdistill_gives_a_wrapper_the_model_by_name(has_teacher, witness, mo
     holds("torchdistill", is_so, "what a wrapper holds is what the optimizer gets", "TrainedWith")
 
 
-def test_torchdistills_box_has_what_the_runner_reads(witness):
+def test_torchdistills_box_has_what_the_runner_reads(recorder):
     for teacher, config in ((net(), stage(**SIDES)), (None, stage(model=PLAIN))):
         box = box_of(config, teacher)
         names = ["num_epochs", "train_data_loader", "val_data_loader", "optimizer", "lr_scheduler", "stage_grad_count"]
@@ -217,7 +215,7 @@ def test_torchdistills_box_has_what_the_runner_reads(witness):
         holds("torchdistill", box.stage_grad_count == 2, "a box counts its steps", "a resumed run")
 
 
-def test_torchdistills_stages_start_unfrozen_and_without_hooks(witness):
+def test_torchdistills_stages_start_unfrozen_and_without_hooks(recorder):
     teacher = net()
     config = {"stage1": stage(**SIDES), "stage2": stage(teacher=PLAIN, student=PLAIN)}
     box = box_of(config, teacher)
@@ -234,7 +232,7 @@ def test_torchdistills_stages_start_unfrozen_and_without_hooks(witness):
         "`rkd check`, which asks every stage,",
     )
     epoch_of(box)
-    is_so = set(witness.calls[-1][0][0]) == {"."}
+    is_so = set(recorder.calls[-1][0][0]) == {"."}
     holds("torchdistill", is_so, "a stage has only its own hooks", "`rkd check`, which looks at each stage's,")
 
 
@@ -325,7 +323,7 @@ def test_pml_passes_a_loss_the_reference_or_the_batch():
         PML, is_so, "compute_loss(embeddings, labels, tuples, ref_emb, ref_labels), widths free", "the losses' forward"
     )
     loss(x)
-    holds(PML, loss.args[3] is x, "without ref_emb it is the batch itself", "the losses, which refuse that,")
+    holds(PML, loss.args[3] is x, "without ref_emb it is the batch itself", "the losses, which raise for it,")
 
 
 def test_pml_reduces_a_loss_per_anchor_in_the_dtype_of_the_embeddings():
@@ -461,7 +459,7 @@ def test_pmls_distributed_wrapper_accepts_only_its_own_losses():
     with pytest.raises(TypeError, match="must extend BaseMetricLossFunction"):
         DistributedLossWrapper(nn.MSELoss())
     is_so = inspect.isfunction(DistributedLossWrapper.forward)
-    holds(PML, is_so, "its forward is a function of Python, which a call stack shows", "gather, which refuses it,")
+    holds(PML, is_so, "its forward is a function of Python, which a call stack shows", "gather, which raises for it,")
     wrapper, x, teacher = DistributedLossWrapper(Spy()), torch.randn(4, 2), torch.randn(4, 3)
     with pytest.warns(UserWarning, match="non-distributed"):
         wrapper(x, ref_emb=teacher)

@@ -424,7 +424,8 @@ def test_quickstart_runs_with_torchdistills_own_classes(tmp_path):
         text = text.replace("runs/quickstart/teacher/last.pt", str(checkpoint)).replace(
             "runs/quickstart", str(tmp_path)
         )
-        (tmp_path / f"{name}.yaml").write_text(text.replace("num_epochs 8", "num_epochs 2"))
+        text = text.replace("num_epochs 8", "num_epochs 2").replace("samples_per_epoch 6400", "samples_per_epoch 2560")
+        (tmp_path / f"{name}.yaml").write_text(text)
         student, teacher, box = build_as_the_example_scripts_do(tmp_path / f"{name}.yaml", seed=0)
         before = teacher and copy.deepcopy(teacher.state_dict())
         losses = train_as_the_example_scripts_do(box)
@@ -474,7 +475,7 @@ def test_fractions_are_pytorchs_milestones(num_epochs, fractions, milestones):
 
 
 @pytest.mark.parametrize("milestones", [[0.5, 60], [0], [-0.1], [float("nan")]])
-def test_a_milestone_that_is_no_fraction_is_refused(milestones):
+def test_a_milestone_that_is_no_fraction_raises(milestones):
     with pytest.raises(ValueError, match=r"MultiStepFractionLR: expected milestones as fractions .*, got .*; write"):
         learning_rate_falls_after({"num_epochs": 10, "milestones": milestones})
 

@@ -513,12 +513,12 @@ def test_what_cannot_be_distinguished_is_not_cached(tmp_path):
     assert Cached(Digits(), None)[3][0].shape == (1, 8, 8)
 
 
-@pytest.mark.parametrize("content", [b"", b"cut", "half", "foreign", "fewer"])
+@pytest.mark.parametrize("content", [b"", b"cut", "half", "other", "fewer"])
 def test_a_damaged_cache_is_decoded_again(content, tmp_path):
     root, folder = write_folders(tmp_path / "images"), tmp_path / "cache"
     first = cached(root, folder)
     whole = first.path.read_bytes()
-    if content in ("foreign", "fewer"):
+    if content in ("other", "fewer"):
         np.save(first.path, np.load(first.path)[:3] if content == "fewer" else np.zeros((3, 2)))
     else:
         first.path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
@@ -544,13 +544,13 @@ def test_a_cache_has_its_place_on_the_disk_before_it_is_mapped(tmp_path, monkeyp
 
 @pytest.mark.parametrize("system", ["has it", "has it, the file system not", "lacks it"])
 def test_allocating_keeps_what_is_there(system, tmp_path, monkeypatch):
-    def refuse(*_):
+    def unsupported(*_):
         raise OSError(errno.EOPNOTSUPP, "not supported")
 
     if system == "lacks it":
         monkeypatch.delattr("os.posix_fallocate")
     elif system != "has it":
-        monkeypatch.setattr("os.posix_fallocate", refuse)
+        monkeypatch.setattr("os.posix_fallocate", unsupported)
     path = tmp_path / "a"
     path.write_bytes(b"abc")
     for size in (0, 2, 3, 2**20 + 5):

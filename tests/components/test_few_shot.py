@@ -85,7 +85,7 @@ def test_maps_are_flattened():
         ([], 1, r"\[\]"),
     ],
 )
-def test_a_batch_that_is_no_episode_is_refused(labels, shot, runs):
+def test_a_batch_that_is_no_episode_raises(labels, shot, runs):
     for loss in (PrototypicalLoss(shot), OnEpisodePart("query", shot, {"key": "RKDDALoss", "kwargs": {}})):
         with pytest.raises(ValueError, match=f"expected an episode.*labels in runs of {runs}; use the batch sampler"):
             loss(hooked(torch.randn(len(labels), 3)), hooked(torch.randn(len(labels), 3)), torch.tensor(labels))

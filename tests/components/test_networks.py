@@ -121,7 +121,7 @@ def test_weights_by_name_are_those_of_the_backbone(small_images, monkeypatch):
     torch.testing.assert_close(model(images), whole(images))
 
 
-def test_weights_that_there_are_none_of():
+def test_weights_that_do_not_exist():
     with pytest.raises(ValueError, match="expected no pretrained weights for wrn_16_2, which has none, got 'IMAGENET1"):
         ImageClassifier("wrn_16_2", 100, weights="IMAGENET1K_V1")
     with pytest.raises(ValueError, match="expected weights that torchvision has for resnet18, got 'CIFAR100'"):

@@ -156,8 +156,8 @@ def test_a_pickle_that_is_more_than_arrays_does_nothing(name, tmp_path, monkeypa
     attack, reason = ATTACKS[name]
     path = tmp_path / "a.pickle"
     path.write_bytes(b"\x80\x03}q\x00(" + encoded("data") + attack + b"u.")
-    refused = f"^Data: expected a pickle of arrays in {path}, could not read it: .*{reason}"
-    with pytest.raises(ValueError, match=refused) as raised:
+    expected = f"^Data: expected a pickle of arrays in {path}, could not read it: .*{reason}"
+    with pytest.raises(ValueError, match=expected) as raised:
         read_arrays("Data", path)
     assert "\n" not in str(raised.value)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.pickle"]

@@ -176,12 +176,12 @@ def _process(rank, processes, address, results):
         torch.manual_seed(rank)  # processes that were seeded differently still share their batches
         results[name, rank] = through_a_loader(kind)
         assert len(results[name, rank]) == len(kind)
-    refused = {
+    wrong = {
         "odd": shared(whole=False, batch_size=19),
         "short": shared(whole=False, batch_size=18),
         "unbalanced": ClassBalancedBatchSampler(sampler, 31, 5, 3),
     }
-    for name, kind in refused.items():
+    for name, kind in wrong.items():
         with pytest.raises(ValueError, match=f"expected batches that {processes} processes share evenly") as error:
             list(kind)
         results[name, rank] = str(error.value)

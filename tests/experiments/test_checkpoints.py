@@ -206,8 +206,8 @@ def test_what_cannot_be_read_names_how_to_convert_it(tmp_path):
     }  # fmt: skip
     for name, (save, match) in cases.items():
         save(tmp_path / name)
-        said = one_sentence(ValueError, match, read_weights, tmp_path / name)
-        assert str(tmp_path / name) in said
+        sentence = one_sentence(ValueError, match, read_weights, tmp_path / name)
+        assert str(tmp_path / name) in sentence
 
 
 def test_truncated_files_are_damaged(tmp_path):
@@ -300,16 +300,17 @@ def test_a_model_of_another_width_names_the_override():
     one_sentence(ValueError, match, load_weights, network(2), network(6).state_dict(), Path("a.pt"), "b", settings)
     # Another number of layers is not a question of width.
     deeper = {**network(6).state_dict(), "9.weight": torch.zeros(2)}
-    said = one_sentence(ValueError, "it has in addition", load_weights, network(2), deeper, Path("a.pt"), "b", settings)
-    assert "width" not in said
+    arguments = network(2), deeper, Path("a.pt"), "b", settings
+    sentence = one_sentence(ValueError, "it has in addition", load_weights, *arguments)
+    assert "width" not in sentence
 
 
 def test_names_are_escaped_in_messages(tmp_path):
     torch.save({"\x1b[2J\n\u202efc": torch.zeros(2), "a" * 10_000: torch.zeros(2)}, tmp_path / "a.pt")
     weights = read_weights(tmp_path / "a.pt")
-    said = one_sentence(ValueError, "it has in addition", load_weights, network(), weights, tmp_path / "a.pt", "b")
-    assert r"\x1b[2J\n\u202efc" in said
-    assert len(said) < 1000
+    sentence = one_sentence(ValueError, "it has in addition", load_weights, network(), weights, tmp_path / "a.pt", "b")
+    assert r"\x1b[2J\n\u202efc" in sentence
+    assert len(sentence) < 1000
     torch.save({"\x1b[2J": 3}, tmp_path / "a.pt")
     assert r"got \x1b[2J" in one_sentence(ValueError, "expected the weights", read_weights, tmp_path / "a.pt")
 
@@ -344,8 +345,8 @@ def test_a_missing_teacher_names_the_command_that_trains_it(tmp_path, monkeypatc
     """As after `rkd reproduce quickstart`, whose folders are named after row and seed."""
     monkeypatch.chdir(tmp_path)
     assert main(["run", "quickstart/rkd_da", "recipe.num_epochs=2"]) == 1
-    said = capsys.readouterr().err
-    assert said.endswith(
+    sentence = capsys.readouterr().err
+    assert sentence.endswith(
         "runs/quickstart/teacher/last.pt, found none; train that model first with `rkd run quickstart/teacher`\n"
     )
     trained = Path("runs/quickstart/teacher-seed0/last.pt")
@@ -462,8 +463,8 @@ def test_an_edited_checkpoint_is_one_sentence_and_stays(edit, ended, tmp_path):
     state = STATES[edit](read_checkpoint(folder / "last.pt"))
     torch.save(state, tmp_path / "last.pt")
     edited = (tmp_path / "last.pt").read_bytes()
-    said = one_sentence(ValueError, r"last\.pt", runner.run, read("quickstart/student", TINY), tmp_path)
-    assert "; " in said
+    sentence = one_sentence(ValueError, r"last\.pt", runner.run, read("quickstart/student", TINY), tmp_path)
+    assert "; " in sentence
     assert (tmp_path / "last.pt").read_bytes() == edited
 
 

@@ -76,7 +76,7 @@ def top_1_and_5(scores, labels):
 
 
 @pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=[pytest.mark.slow] * (row not in ("rkd_da", "fitnet_rkd_da"))) for row in ROWS]
+    "row", [pytest.param(row, marks=[pytest.mark.slow] * (row != "fitnet_rkd_da")) for row in ROWS]
 )
 def test_a_recipe_in_torchdistills_script_gives_the_numbers_of_rkd_run(published, tmp_path, row):
     recipe = small(row)

@@ -45,7 +45,7 @@ def overrides(root, *more, network="resnet8"):
     ]  # fmt: skip
 
 
-def taught(teacher):
+def with_teacher(teacher):
     network = ["recipe.teacher_network=resnet14", "recipe.teacher_small_images=False"]
     return [*network, f"recipe.teacher_checkpoint={teacher}"]
 
@@ -56,7 +56,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("classification")
     write_cifar(root / "data")
     assert main(["run", TEACHER, *overrides(root / "data", network="resnet14"), "--out", str(root / "teacher")]) == 0
-    student = overrides(root / "data", *taught(root / "teacher" / "last.pt"))
+    student = overrides(root / "data", *with_teacher(root / "teacher" / "last.pt"))
     assert main(["run", STUDENT, *student, "--out", str(root / "student")]) == 0
     return root
 
@@ -169,7 +169,7 @@ def test_a_checkpoint_of_another_network(runs, capsys, tmp_path):
     )
     assert evaluated == lacks
     out = tmp_path / "out"
-    trained = error_of(capsys, "run", STUDENT, *overrides(runs / "data", *taught(checkpoint)), "--out", out)
+    trained = error_of(capsys, "run", STUDENT, *overrides(runs / "data", *with_teacher(checkpoint)), "--out", out)
     assert trained.startswith(f"{checkpoint} holds another model than ")
     assert trained.partition("rkd.yaml describes")[2] == lacks.partition("recipe.yaml describes")[2]
     assert not out.exists()
@@ -183,20 +183,20 @@ def test_a_checkpoint_of_another_network(runs, capsys, tmp_path):
 def test_a_checkpoint_of_other_classes(runs, capsys, tmp_path):
     checkpoint = runs / "teacher" / "last.pt"
     ten = "models.teacher_model.kwargs.num_classes=10"
-    said = (
+    sentence = (
         "describes, ImageClassifier: its last layer, linear, has 100 outputs instead of 10; give "
         "models.{}.kwargs.num_classes=100, or use a checkpoint of 10"
     )
     trained = error_of(
-        capsys, "run", STUDENT, *overrides(runs / "data", *taught(checkpoint), ten), "--out", tmp_path / "out"
+        capsys, "run", STUDENT, *overrides(runs / "data", *with_teacher(checkpoint), ten), "--out", tmp_path / "out"
     )
     assert trained.startswith(f"{checkpoint} holds another model than ")
-    assert trained.endswith(said.format("teacher_model"))
+    assert trained.endswith(sentence.format("teacher_model"))
     evaluated = error_of(
         capsys, "eval", TEACHER, *overrides(runs / "data", "models.model.kwargs.num_classes=10", network="resnet14"),
         "--checkpoint", checkpoint,
     )  # fmt: skip
-    assert evaluated.endswith(said.format("model"))
+    assert evaluated.endswith(sentence.format("model"))
 
 
 def test_a_file_that_is_no_checkpoint_of_ours(runs, capsys, tmp_path):
@@ -219,7 +219,7 @@ def test_a_file_that_is_no_checkpoint_of_ours(runs, capsys, tmp_path):
         assert str(path) in evaluated
         with pytest.raises(ValueError, match=messages[name]):
             raise ValueError(evaluated)
-    missing = taught(tmp_path / "none.pt")
+    missing = with_teacher(tmp_path / "none.pt")
     trained = error_of(capsys, "run", STUDENT, *overrides(runs / "data", *missing), "--out", tmp_path / "out")
     assert trained == (
         f"expected a checkpoint at {tmp_path / 'none.pt'}, found none; train that model first with "
@@ -241,7 +241,7 @@ def test_weights_of_another_kind(tmp_path):
 def test_a_run_whose_checkpoint_was_replaced(runs, capsys, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last.pt").write_bytes((runs / "teacher" / "last.pt").read_bytes())
-    more = overrides(runs / "data", *taught(runs / "teacher" / "last.pt"))
+    more = overrides(runs / "data", *with_teacher(runs / "teacher" / "last.pt"))
     error = error_of(capsys, "run", STUDENT, *more, "--out", tmp_path / "run")
     assert f"{tmp_path / 'run' / 'last.pt'} holds another model than" in error
     torch.save({"model": {}}, tmp_path / "run" / "last.pt")
@@ -286,7 +286,7 @@ def test_all_classes_of_data_that_are_not_split_by_class(runs, capsys):
     )
 
 
-def test_the_check_of_labels_leaves_no_trace(runs, monkeypatch):
+def test_the_check_of_labels_changes_nothing(runs, monkeypatch):
     recipe = read(TEACHER, overrides(runs / "data"))
     checked = Experiment(recipe)
     checked.box()

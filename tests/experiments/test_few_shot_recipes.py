@@ -34,6 +34,13 @@ METHODS = {
     "attention": ("attention", []),
 }
 ROWS = {"omniglot": [*METHODS][:4], "mini_imagenet": [*METHODS]}
+# One of each kind of loss; the others are in the slow tier.
+IN_BOTH_LOOPS = [
+    ("omniglot", "teacher"),
+    ("omniglot", "rkd_da"),
+    ("mini_imagenet", "fitnet"),
+    ("mini_imagenet", "attention"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +73,14 @@ def test_a_module_path_inside_an_episodes_loss_is_checked():
     assert raised.value.problems == [(inner, problem)]
 
 
-@pytest.mark.parametrize(("data", "row"), [(data, row) for data, rows in ROWS.items() for row in rows])
+@pytest.mark.parametrize(
+    ("data", "row"),
+    [
+        pytest.param(data, row, marks=[pytest.mark.slow] * ((data, row) not in IN_BOTH_LOOPS))
+        for data, rows in ROWS.items()
+        for row in rows
+    ],
+)
 def test_the_losses_are_those_of_torchdistills_loop(recipe, root, tmp_path, data, row):
     small = recipe(data, row, "recipe.channels_last=False")  # which rounds in another order
     result = run(small, tmp_path / "run")
@@ -95,8 +109,14 @@ def by_the_paper(row, student, teacher, labels, rows, maps):
     return task + 10.0 * ATLoss({"block4": places}, mode="code")(*hooked)
 
 
-@pytest.mark.parametrize("part", ["all", "support", "query"])
-@pytest.mark.parametrize(("data", "row"), [(data, row) for data, rows in ROWS.items() for row in rows[1:]])
+@pytest.mark.parametrize(
+    ("data", "row", "part"),
+    [
+        *((data, row, "all") for data, rows in ROWS.items() for row in rows[1:]),
+        *(("omniglot", "rkd_da", part) for part in ("support", "query")),
+        *(("mini_imagenet", row, "query") for row in ("rkd_d", "fitnet", "attention")),
+    ],
+)
 def test_the_loss_is_the_papers(recipe, data, row, part):
     if row in ("fitnet", "attention") and part != "all":
         with pytest.raises(RecipeError, match=r"recipe.rkd_on"):
@@ -325,7 +345,9 @@ def test_what_a_row_cannot_refer_to(small_suite, changes, problem):
         read_suite(small_suite(rows=rows))
 
 
-@pytest.mark.parametrize(("data", "row"), [("omniglot", "rkd_da"), ("mini_imagenet", "attention")])
+@pytest.mark.parametrize(
+    ("data", "row"), [("omniglot", "rkd_da"), pytest.param("mini_imagenet", "attention", marks=pytest.mark.slow)]
+)
 def test_a_resnet12_teaches_the_small_network(recipe, root, tmp_path, data, row):
     shorter = ["recipe.num_epochs=1", "recipe.episodes=1"]
     teacher = run(recipe(data, "teacher", "recipe.network=resnet12", *shorter), tmp_path / "teacher")

@@ -16,6 +16,7 @@ from pathlib import Path
 import many_processes
 import pytest
 import torch
+from children import in_child
 
 from rkd_plugin import cli, distributed
 from rkd_plugin.experiments.recipe import read
@@ -137,15 +138,18 @@ def python(*arguments, folder=None, **environment):
     )  # fmt: skip
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def tasks_of_slurm(*commands, folders=(None, None), **environment):
     """Two processes that are connected by the variables of SLURM only; the results are those of `python`.
 
     Both have one command, or each its own.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        environment["MASTER_PORT"] = str(free.getsockname()[1])
-    environment |= {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "127.0.0.[1-2],other"}
+    environment |= {"MASTER_PORT": free_port(), "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "127.0.0.[1-2],other"}
     with ThreadPoolExecutor() as pool:
         tasks = [
             pool.submit(python, *command, folder=folder, **environment, SLURM_PROCID=rank, SLURM_LOCALID=rank)
@@ -166,11 +170,30 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-def test_rkd_run_under_torchrun_has_the_numbers_of_one_process(tmp_path):
+def run_by_torchrun(command):
+    done = python(*TORCHRUN, "-m", "rkd_plugin", *command)
+    assert done.returncode == 0, done.stderr
+
+
+def run_by_variables(command):
+    """Two forked processes with the variables of torchrun."""
+    port = free_port()
+    ranks = [in_child(_run_as, str(rank), port, command) for rank in range(2)]
+    for process in ranks:
+        process.join(240)
+        assert process.exitcode == 0
+
+
+def _run_as(rank, port, command):
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    sys.exit(cli.main(command))
+
+
+@pytest.mark.parametrize("launch", [run_by_variables, pytest.param(run_by_torchrun, marks=pytest.mark.processes)])
+def test_rkd_run_has_the_numbers_of_one_process(tmp_path, launch):
     path, short = classification(tmp_path / "recipe.yaml"), "recipe.num_epochs=2"
     many_processes.train(path, tmp_path / "one", short)
-    done = python(*TORCHRUN, "-m", "rkd_plugin", "run", path, short, "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    launch(["run", path, short, "--out", str(tmp_path / "two")])
     runs = [result(tmp_path / name) for name in ("one", "two")]
     assert [run["processes"] for run in runs] == [1, 2]
     same([run["history"] for run in runs])
@@ -307,7 +330,7 @@ def test_data_that_one_process_cannot_load_keeps_no_other_waiting(alone, tmp_pat
 
 
 @pytest.mark.processes
-def test_asked_to_stop_one_stops_all_after_the_same_step(alone, tmp_path):
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(alone, tmp_path):
     path, folder = alone[1]["two_stages"], tmp_path / "run"
     command = ["-m", "rkd_plugin", "run", path, "--out", str(folder)]
     stopped = python(*TORCHRUN, *command, BREAK="1,100,term")
@@ -397,7 +420,7 @@ def test_ranks_with_other_weights_all_end_with_an_error(alone, tmp_path, verb):
 
 
 @pytest.mark.parametrize("variables", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
-def test_what_processes_do_not_share_is_refused(monkeypatch, capsys, variables):
+def test_what_processes_do_not_share_raises(monkeypatch, capsys, variables):
     for name, value in zip((*variables, "MASTER_ADDR", "MASTER_PORT"), "1234", strict=True):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # which gains the launcher's
@@ -411,8 +434,10 @@ def test_what_processes_do_not_share_is_refused(monkeypatch, capsys, variables):
 @pytest.fixture
 def slurm(monkeypatch):
     """The environment, without what started this process."""
-    said = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_", "RANK"))}
-    monkeypatch.setattr(os, "environ", said | {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"})
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_", "RANK"))
+    }
+    monkeypatch.setattr(os, "environ", inherited | {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"})
     return os.environ
 
 
@@ -429,7 +454,7 @@ def test_the_script_of_a_job_is_one_process(slurm):
     assert launched() == (0, 1)
 
 
-def test_a_first_host_that_nobody_names(slurm):
+def test_a_first_host_without_a_name(slurm):
     with pytest.raises(ValueError, match="the first host in MASTER_ADDR or SLURM_JOB_NODELIST, found neither; export"):
         launched()
 
@@ -442,7 +467,7 @@ def as_if_two(monkeypatch):
     monkeypatch.setattr(processes, "rank_zero_first", nullcontext)
 
 
-def test_wrappers_of_torchdistill_are_refused(tmp_path, as_if_two):
+def test_wrappers_of_torchdistill_raise(tmp_path, as_if_two):
     path = tmp_path / "wrapped.yaml"
     text = Path(classification(path)).read_text()
     path.write_text(text.replace(HOOKED, f"{HOOKED}, wrapper: DataParallel"))

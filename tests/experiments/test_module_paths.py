@@ -132,7 +132,7 @@ def test_the_arguments_of_torchdistills_loss_are_translated():
     assert problems["it.kwargs.dist_factor"].endswith("; use the term's weight")
 
 
-def test_the_meta_pass_leaves_no_trace(monkeypatch):
+def test_the_meta_pass_changes_nothing(monkeypatch):
     """The model is cached, so that the next check would call hooks that remain."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     monkeypatch.setitem(MODEL_DICT, "Kept", lambda: model)

@@ -178,7 +178,7 @@ def test_a_missing_teacher_is_reported_and_nothing_is_trained(tmp_path):
     assert not (tmp_path / "last.pt").exists()
 
 
-def test_the_teacher_of_a_run_stands_still_and_the_student_learns_from_it(undisturbed, tmp_path, monkeypatch):
+def test_the_teacher_of_a_run_does_not_change_and_the_student_learns_from_it(undisturbed, tmp_path, monkeypatch):
     folder, _ = undisturbed
     overrides = [
         "recipe.num_epochs=2", "recipe.samples_per_epoch=512", "recipe.batch_size=64",

@@ -116,7 +116,7 @@ def cells_of(table):
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 
-def test_the_papers_number_stands_beside_ours(reproduced, tmp_path):
+def test_the_papers_number_is_beside_ours(reproduced, tmp_path):
     _, folder, _ = reproduced
     rows = [{**SUITE["rows"][0], "paper": {"recall_at_1": 50}}, SUITE["rows"][1]]
     metrics = {"recall_at_1": "Recall@1 (%)", "map_at_r": "MAP@R (%)"}
@@ -152,7 +152,7 @@ def test_overrides_reach_every_row_and_are_named(tmp_path):
         assert len(json.loads((tmp_path / f"{row}-seed3" / "result.json").read_text())["history"]) == 1
 
 
-def test_overrides_of_a_suite_reach_every_row_and_give_way_to_all_others(tmp_path):
+def test_overrides_of_a_suite_reach_every_row_and_all_others_have_priority(tmp_path):
     teacher, student = ({**row, "overrides": []} for row in SUITE["rows"])
     rows = [teacher, {**student, "overrides": ["recipe.num_epochs=2"]}]
     fast = {"label": "less", "overrides": ["recipe.samples_per_epoch=128"]}

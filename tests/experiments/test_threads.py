@@ -84,7 +84,7 @@ def test_small_work_gets_one_thread(free, work, count):
 
 
 @pytest.mark.parametrize("name", threads.COUNT)
-def test_the_users_own_number_stays(free, name):
+def test_the_users_number_is_kept(free, name):
     free.setenv(name, "8")
     with threads.fitted(lambda: 1):
         assert torch.get_num_threads() == 8

@@ -206,6 +206,7 @@ def test_any_magnitude(loss, case):
 
 
 @runs_kernel
+@pytest.mark.slow
 def test_tiles_of_rows_far_apart_and_others():
     """Two close rows in different tiles: this pair of tiles is computed from the rows, the others are not."""
     student, teacher = (torch.randn(34, width).to(DEVICE) for width in (2, 3))
@@ -257,7 +258,7 @@ def test_upstream_weights(rows, wide):
 
 
 @runs_kernel
-@pytest.mark.parametrize("vertices", [0, 1, 5, 32, 33, 40])
+@pytest.mark.parametrize("vertices", slow_but((1, 5), [0, 1, 5, 32, 33, 40]))
 def test_some_vertices(vertices):
     """The first rows are vertices of angles between all rows; there are tiles before and after the last of them."""
     student, teacher = batch(40)
@@ -343,6 +344,7 @@ def test_memory_layout_does_not_matter(dtype):
 
 
 @runs_kernel
+@pytest.mark.slow
 def test_same_bits_every_time():
     student, teacher = batch(33 if fused.INTERPRETED else 777, torch.float32)
     once, again = (evaluate(rkd_da_loss, student, teacher, impl="fused") for _ in range(2))
@@ -490,7 +492,7 @@ def test_memory_growth():
 
 
 @runs_kernel
-@pytest.mark.parametrize("fault", [None, "value", "gradient", "error"])
+@pytest.mark.parametrize("fault", slow_but(("gradient", "error"), [None, "value", "gradient", "error"]))
 def test_auto_does_not_take_a_kernel_that_fails_on_this_device(monkeypatch, fault):
     """With an error of a hundredth, or an exception; one warning."""
     right = fused.angle

@@ -39,6 +39,7 @@ from rkd_plugin.experiments.running.embed import embed
 from rkd_plugin.experiments.running.experiment import Experiment
 from rkd_plugin.experiments.support.files import alone_in
 from rkd_plugin.teacher_bank import Bank, files, fingerprint, views
+from rkd_plugin.teacher_bank.header import FORMAT, VERSION
 
 # The rounding of convolutions depends on the batch, and training steps amplify it.
 CLOSE = 1e-4
@@ -368,7 +369,7 @@ distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank
 try:
     embed(read(sys.argv[4 + rank]), Path(sys.argv[3]))
 except ValueError as error:
-    sys.exit("refused: " + str(error))
+    sys.exit("raised: " + str(error))
 distributed.destroy_process_group()
 """
 
@@ -892,7 +893,7 @@ def raw_pytorch(path, rows):
 
 
 FLOATS = np.zeros((4, 3), np.float32)
-FOREIGN = {
+EXTERNAL = {
     "three dimensions": ("x.npy", lambda p: np.save(p, np.zeros((4, 2, 2))), r"\(N, D\) of floats was expected"),
     "integers": ("x.npy", lambda p: np.save(p, np.zeros((4, 2), np.uint16)), "of floats was expected, got .* uint16"),
     "objects": ("x.npy", lambda p: np.save(p, np.array([print], object)), "Python objects"),
@@ -933,9 +934,9 @@ FOREIGN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", EXTERNAL)
 def test_bad_external_arrays_raise(name, tmp_path):
-    file, write, reason = FOREIGN[name]
+    file, write, reason = EXTERNAL[name]
     write(tmp_path / file)
     with pytest.raises((ValueError, FileNotFoundError), match=reason) as raised:
         Bank(tmp_path / file)
@@ -980,7 +981,7 @@ def sparse(folder, rows, width):
     sums = np.full((layout.shards, 1), files.checksum(np.zeros((layout.shard_rows, width), np.float32)), np.uint64)
     np.save(folder / "checksums.npy", sums)
     header = {
-        "format": files.FORMAT, "version": files.VERSION, "dtype": "float32", "views": 0, "seed": 0,
+        "format": FORMAT, "version": VERSION, "dtype": "float32", "views": 0, "seed": 0,
         "shard_rows": layout.shard_rows, "arrays": [{"path": ".", "io": "output", "pool": None, "width": width}],
         "data": {"count": rows, "labels": None, "files": None, "transform": "", "images": []},
         "teacher": {"model": {}, "weights": "", "precision": "float32"}, "checksums": fingerprint.digest(sums),
@@ -992,9 +993,9 @@ def sparse(folder, rows, width):
 def test_a_large_bank_is_not_loaded(tmp_path):
     rows, width = 2**18, 1024
     folder = sparse(tmp_path / "bank", rows, width)
-    said = python(GROWTH, folder)
-    grown, seconds, nonzero = said.stdout.split()
-    assert int(grown) < 4 * rows * width / 10, said.stderr
+    done = python(GROWTH, folder)
+    grown, seconds, nonzero = done.stdout.split()
+    assert int(grown) < 4 * rows * width / 10, done.stderr
     assert float(seconds) < 1
     assert nonzero == "0"
 

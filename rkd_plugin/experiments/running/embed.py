@@ -25,20 +25,15 @@ from rkd_plugin.printing import printable
 from rkd_plugin.teacher_bank import Bank
 from rkd_plugin.teacher_bank.files import (
     DTYPES,
-    FORMAT,
-    HEADER,
-    UNFINISHED,
-    VERSION,
     Layout,
     ShardReader,
     ShardWriter,
     decoded,
     encoded,
-    read_header,
-    read_json,
     shard_rows,
 )
 from rkd_plugin.teacher_bank.fingerprint import digest, of_data, of_weights
+from rkd_plugin.teacher_bank.header import FORMAT, HEADER, UNFINISHED, VERSION, read_header, read_json
 from rkd_plugin.teacher_bank.views import check_repeats, draws, image, items
 
 BATCH = 128  # images, if the recipe has no batch size
