@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
@@ -11,8 +14,9 @@ from torch import distributed, multiprocessing, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from rkd_plugin import rkd_angle_loss, rkd_da_loss, rkd_distance_loss
-from rkd_plugin.adapters.sentence_transformers import RKDAngleLoss, RKDDALoss, RKDDistanceLoss, Terms
+from rkd_plugin import relational_loss, rkd_angle_loss, rkd_da_loss, rkd_distance_loss
+from rkd_plugin.adapters.sentence_transformers import RelationalLoss, RKDAngleLoss, RKDDALoss, RKDDistanceLoss
+from rkd_plugin.adapters.sentence_transformers.columns import Terms
 
 LOSSES = {RKDDistanceLoss: rkd_distance_loss, RKDAngleLoss: rkd_angle_loss, RKDDALoss: rkd_da_loss}
 every_loss = pytest.mark.parametrize(("loss", "function"), LOSSES.items(), ids=lambda x: getattr(x, "__name__", ""))
@@ -52,6 +56,15 @@ def test_columns_are_joined_to_one_batch(loss, function, scaled):
         name for name in ("rkd_distance", "rkd_angle") if "da" in function.__name__ or name == function.__name__[:-5]
     ]
     torch.testing.assert_close(sum(terms.values()), 3.0 * expected)
+
+
+def test_any_relation_is_the_general_loss():
+    model, texts, teacher = Encoder(), columns(2), torch.randn(6, 2, 7)
+    options = {"potential": "cosine", "penalty": "kl", "scale": "softmax", "temperature": 0.1, "neighbours": 3}
+    terms = RelationalLoss(model, **options, weight=2.0)(texts, teacher)
+    target = torch.cat([teacher[:, 0], teacher[:, 1]])
+    expected = relational_loss(normalize(embedded(model, texts)), normalize(target), **options)
+    torch.testing.assert_close(terms, Terms(relational=2.0 * expected))
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -107,6 +120,8 @@ def test_options_and_citation_of_the_model_card():
     assert config["weight"] == 100.0
     assert config["mini_batch_size"] == 8
     assert "teacher" not in config
+    relational = RelationalLoss(Encoder(), potential=lambda x: x, penalty="mse", scale=None).get_config_dict()
+    assert json.loads(json.dumps(relational))["potential"] == "<lambda>"
     teacher = Encoder()
     assert RKDDALoss(Encoder(), teacher).get_config_dict()["teacher"] is teacher
     assert "Relational Knowledge Distillation" in loss.citation
@@ -289,12 +304,12 @@ def pairs(teacher):
     return Dataset.from_dict({"anchor": anchors, "positive": positives, "label": vectors.tolist()})
 
 
-def trained(model, data, loss, folder, steps=3, learning_rate=0.01):
+def trained(model, data, loss, folder, steps=3, learning_rate=0.01, batch_size=6):
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
     arguments = SentenceTransformerTrainingArguments(
-        str(folder), max_steps=steps, per_device_train_batch_size=6, learning_rate=learning_rate, logging_steps=1,
-        report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
+        str(folder), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=learning_rate,
+        logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     trainer = SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss)
     trainer.train()
@@ -376,6 +391,20 @@ class TestWithTheLibrary:
         with pytest.raises(ValueError, match=r"expected mini_batch_size=None in MatryoshkaLoss"):
             MatryoshkaLoss(model, RKDDALoss(model, mini_batch_size=2), [8, 4])([dict(features)], labels)
 
+    @pytest.mark.processes
+    def test_the_trainer_on_two_processes_trains_as_on_one(self, folder, tmp_path):
+        weights = {}
+        for count in (1, 2):
+            out = tmp_path / f"{count}.pt"
+            command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
+            command += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", __file__]
+            subprocess.run([*command, str(folder), str(out)], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+            weights[count] = torch.load(out)
+        torch.testing.assert_close(
+            weights[1], weights[2], rtol=1e-4, atol=1e-5
+        )  # after Adam, which divides by the gradient
+        assert not torch.equal(weights[1], torch.load(tmp_path / "1.pt.start"))
+
     def test_parts_of_a_batch_train_as_the_whole(self, model):
         features, labels = [model.preprocess(TEXTS[i : i + 6]) for i in (0, 6)], torch.randn(6, 2, 5)
         found = {}
@@ -422,3 +451,26 @@ class TestWithTheLibrary:
 def test_terms_need_the_same_names():
     with pytest.raises(KeyError, match="a"):
         Terms(a=torch.tensor(1.0)) + Terms(b=torch.tensor(1.0))
+
+
+def train_in_each_process(folder, out):
+    """Train an embedding table, with a batch of 6 over all processes."""
+    import sentence_transformers
+    from sentence_transformers.models import StaticEmbedding
+
+    teacher = sentence_transformers.SentenceTransformer(folder, device="cpu")
+    torch.manual_seed(0)
+    table = sentence_transformers.SentenceTransformer(
+        modules=[StaticEmbedding(teacher.tokenizer, embedding_dim=6)], device="cpu"
+    )
+    weight = table[0].embedding.weight
+    torch.save(weight.detach().clone(), f"{out}.start")
+    loss = RKDDistanceLoss(table, gather_across_devices=True)
+    count = int(os.environ["WORLD_SIZE"])
+    trained(table, pairs(teacher), loss, f"{out}.run", batch_size=6 // count)
+    if int(os.environ["RANK"]) == 0:
+        torch.save(weight.detach(), out)
+
+
+if __name__ == "__main__":
+    train_in_each_process(*sys.argv[1:])

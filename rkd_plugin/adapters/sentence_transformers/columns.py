@@ -1,40 +1,4 @@
-"""RKD for sentence-transformers: losses for its ``SentenceTransformerTrainer``. This file does not import the library.
-
-The teacher's vectors are the labels, as in the library's own ``EmbedDistillLoss``; a projection is not needed, since
-student and teacher may have different widths. Compute them once::
-
-    def add_teacher(batch):
-        columns = [teacher.encode(batch[name]) for name in ("anchor", "positive")]
-        return {"label": np.stack(columns, axis=1).tolist()}
-
-    dataset = dataset.map(add_teacher, batched=True)
-    loss = RKDDALoss(model)
-    SentenceTransformerTrainer(model=model, train_dataset=dataset, loss=loss).train()
-
-**The student's rows are scaled to length 1 inside the loss**, ``normalize=True``. Vectors of sentence encoders are
-compared by their cosine, and most teachers return rows of length 1. Both losses ignore a shift of all rows, which the
-cosine does not: a student that is not scaled learns the teacher's relations somewhere beside the origin, and unrelated
-texts then have a cosine near 1.
-
-**Batches need related texts.** Columns of one dataset, such as ``anchor`` and ``positive``, are joined to one batch, so
-that relations are between them as well.
-
-**Beside a contrastive loss** a weight of 1 or 2 has no effect: RKD is about 0.01 where ``MultipleNegativesRankingLoss``
-is about 1. Begin with a ``weight`` of 100. Both losses share one forward pass in a loss of your own, as in the
-library's ``GlobalOrthogonalRegularizationLoss``::
-
-    class Both(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-            self.contrastive = MultipleNegativesRankingLoss(model)
-            self.rkd = RKDDALoss(model, weight=100)
-
-        def forward(self, sentence_features, labels):
-            embeddings = [self.model(features)["sentence_embedding"] for features in sentence_features]
-            contrastive = self.contrastive.compute_loss_from_embeddings(embeddings, labels)
-            return {"contrastive": contrastive, **self.rkd.compute_loss_from_embeddings(embeddings, labels)}
-"""
+"""What the losses share: from the text columns of a batch and its labels to one batch of each side."""
 
 from __future__ import annotations
 
@@ -49,10 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
-from rkd_plugin.functional import relation_terms
-from rkd_plugin.options import Options
-
 Features = dict[str, Any]
+COMMON = ("weight", "normalize", "mini_batch_size", "gather_across_devices")
 
 
 class Terms(dict[str, Tensor]):
@@ -76,7 +38,7 @@ class Terms(dict[str, Tensor]):
         return Terms({name: zero + term for name, term in self.items()})
 
 
-class _SentenceLoss(nn.Module):
+class SentenceLoss(nn.Module):
     """The base of the losses: from the columns of a batch and its labels to a batch of both sides."""
 
     def __init__(
@@ -213,8 +175,7 @@ class _SentenceLoss(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
         teacher = {"teacher": self._teacher[0]} if self._teacher else {}
-        names = ("weight", "normalize", "mini_batch_size", "gather_across_devices")
-        return {**teacher, **{name: getattr(self, name) for name in names}}
+        return {**teacher, **{name: getattr(self, name) for name in COMMON}}
 
     @property
     def citation(self) -> str:
@@ -227,98 +188,6 @@ class _SentenceLoss(nn.Module):
     year={2019}
 }
 """
-
-
-class _RKDLoss(_SentenceLoss):
-    """The base of the three losses of the paper."""
-
-    def __init__(
-        self, model: nn.Module, teacher: nn.Module | None, distance_weight: float, angle_weight: float, kwargs: Any
-    ) -> None:
-        options = {key: kwargs.pop(key) for key in ("reduction", "huber_delta", "anchors", "impl") if key in kwargs}
-        super().__init__(model, teacher, **kwargs)
-        self.options = Options(distance_weight, angle_weight, gather=self.gather_across_devices, **options)
-        self.options.check(type(self).__name__)
-        if self.options.reduction == "anchor":
-            raise ValueError(f"{type(self).__name__}: expected a scalar for the Trainer, got reduction 'anchor'")
-
-    def _terms(self, student: Tensor, teacher: Tensor) -> Terms:
-        distance, angle, zero = relation_terms(type(self).__name__, student, teacher, self.options)
-        vectors = {"rkd_distance": distance, "rkd_angle": angle}
-        terms = {name: vector.sum() for name, vector in vectors.items() if vector is not None} or {"rkd": zero.sum()}
-        return Terms({name: term.to(torch.promote_types(student.dtype, torch.float32)) for name, term in terms.items()})
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """The options, for the model card."""
-        names = ("distance_weight", "angle_weight", "reduction", "huber_delta", "anchors", "impl")
-        return {**{name: getattr(self.options, name) for name in names}, **super().get_config_dict()}
-
-
-class RKDDistanceLoss(_RKDLoss):
-    """`rkd_plugin.rkd_distance_loss` for sentence-transformers: RKD-D, the term ``rkd_distance``.
-
-    Args:
-        model: the student, a ``SentenceTransformer``.
-        teacher: a ``SentenceTransformer`` that runs at each step, instead of labels. It is set to eval mode and gets no
-            gradient. If its vocabulary is not the student's, it gets the texts that the student's tokens decode to,
-            without what the student's tokenizer drops, such as upper case; labels are exact, and cost one pass.
-        kwargs: ``weight`` of the terms (1.0). ``normalize``: whether the rows of both sides are scaled to length 1
-            (True). ``mini_batch_size``: the number of texts in a forward pass (None: all). As in the library's cached
-            losses, activations are computed twice, and the gradients are those of the whole batch; an embedding table
-            ignores it, and ``MatryoshkaLoss`` does not work with it. ``gather_across_devices``: whether the loss is
-            over the batches of all processes (False). ``reduction``: ``"mean"``, ``"tuple_mean"`` or ``"sum"``.
-            ``huber_delta``, ``impl``: as in `rkd_plugin.rkd_distance_loss`.
-
-    Raises:
-        TypeError, ValueError: if an option has the wrong type or an invalid value, or the texts cannot be decoded for
-            the teacher; when called, see ``forward``.
-
-    Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019.
-
-    Example:
-        An embedding table without a tokenizer; three texts in two columns, and the teacher's vector of each text.
-
-        >>> class Table(nn.EmbeddingBag):
-        ...     def forward(self, features):
-        ...         return {"sentence_embedding": super().forward(features["input_ids"])}
-        >>> loss = RKDDistanceLoss(Table(10, 4))
-        >>> columns = [{"input_ids": torch.tensor([[1, 2], [3, 4], [5, 6]])} for _ in range(2)]
-        >>> terms = loss(columns, torch.randn(3, 2, 16))
-        >>> list(terms)
-        ['rkd_distance']
-    """
-
-    def __init__(self, model: nn.Module, teacher: nn.Module | None = None, **kwargs: Any) -> None:
-        super().__init__(model, teacher, 1.0, 0.0, kwargs)
-
-
-class RKDAngleLoss(_RKDLoss):
-    """`rkd_plugin.rkd_angle_loss` for sentence-transformers: RKD-A, the term ``rkd_angle``.
-
-    Arguments, errors and source as `RKDDistanceLoss`, and ``anchors`` as in `rkd_plugin.rkd_angle_loss`.
-    """
-
-    def __init__(self, model: nn.Module, teacher: nn.Module | None = None, **kwargs: Any) -> None:
-        super().__init__(model, teacher, 0.0, 1.0, kwargs)
-
-
-class RKDDALoss(_RKDLoss):
-    """`rkd_plugin.rkd_da_loss` for sentence-transformers: RKD-DA, the terms ``rkd_distance`` and ``rkd_angle``.
-
-    Arguments, errors and source as `RKDDistanceLoss`, and ``distance_weight``, ``angle_weight`` and ``anchors`` as in
-    `rkd_plugin.rkd_da_loss`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        teacher: nn.Module | None = None,
-        *,
-        distance_weight: float = 1.0,
-        angle_weight: float = 2.0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(model, teacher, distance_weight, angle_weight, kwargs)
 
 
 def _in_matryoshka(model: nn.Module) -> bool:
