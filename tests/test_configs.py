@@ -45,7 +45,7 @@ def rows(suite: str) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
 def test_every_file_is_a_recipe_or_a_suite():
     files = {path.relative_to(configs_root()) for path in configs_root().rglob("*.y*ml")}
     assert {str(path.with_suffix("")) for path in files} == {entry.name for entry in ENTRIES}
-    assert (len(files), len(SUITES), len(TEST_SETS), len(RECIPES)) == (56, 16, 4, 36)
+    assert (len(files), len(SUITES), len(TEST_SETS), len(RECIPES)) == (60, 17, 4, 39)
 
 
 def test_the_first_sentence_describes_the_file():
@@ -215,6 +215,15 @@ DIFFERENCES = {
         Apart("recipe.data_root datasets.test.*.dataset.*", None, "each is another data set"),
         Apart("recipe.cache datasets.test.*.folder", {"cifar100"}, "its images are no files"),
     ],
+    "text": [
+        Apart("recipe.l2_normalize", None, "an anchor of RKD and of the projection, with another default"),
+        Apart("recipe.near_*", {"rkd"}, "relations among the nearest"),
+        Apart("recipe.neighbours", {"projection"}, "it relates no captions"),
+        Apart("recipe.pca_bank models.student_model.kwargs.pca_bank", {"rkd"}, "an anchor for the teacher's PCA"),
+        Apart("recipe.potential recipe.penalty recipe.scale recipe.temperature", {"relational"}, "any relation"),
+        Apart("recipe.relational_weight", {"relational"}, "beside the contrastive loss"),
+        Apart("recipe.projection_weight recipe.teacher_embedding_dim", {"projection"}, "the layer and its weight"),
+    ],
     "quickstart": [
         Apart("recipe.embedding_dim models.student_model.* train.optimizer.*.lr", {"teacher"}, "it is wider"),
         Apart("*.l2_normalize", {"rkd_d", "rkd_a", "rkd_da"}, "the paper's best, X"),
@@ -379,7 +388,7 @@ def command(words: list[str]) -> Command:
 
 def trained(by: Command) -> dict[Path, Recipe]:
     """The folders that a command writes, each with its recipe; a `RecipeError` if anything that it names is missing."""
-    if by.verb == "run":
+    if by.verb in ("run", "embed"):
         folder = Path(*by.options.get("--out", ["/".join(["runs", *by.name.split("/")[-2:]])]))
         return {folder: recipe(by.name, *by.overrides)}
     suite = read_suite(by.name)
@@ -400,7 +409,7 @@ def trained(by: Command) -> dict[Path, Recipe]:
 @pytest.mark.parametrize("name", [*RECIPES, *SUITES])
 def test_a_header_has_a_command_and_a_result(name):
     found = commands(header(name))
-    assert {by.verb for by in found} <= {"run", "reproduce"}
+    assert {by.verb for by in found} <= {"run", "reproduce", "embed"}
     assert name in {by.name for by in found}
     assert all(trained(by) for by in found)
     assert re.search(r"\bResults?\b|Not yet run|not yet run", " ".join(header(name)))

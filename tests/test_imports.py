@@ -22,7 +22,7 @@ FLOORS = [
     ["experiments.recipe"],
     ["experiments.support"],
     ["components"],
-    ["adapters.pml", "adapters.torchdistill"],
+    ["adapters.pml", "adapters.torchdistill", "adapters.sentence_transformers"],
     ["teacher_bank", "core"],
     ["kernels"],
     ["cores", "environment", "storage", "markdown", "printing"],
@@ -155,6 +155,7 @@ STATEMENTS = {
     "import rkd_plugin.teacher_bank": "rkd_plugin filelock safetensors",
     "import rkd_plugin.adapters.torchdistill": "torchdistill",
     "import rkd_plugin.adapters.pml": "pytorch_metric_learning",
+    "import rkd_plugin.adapters.sentence_transformers": "rkd_plugin",
     "import rkd_plugin.experiments.tables.pictures": "rkd_plugin",
 }
 
@@ -217,6 +218,12 @@ def test_what_is_below_the_hosts_loads_none(loaded, statement, rooms):
 @pytest.mark.parametrize("statement", list(STATEMENTS)[4:6])
 def test_an_adapter_loads_its_host(loaded, statement):
     assert STATEMENTS[statement] in loaded[statement]  # so the test above can fail
+
+
+def test_the_adapter_of_sentence_transformers_needs_no_library(loaded):
+    statement = "import rkd_plugin.adapters.sentence_transformers"
+    room = "rkd_plugin.adapters.sentence_transformers"
+    assert loaded[statement] == {room, f"{room}.columns", f"{room}.losses"}
 
 
 def test_matplotlib_is_loaded_by_the_first_picture_only(loaded):

@@ -261,3 +261,20 @@ def test_the_quickstart_names_every_row_of_the_table():
     assert [row["name"] for row in rows] == ["teacher", "student", "rkd_d", "rkd_a", "rkd_da"]
     assert len(read_suite("quickstart")["seeds"]) == 3
     assert all(Path(row["recipe"]).parent.name == "quickstart" for row in rows)
+
+
+def test_a_row_may_have_fewer_seeds_or_no_training(tmp_path, monkeypatch):
+    untrained = {"name": "untrained", "label": "Untrained", "recipe": "quickstart/student", "trained": False}
+    rows = [{**untrained, "overrides": SMALL, "seeds": [4]}, SUITE["rows"][0]]
+    name = written(tmp_path, rows=rows, seeds=[3, 4], panels=[])
+    folder, table = suites.reproduce(name, tmp_path / "out")
+    results = json.loads((folder / "small.json").read_text())["runs"]
+    assert [run["seed"] for run in results["untrained"]] == [4]
+    assert [run["seed"] for run in results["teacher"]] == [3, 4]
+    found = evaluate(read("quickstart/student", [*SMALL, "recipe.seed=4"])).metrics
+    assert results["untrained"][0]["final"] == found
+    assert "over the seeds 3, 4" in table
+    monkeypatch.setattr(suites, "evaluate", None)  # it is measured once
+    assert suites.reproduce(name, tmp_path / "out") == (folder, table)
+    _, table = suites.reproduce(name, tmp_path / "out", seeds=[3])
+    assert "Untrained" not in table

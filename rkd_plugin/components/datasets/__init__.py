@@ -7,6 +7,7 @@ from rkd_plugin.components.datasets.folders import ClassFolders
 from rkd_plugin.components.datasets.listed import CUB, Cars196, StanfordOnlineProducts
 from rkd_plugin.components.datasets.mini_imagenet import MiniImageNet
 from rkd_plugin.components.datasets.omniglot import Omniglot
+from rkd_plugin.components.datasets.texts import ParallelTexts, ScoredPairs
 from rkd_plugin.components.datasets.tiny_imagenet import TinyImageNet
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "Digits",
     "MiniImageNet",
     "Omniglot",
+    "ParallelTexts",
+    "ScoredPairs",
     "StanfordOnlineProducts",
     "TinyImageNet",
 ]

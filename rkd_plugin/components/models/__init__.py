@@ -8,6 +8,7 @@ from rkd_plugin.components.models.embeddings import (
     ResNet12Embedding,
     few_shot_encoder,
 )
+from rkd_plugin.components.models.sentences import sentence_network
 
 __all__ = [
     "BackboneEmbedding",
@@ -16,4 +17,5 @@ __all__ = [
     "ImageClassifier",
     "ResNet12Embedding",
     "few_shot_encoder",
+    "sentence_network",
 ]

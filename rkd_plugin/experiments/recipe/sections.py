@@ -33,7 +33,7 @@ from rkd_plugin.experiments.recipe.specs import (
 from rkd_plugin.experiments.recipe.tags import resolve
 from rkd_plugin.experiments.recipe.values import Tagged
 
-Task = Literal["classification", "few_shot", "metric_learning"]
+Task = Literal["classification", "few_shot", "metric_learning", "text"]
 _TEXT, _FLAG, _NUMBER, _WHOLE = of_type(str), of_type(bool), of_type(float), of_type(int)
 _TEXTS = of_type(list[str])
 
@@ -293,6 +293,7 @@ SETTINGS: dict[str, Spec] = {
     "test_episodes": positive,
     "patience": optional(positive),
     "teacher_bank": optional(_TEXT),
+    "test_bank": optional(_TEXT),
 }
 _NEEDED = {"task": f"one of {', '.join(get_args(Task))}", "seed": "an integer"}
 _DATA: dict[str, Spec] = {"datasets": of_type(dict)}

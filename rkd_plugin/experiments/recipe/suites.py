@@ -21,6 +21,7 @@ _ROW = section(
         "paper": each(of_type(float)),
         "others": each(each(of_type(float))),
         "trained": of_type(bool),
+        "seeds": of_type(list[int]),
         "metrics": of_type(list[str]),
         "against": of_type(list[str]),
         "epochs_of": of_type(str),

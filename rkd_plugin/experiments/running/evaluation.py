@@ -82,4 +82,5 @@ def evaluate(
     layer = compared(experiment.config, experiment.student, "student")
     outputs, labels, features = experiment.embed(experiment.student, loader, layer)
     measured = measured_on(loader.dataset, labels.tolist())
-    return Evaluation(source.measure(outputs, labels), measured, outputs, labels, features, loader, experiment)
+    metrics = source.measure(outputs, labels, loader.dataset)
+    return Evaluation(metrics, measured, outputs, labels, features, loader, experiment)

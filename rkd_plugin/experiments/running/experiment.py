@@ -208,11 +208,15 @@ class Experiment:
                 )
         return ", although the images are finite; lower the learning rate, or check the loss and its weight"
 
-    def measure(self, outputs: Tensor, labels: Tensor, evaluator: Callable[..., Any] | None = None) -> dict[str, Any]:
+    def measure(
+        self, outputs: Tensor, labels: Tensor, dataset: Any, evaluator: Callable[..., Any] | None = None
+    ) -> dict[str, Any]:
         """The metrics of the task, or of another evaluator, with the options of the recipe; those of rank 0."""
         evaluator = evaluator or EVALUATORS[self.settings["task"]]
         known = inspect.signature(evaluator).parameters
         options = {name: self.settings[name] for name in known if name in self.settings}
+        if "dataset" in known:
+            options["dataset"] = getattr(dataset, "org_dataset", dataset)
         measured: dict[str, Any] = distributed.broadcast(lambda: evaluator(outputs, labels, **options))
         return measured
 

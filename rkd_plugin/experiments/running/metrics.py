@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
+from rkd_plugin.experiments.running.cosines import cosine_error, spearman, unrelated_cosine
 from rkd_plugin.experiments.running.episodes import few_shot
 from rkd_plugin.experiments.support.processes import all_gather_in_turn
 from rkd_plugin.kernels.pairwise import rescale
+from rkd_plugin.teacher_bank import Bank
 from rkd_plugin.teacher_bank.labels import check_labels
 
 DISTANCES_AT_ONCE = 2**24  # 128 MiB in float64
@@ -231,6 +234,44 @@ def check_classes(count: int, labels: Tensor, where: str = "classification") -> 
         )
 
 
+@torch.no_grad()
+def texts(
+    outputs: Tensor, labels: Tensor, dataset: Any, recall_at: Sequence[int] = (1,), test_bank: str | None = None
+) -> dict[str, float]:
+    """Metrics by the cosine of embeddings.
+
+    Args:
+        outputs: embeddings ``(M, D)`` of all items of the data set.
+        labels: classes ``(M,)``.
+        dataset: texts with classes, or a ``ConcatDataset`` of such and `ScoredPairs`.
+        recall_at: the values of K.
+        test_bank: a teacher bank of the data set.
+
+    Returns:
+        * of the texts with classes, `retrieval`, and ``unrelated_cosine``, the mean cosine of two classes;
+        * with a bank, ``cosine_error``: the mean absolute difference to the teacher's cosine over all pairs of them;
+        * ``spearman`` of scored pairs: the rank correlation of cosine and score, in percent.
+
+    Raises:
+        ValueError: as `retrieval`; if the bank is of other data.
+    """
+    metrics: dict[str, float] = {}
+    teacher = Bank(test_bank).over(dataset).bank if test_bank else None
+    outputs, start = normalize(outputs.double()), 0
+    for part in getattr(dataset, "datasets", [dataset]):
+        rows = range(start, start := start + len(part))
+        vectors = outputs[rows.start : rows.stop]
+        if hasattr(part, "scores"):
+            metrics["spearman"] = 100 * spearman((vectors[::2] * vectors[1::2]).sum(1), part.scores)
+            continue
+        classes = labels[rows.start : rows.stop]
+        metrics |= retrieval(vectors, classes, recall_at)
+        metrics["unrelated_cosine"] = unrelated_cosine(vectors, classes)
+        if teacher is not None:
+            metrics["cosine_error"] = cosine_error(vectors, normalize(teacher.read(rows)[0].to(vectors)))
+    return metrics
+
+
 Evaluator = Callable[..., dict[str, float]]
 
 # Task -> function of its metrics; the first metric is higher for a better model, and chooses `best`.
@@ -238,4 +279,5 @@ EVALUATORS: dict[str, Evaluator] = {
     "metric_learning": retrieval,
     "classification": classification,
     "few_shot": few_shot,
+    "text": texts,
 }

@@ -186,7 +186,7 @@ class _Training:
                 "further loss that separates them",
                 stacklevel=2,
             )
-        return self.experiment.measure(outputs, labels)
+        return self.experiment.measure(outputs, labels, self.box.val_data_loader.dataset)
 
     @contextmanager
     def name_in_errors(self, epoch: int) -> Iterator[None]:

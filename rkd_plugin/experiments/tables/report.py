@@ -29,7 +29,7 @@ def table(suite: Result, rows: list[Result], results: dict[str, list[Result]]) -
     heads = max(lines, key=len)
     runs = [run for row in results.values() for run in row if "environment" in run]
     conditions = {", ".join(f"{key} {value}" for key, value in run["environment"].items()) for run in runs}
-    seeds = ", ".join(str(run["seed"]) for run in results[rows[0]["name"]])
+    seeds = ", ".join(map(str, suite["seeds"]))
     changed = f", with {' '.join(suite['overrides'])}" if suite["overrides"] else ""
     text = [
         f"# {suite['title']}",

@@ -93,6 +93,7 @@ def _plan(
     common = suite.pop("overrides", [])
     suite["overrides"] = list(overrides)
     suite["seeds"] = list(seeds or suite["seeds"])
+    suite["rows"] = [row for row in suite["rows"] if {*suite["seeds"]} & {*row.get("seeds", suite["seeds"])}]
     schedule = None
     if fast:
         if "fast" not in suite:
@@ -104,7 +105,7 @@ def _plan(
     tests = {key: read(recipe) for key, recipe in suite.get("test_sets", {}).items()}
     runs = []
     for seed in suite["seeds"]:
-        for row in suite["rows"]:
+        for row in (row for row in suite["rows"] if seed in row.get("seeds", suite["seeds"])):
             changes = [*common, *_overrides(folder, row, seed, schedule, overrides)]
             runs.append(_Run(row, seed, read(row["recipe"], changes), changes, _folder(folder, row["name"], seed)))
     for recipe in [*(run.recipe for run in runs), *tests.values()]:
@@ -128,6 +129,8 @@ def _results(plan: _Plan) -> dict[str, list[Result]]:
         trained = row.get("trained", True)
         label = f"{row['label']}, seed {planned.seed}"
         result = runner.run(recipe, planned.folder, label) if trained else {"seed": planned.seed}
+        if not trained and not plan.tests:
+            result |= _untrained(recipe, planned.folder)
         if plan.tests:
             metric = next(iter(plan.suite["metrics"]))
             result = {**result, **_on_other_data(recipe, planned.folder, plan.tests, metric, trained)}
@@ -201,6 +204,16 @@ def _on_other_data(recipe: Recipe, folder: Path, tests: dict[str, Recipe], metri
     return measured
 
 
+def _untrained(recipe: Recipe, folder: Path) -> Result:
+    """``final`` and ``best`` of a model without training, which are saved in the folder of the run."""
+    kept, described = folder / "untrained.json", recipe.resolved()
+    found = read_measured(kept, described, {"final": {}})
+    if found is None:
+        found = {"described": described, "final": evaluate(recipe).metrics}
+        write_json(kept, found)
+    return dict.fromkeys(("final", "best"), found["final"])
+
+
 def _paired(folder: Path, other: Path) -> Result:
     """Task -> mean difference of the accuracies of two runs on the same episodes, and half of its 95 % interval."""
     first, second = (_episodes(path) for path in (folder, other))
@@ -213,7 +226,9 @@ def _episodes(folder: Path) -> dict[str, Tensor]:
     found = read_measured(kept, recipe.resolved(), {"final": {}})
     if found is None:
         evaluation = evaluate(recipe, folder / "last.pt")
-        accuracies = evaluation.experiment.measure(evaluation.outputs, evaluation.labels, episode_accuracies)
+        accuracies = evaluation.experiment.measure(
+            evaluation.outputs, evaluation.labels, evaluation.loader.dataset, episode_accuracies
+        )
         found = {
             "described": recipe.resolved(),
             "final": {task: values.tolist() for task, values in accuracies.items()},
