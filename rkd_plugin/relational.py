@@ -185,12 +185,15 @@ def relational_loss(
         scale=scale,
         temperature=temperature,
         neighbours=neighbours,
-        references=references.references if isinstance(references, RelationMemory) else references,
+        references=references,
     )
-    return _loss("relational_loss", student, teacher, options)
+    return named_loss("relational_loss", student, teacher, options)
 
 
-def _loss(name: str, student: Tensor, teacher: Tensor, options: RelationalOptions) -> Tensor:
+def named_loss(name: str, student: Tensor, teacher: Tensor, options: RelationalOptions) -> Tensor:
+    """`relational_loss` with its options as one object; ``name`` is that of the loss in error messages."""
+    if isinstance(options.references, RelationMemory):
+        options = replace(options, references=options.references.references)
     options.check(name)
     check_batch(name, student, teacher, sets=True)
     options = _fitted(name, student, teacher, options)
