@@ -185,15 +185,12 @@ def relational_loss(
         scale=scale,
         temperature=temperature,
         neighbours=neighbours,
-        references=references,
+        references=references.references if isinstance(references, RelationMemory) else references,
     )
-    return named_loss("relational_loss", student, teacher, options)
+    return _loss("relational_loss", student, teacher, options)
 
 
-def named_loss(name: str, student: Tensor, teacher: Tensor, options: RelationalOptions) -> Tensor:
-    """`relational_loss` with its options as one object; ``name`` is that of the loss in error messages."""
-    if isinstance(options.references, RelationMemory):
-        options = replace(options, references=options.references.references)
+def _loss(name: str, student: Tensor, teacher: Tensor, options: RelationalOptions) -> Tensor:
     options.check(name)
     check_batch(name, student, teacher, sets=True)
     options = _fitted(name, student, teacher, options)

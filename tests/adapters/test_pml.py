@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 import rkd_plugin
 from rkd_plugin.adapters.pml import (
-    RelationalLoss,
     RKDAngleLoss,
     RKDDALoss,
     RKDDistanceLoss,
@@ -39,7 +38,7 @@ from rkd_plugin.adapters.pml import (
 )
 from rkd_plugin.teacher_bank import Bank
 
-LOSSES = [RKDDistanceLoss, RKDAngleLoss, RKDDALoss, RelationalLoss]
+LOSSES = [RKDDistanceLoss, RKDAngleLoss, RKDDALoss]
 RTOL = 1e-5  # of PML's own tests, for float32 and wider; half precision too is computed in float32 here
 
 
@@ -87,7 +86,7 @@ def slow_angle(student: Tensor, teacher: Tensor, normalize: bool = False, triple
 
 
 def slow(loss: nn.Module, *args, pairs=None, triplets=None, **kwargs) -> float:
-    weights = {RKDDistanceLoss: (1, 0), RKDAngleLoss: (0, 1), RKDDALoss: (1, 2), RelationalLoss: (1, 0)}[type(loss)]
+    weights = {RKDDistanceLoss: (1, 0), RKDAngleLoss: (0, 1), RKDDALoss: (1, 2)}[type(loss)]
     return weights[0] * slow_distance(*args, **kwargs, pairs=pairs) + weights[1] * slow_angle(
         *args, **kwargs, triplets=triplets
     )
@@ -108,40 +107,6 @@ def test_agrees_with_a_plain_loop(cls, normalize, dtype):
     assert student.grad.dtype == dtype
     assert student.grad.isfinite().all()
     assert student.grad.any()
-
-
-@pytest.mark.parametrize("mined", [False, True])
-@pytest.mark.parametrize("penalty", ["mse", "huber"])
-@pytest.mark.parametrize("potential", ["angle", "cosine", "identity"])
-def test_any_relation(potential, penalty, mined):
-    """One loss per anchor, of the function; a potential of three rows takes the mined triplets."""
-    student, teacher, labels = batch()
-    teacher = teacher[:, :5]
-    triplets = miners.TripletMarginMiner(margin=0.3)(student, labels) if mined else None
-    loss_func = RelationalLoss(potential, penalty, reducer=reducers.DoNothingReducer())
-    if mined and potential == "identity":
-        with pytest.raises(ValueError, match="expected pairs with a potential of 2 rows"):
-            loss_func(student, labels, triplets, ref_emb=teacher)
-        return
-    found = loss_func(student, labels, triplets, ref_emb=teacher)["relational_loss"]["losses"]
-    options = {}
-    if mined:
-        a, p, n = triplets
-        pairs = torch.cat([a, a]), torch.cat([p, n])
-        options = {"triplets": triplets} if potential == "angle" else {"pairs": pairs}
-    expected = rkd_plugin.relational_loss(student, teacher, potential, penalty, reduction="anchor", **options)
-    torch.testing.assert_close(found, expected)
-
-
-def test_options_of_any_relation():
-    loss = RelationalLoss(
-        "cosine", "kl", scale="softmax", temperature=0.1, neighbours=3, embedding_regularizer=LpRegularizer()
-    )
-    assert (loss.scale, loss.temperature, loss.neighbours) == ("softmax", 0.1, 3)
-    with pytest.raises(ValueError, match="expected potential to be one of"):
-        RelationalLoss("no such potential")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'neighbors'"):
-        RelationalLoss(neighbors=3)
 
 
 @pytest.mark.parametrize("cls", LOSSES)
@@ -222,13 +187,13 @@ def test_a_term_of_weight_zero_is_skipped(monkeypatch):
 
 def test_both_terms_share_one_set_of_relations_and_one_gather(monkeypatch):
     calls = []
-    for place in ("rkd_plugin.kernels.chunked.forward_squares", "rkd_plugin.distributed.gather"):
+    for place in ("rkd_plugin.kernels.chunked.relations", "rkd_plugin.distributed.gather"):
         module, name = place.rsplit(".", 1)
         original = getattr(importlib.import_module(module), name)
         monkeypatch.setattr(place, lambda *args, f=original, n=name, **kwargs: calls.append(n) or f(*args, **kwargs))
     student, teacher, labels = batch()
     RKDDALoss(gather=True)(student, labels, ref_emb=teacher).backward()
-    assert sorted(calls) == ["forward_squares", "forward_squares", "gather"]  # of student and teacher
+    assert sorted(calls) == ["gather", "relations", "relations"]  # of student and teacher
 
 
 @dataclass

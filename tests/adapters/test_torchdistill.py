@@ -33,7 +33,6 @@ FUNCTIONS = {
     "RKDDistanceLoss": rkd_plugin.rkd_distance_loss,
     "RKDAngleLoss": rkd_plugin.rkd_angle_loss,
     "RKDDALoss": rkd_plugin.rkd_da_loss,
-    "RelationalLoss": rkd_plugin.relational_loss,
 }
 every_loss = pytest.mark.parametrize("key", FUNCTIONS)
 
@@ -87,36 +86,6 @@ def test_pool_names(name, io_dicts):
         pool=name.split()[0],
     )
     torch.testing.assert_close(loss(*io_dicts), rkd_plugin.rkd_da_loss(student, view(teacher)))
-
-
-@pytest.mark.parametrize(
-    ("pool", "shape", "view"),
-    [("tokens", (6, 9, 8), lambda x: x), ("channels", (6, 5, 3, 4), lambda x: x.flatten(2))],
-)
-def test_sets_of_rows(pool, shape, view, io_dicts):
-    """Relations among the tokens, or the channels, of each example."""
-    student, teacher = torch.randn(shape), torch.randn(shape)
-    sides = {"block": {"output": student}}, {"block": {"output": teacher}}
-    paths = {"student_module_path": "block", "teacher_module_path": "block", "pool": pool}
-    for normalised in (False, True):
-        loss = mid_level_loss("RelationalLoss", potential="dot", penalty="mse", l2_normalize=normalised, **paths)
-        rows = [nn.functional.normalize(view(x), dim=-1) if normalised else view(x) for x in (student, teacher)]
-        torch.testing.assert_close(loss(*sides), rkd_plugin.relational_loss(*rows, "dot", "mse"))
-    with pytest.raises(ValueError, match=r"expected student to have shape \(N, D\)"):
-        mid_level_loss("RKDDALoss", **paths)(*sides)
-
-
-def test_a_memory_holds_the_batches_before():
-    loss = mid_level_loss("RelationalLoss", penalty="mse", memory=8, student_module_path=".", teacher_module_path=".")
-    batches = [(torch.randn(6, 3), torch.randn(6, 5)) for _ in range(3)]
-    values = [loss({".": {"output": s}}, {".": {"output": t}}) for s, t in batches]
-    assert values[0] == 0
-    before = [torch.cat([batches[0][side][4:], batches[1][side]]) for side in (0, 1)]
-    torch.testing.assert_close(
-        values[2], rkd_plugin.relational_loss(*batches[2], penalty="mse", references=(before[0], before[1]))
-    )
-    loss.eval()({".": {"output": batches[0][0]}}, {".": {"output": batches[0][1]}})
-    torch.testing.assert_close(loss.references.student, torch.cat([batches[1][0][4:], batches[2][0]]))
 
 
 def test_each_side_has_its_own_pool(io_dicts):
@@ -186,7 +155,7 @@ def test_works_in_simple_loss_wrapper(key, io_dicts):
     ("kwargs", "error", "message"),
     [
         ({"huber": 1.0}, TypeError, "unexpected keyword argument 'huber'"),
-        ({"pool": "max"}, ValueError, r"expected pool to be one of \('auto', 'avg', .*\), got 'max'"),
+        ({"pool": "max"}, ValueError, r"expected pool to be one of \('auto', 'avg', .*, 'flatten'\), got 'max'"),
         ({"pool": {"student": "avg", "teacher": "max"}}, ValueError, "expected pool to be one of .* got 'max'"),
         ({"pool": {"pupil": "avg"}}, ValueError, "expected pool for 'student' and 'teacher', got 'pupil'"),
         ({"dist_factor": 1.0}, TypeError, "got dist_factor; use distance_weight"),

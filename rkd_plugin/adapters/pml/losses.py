@@ -12,7 +12,7 @@ from rkd_plugin import losses
 from rkd_plugin.adapters.pml.base import TeacherLoss, mined
 from rkd_plugin.functional import relation_terms
 from rkd_plugin.options import Gather, Impl, Options, RelationalOptions
-from rkd_plugin.relational import Penalty, Potential, named_loss
+from rkd_plugin.relational import Penalty, Potential, relational_loss
 
 
 class _RKDLoss(TeacherLoss):
@@ -232,8 +232,7 @@ class RelationalLoss(TeacherLoss):
     def _terms(
         self, student: Tensor, teacher: Tensor, indices_tuple: tuple[Tensor, ...] | None
     ) -> dict[str, Tensor | None]:
-        name, options = type(self).__name__, RelationalOptions(reduction="anchor", **self._values())
-        of_three = options.order == 3
-        pairs, triplets = mined(name, indices_tuple, student.device, triplets=of_three)
-        options = replace(options, pairs=None if of_three else pairs, triplets=triplets)
-        return {"relational_loss": named_loss(name, student, teacher, options)}
+        of_three = RelationalOptions(potential=self.potential).order == 3
+        pairs, triplets = mined(type(self).__name__, indices_tuple, student.device, triplets=of_three)
+        options = {"pairs": None if of_three else pairs, "triplets": triplets, **self._values()}
+        return {"relational_loss": relational_loss(student, teacher, reduction="anchor", **options)}
