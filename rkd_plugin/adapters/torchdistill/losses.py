@@ -12,7 +12,6 @@ from torch.nn.functional import normalize
 from rkd_plugin import losses
 from rkd_plugin.adapters.torchdistill.hooks import IO, Hooked, Pool, find_hooked, pooled
 from rkd_plugin.adapters.torchdistill.registering import mid_level_loss
-from rkd_plugin.memory import RelationMemory
 
 
 class HookedLoss(nn.Module):
@@ -66,7 +65,7 @@ class HookedLoss(nn.Module):
         return loss
 
     def embeddings(self, side: str, source: Tensor | Hooked) -> Tensor:
-        """``(N, D)`` or ``(N, T, D)``: the rows of a side's hooked module, pooled and scaled by the options.
+        """``(N, D)``: the vectors of a side's hooked module, pooled and scaled by the options.
 
         Raises:
             TypeError: if the module's output is not one tensor.
@@ -83,9 +82,7 @@ class HookedLoss(nn.Module):
             raise ValueError(f"the {side}: {error}") from error
         # In float32 at least, since a length in half precision may overflow.
         return (
-            normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
-            if self.l2_normalize
-            else vectors
+            normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32))) if self.l2_normalize else vectors
         )
 
     def extra_repr(self) -> str:
@@ -165,43 +162,3 @@ class RKDDALoss(HookedLoss, losses.RKDDALoss):
         "dist_factor": "distance_weight",
         "angle_factor": "angle_weight",
     }
-
-
-class _WithMemory(losses.RelationalLoss):
-    """A loss that adds the rows of each training batch to the memory of its references."""
-
-    def forward(self, student: Tensor, teacher: Tensor, *unexpected: Any) -> Tensor:
-        loss = super().forward(student, teacher, *unexpected)
-        memory = self._options()["references"]
-        if self.training and isinstance(memory, RelationMemory):
-            memory.update(student, teacher)
-        return loss
-
-
-@mid_level_loss
-class RelationalLoss(HookedLoss, _WithMemory):
-    """See `rkd_plugin.relational_loss`; between any two hooked modules.
-
-    Args:
-        memory: the number of rows of a `rkd_plugin.RelationMemory`, which the loss fills: each batch is related to the
-            rows before it; None: to itself.
-        kwargs: the modules, ``pool`` and ``l2_normalize`` as in `RKDDistanceLoss`; the options of
-            `rkd_plugin.RelationalLoss`, except ``references``. Two more values of ``pool`` keep a set of rows for each
-            example, whose relations are compared: ``'tokens'`` of ``(N, T, D)``, and ``'channels'`` of maps
-            ``(N, C, H, W)``, as ICKD does.
-
-    Raises:
-        TypeError, ValueError: as `RKDDistanceLoss`.
-
-    Example:
-        >>> import torch
-        >>> student = {"fc": {"output": torch.tensor([[0., 0.], [1., 0.], [2., 0.]])}}
-        >>> teacher = {"layer4": {"output": torch.tensor([[0., 0.], [4., 0.], [0., 3.]])}}
-        >>> paths = {"student_module_path": "fc", "teacher_module_path": "layer4"}
-        >>> RelationalLoss(potential="dot", penalty="mse", **paths)(student, teacher)
-        tensor(0.1463)
-    """
-
-    def __init__(self, *args: Any, memory: int | None = None, **kwargs: Any) -> None:
-        references = None if memory is None else RelationMemory(memory, kwargs.get("gather", False))
-        super().__init__(*args, references=references, **kwargs)
