@@ -187,13 +187,13 @@ def test_a_term_of_weight_zero_is_skipped(monkeypatch):
 
 def test_both_terms_share_one_set_of_relations_and_one_gather(monkeypatch):
     calls = []
-    for place in ("rkd_plugin.kernels.chunked.relations", "rkd_plugin.distributed.gather"):
+    for place in ("rkd_plugin.kernels.chunked.forward_squares", "rkd_plugin.distributed.gather"):
         module, name = place.rsplit(".", 1)
         original = getattr(importlib.import_module(module), name)
         monkeypatch.setattr(place, lambda *args, f=original, n=name, **kwargs: calls.append(n) or f(*args, **kwargs))
     student, teacher, labels = batch()
     RKDDALoss(gather=True)(student, labels, ref_emb=teacher).backward()
-    assert sorted(calls) == ["gather", "relations", "relations"]  # of student and teacher
+    assert sorted(calls) == ["forward_squares", "forward_squares", "gather"]  # of student and teacher
 
 
 @dataclass

@@ -25,9 +25,9 @@ class _RKDLoss(SentenceLoss):
         _check_scalar(self, self.options.reduction)
 
     def _terms(self, student: Tensor, teacher: Tensor) -> Terms:
-        distance, angle, zero = relation_terms(type(self).__name__, student, teacher, self.options)
-        vectors = {"rkd_distance": distance, "rkd_angle": angle}
-        terms = {name: vector.sum() for name, vector in vectors.items() if vector is not None} or {"rkd": zero.sum()}
+        found = relation_terms(type(self).__name__, student, teacher, self.options)
+        vectors = {"rkd_distance": found.distance, "rkd_angle": found.angle, "rkd": found.zero}
+        terms = {name: vector.sum() for name, vector in vectors.items() if vector is not None}
         return Terms({name: term.to(torch.promote_types(student.dtype, torch.float32)) for name, term in terms.items()})
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class RelationalLoss(SentenceLoss):
     ) -> None:
         super().__init__(model, teacher, **{name: kwargs.pop(name) for name in COMMON if name in kwargs})
         self.relations = losses.RelationalLoss(potential, penalty, gather=self.gather_across_devices, **kwargs)
-        _check_scalar(self, self.relations.reduction)
+        _check_scalar(self, str(self.relations.reduction))
 
     def _terms(self, student: Tensor, teacher: Tensor) -> Terms:
         return Terms(relational=self.relations(student, teacher))
