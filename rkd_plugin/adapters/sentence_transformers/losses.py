@@ -118,9 +118,10 @@ class RelationalLoss(SentenceLoss):
         TypeError, ValueError: as `RKDDistanceLoss`.
 
     Example:
-        A softmax over the cosines of each row, as retrieval models are distilled.
+        A softmax over the cosines of each row to 6 of its 7 neighbours. Without ``neighbours`` the row itself, whose
+        cosine is 1, would have nearly all of the softmax.
 
-        >>> loss = RelationalLoss(nn.Identity(), None, "cosine", "kl", scale="softmax", temperature=0.1)
+        >>> loss = RelationalLoss(nn.Identity(), None, "cosine", "kl", scale="softmax", temperature=0.1, neighbours=6)
         >>> list(loss.compute_loss_from_embeddings([torch.randn(8, 4)], torch.randn(8, 16)))
         ['relational']
     """
