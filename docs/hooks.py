@@ -26,7 +26,7 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = TABLE.sub(lambda found: f"```text\n{found[0].strip()}\n```\n", text)
 
 
-def on_page_content(page: str, **_: Any) -> str:
+def on_page_content(content: str, **_: Any) -> str:
     """Formulas as MathML, which browsers show without a script."""
     display = {"(": "inline", "[": "block"}
-    return FORMULA.sub(lambda found: convert(html.unescape(found[3]), display=display[found[2]]), page)
+    return FORMULA.sub(lambda found: convert(html.unescape(found[3]), display=display[found[2]]), content)
