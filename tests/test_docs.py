@@ -34,7 +34,7 @@ def quoted(cells):
 
 
 def commands(text):
-    """The words after `rkd` of each command, in blocks for the shell and in the text."""
+    """What follows `rkd` in each command, split, in blocks for the shell and in the text."""
     blocks = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", "").splitlines()
     found = [line.partition("rkd ")[2] for line in blocks if re.match(r"(\S*/)?rkd |.* && \S*/rkd ", line)]
     found += re.findall(r"`rkd ([^`]+)`", " ".join(text.split()))
@@ -44,8 +44,8 @@ def commands(text):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_verbs_and_options_of_the_documentation_exist(path):
     parsers = cli._parser()[1]
-    for verb, *words in commands(path.read_text(encoding="utf-8")):
-        assert {word for word in words if word.startswith("--")} <= {*parsers[verb]._option_string_actions}, verb
+    for verb, *rest in commands(path.read_text(encoding="utf-8")):
+        assert {word for word in rest if word.startswith("--")} <= {*parsers[verb]._option_string_actions}, verb
 
 
 def test_the_command_line_lists_every_verb():
