@@ -9,7 +9,7 @@ from typing import Any
 import griffe
 from latex2mathml.converter import convert
 
-DISPLAY = re.compile(r"^\.\. math::\n\n((?:    .*\n?)+)", re.MULTILINE)
+DISPLAY = re.compile(r"^\.\. math::\n+((?:    .*\n?)+)", re.MULTILINE)
 INLINE = re.compile(r":math:`([^`]+)`")
 TABLE = re.compile(r"^(?:=+ +)+=+\n(?:.+\n)+?(?:=+ +)+=+\n(?:(?:.+\n)+(?:=+ +)+=+)?", re.MULTILINE)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.+?)\\[)\]]</\1>', re.DOTALL)
