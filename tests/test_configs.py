@@ -1,4 +1,4 @@
-"""The packaged recipes: each is checked, siblings are compared, and the commands in their headers and READMEs exist."""
+"""The packaged recipes: each is checked, siblings are compared, and commands in headers and the documentation exist."""
 
 from __future__ import annotations
 
@@ -348,9 +348,10 @@ def test_test_sets_are_prepared_as_the_test_data_of_metric_learning():
     assert all(prepared(name) == expected for name in TEST_SETS)
 
 
-# Commands in headers and READMEs
+# Commands in headers and in the documentation
 
-READMES = [Path(__file__).parents[1] / name for name in ("configs/README.md", "README.md")]
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "configs/README.md", *sorted((ROOT / "docs/pages").rglob("*.md"))]
 COMMAND = re.compile(r"(?:#   )?rkd (.+)")
 
 
@@ -428,24 +429,31 @@ def test_the_teacher_of_a_recipe_is_what_its_header_trains(name):
     assert model(student, "teacher_model") == model(teacher, "student_model")
 
 
-@pytest.mark.parametrize("path", READMES, ids=["configs", "main"])
-def test_commands_of_readmes_exist(path):
+def commands_of_page(path: Path) -> list[Command]:
     text = path.read_text(encoding="utf-8")
     blocks = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", "").splitlines()
     inline = re.findall(r"`(rkd (?:run|reproduce|bench) [^`]*/[^`]*)`", " ".join(text.split()))
-    found = [by for by in commands([*blocks, *inline]) if by.verb in ("run", "reproduce", "bench") and by.name]
-    assert found
-    for by in found:  # a benchmark takes the steps of a run
+    return [by for by in commands([*blocks, *inline]) if by.verb in ("run", "reproduce", "bench") and "/" in by.name]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PAGES if commands_of_page(path)], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_commands_of_the_documentation_exist(path):
+    for by in commands_of_page(path):  # a benchmark takes the steps of a run
         assert trained(by._replace(verb="run") if by.verb == "bench" else by)
 
 
-def test_every_key_that_a_header_or_readme_names_is_one_of_a_recipe():
+def test_every_key_that_a_header_or_page_names_is_one_of_a_recipe():
     key = re.compile(r"\brecipe\.([a-z_0-9]+)")
     for name in ALL:
         prose = " ".join(line for line in header(name) if not line.startswith("#   "))
         assert {*key.findall(prose)} <= recipe(name).settings.keys(), name
     known = {setting for name in ALL for setting in recipe(name).settings}
-    assert {*key.findall(READMES[0].read_text(encoding="utf-8"))} <= known
+    for path in PAGES:
+        assert {*key.findall(path.read_text(encoding="utf-8"))} <= known | {"teacher_bank", "yaml"}, (
+            path
+        )  # `recipe.yaml` is a file
 
 
 def test_lines_of_headers_are_short():

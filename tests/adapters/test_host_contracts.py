@@ -290,7 +290,7 @@ def test_torchdistills_simple_loss_wrapper_passes_two_tensors():
         "torchdistill",
         get_high_level_loss(config)(io, {}, None) == 2,
         "SimpleLossWrapper(student, teacher)",
-        "the README",
+        "the guide to torchdistill",
     )
 
 

@@ -1,8 +1,8 @@
 """Time and memory of the angle loss of a batch on several processes, compared with all of it on each (gloo, CPU).
 
-Run ``PYTHONPATH=. python tests/bench/processes.py [N ...]`` in the checkout; it prints the README's table. The variants
-alternate, in all processes at once. ``predicted`` is the cost model of ``rkd_plugin/distributed.py``; its constants are
-measured in the same rounds.
+Run ``PYTHONPATH=. python tests/bench/processes.py [N ...]`` in the checkout; it prints the table of the guide to many
+processes. The variants alternate, in all processes at once. ``predicted`` is the cost model of
+``rkd_plugin/distributed.py``; its constants are measured in the same rounds.
 """
 
 import os
