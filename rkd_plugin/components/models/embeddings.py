@@ -13,6 +13,7 @@ from torchdistill.models.registry import register_model
 from torchvision.ops import DropBlock2d
 
 from rkd_plugin.components.models.networks import headless
+from rkd_plugin.components.models.pretrained import Normalize, freeze_until
 
 
 @register_model
@@ -176,20 +177,34 @@ def few_shot_encoder(network: str, image_size: int, in_channels: int, drop_block
 
 @register_model
 class BackboneEmbedding(nn.Module):
-    """A network of torchvision up to its pooling, one linear layer, and optional L2 normalisation.
+    """A network up to its pooling, one linear layer, and optional L2 normalisation; it normalises its own input.
 
-    Modules for hooks: ``backbone`` with the names of torchvision (``backbone.layer2``), and ``linear``.
+    Images have pixels from 0 to 1. Each network subtracts its own mean and divides by its own std, so that a student
+    and a teacher from different libraries take the same batch. Modules for hooks: ``backbone`` with the names of its
+    library (``backbone.layer2``), and ``linear``.
 
     Args:
-        backbone: name of an image classification network, as in ``torchvision.models.list_models()``.
+        backbone: an image classification network of torchvision, as in ``torchvision.models.list_models()``, or one of
+            timm, ``'timm/vit_small_patch14_dinov2'`` (the extra ``rkd-plugin[timm]``).
         embedding_dim: width of the linear layer; None to return the pooled features.
         l2_normalize: whether the embeddings are scaled to length 1.
-        weights: name of pretrained weights such as ``'IMAGENET1K_V1'``, which torchvision downloads if they are not in
-            its cache; None for random weights.
+        weights: None for random weights; the name of pretrained weights that the library downloads if they are not in
+            its cache, such as torchvision's ``'IMAGENET1K_V1'`` or timm's tag ``'lvd142m'``; for timm also the path of
+            a file, or ``'package'`` for those of an installed package (`pretrained.PACKAGES`).
         backbone_kwargs: further arguments of the network, such as ``{'zero_init_residual': True}``.
+        pool: how a transformer's tokens become one vector: ``'cls'``, ``'mean'`` of the patches, or None for what the
+            network does itself.
+        frozen_until: path of a module in the backbone: it and all modules before it are not trained, without a
+            backward pass through them, and their BatchNorm keeps its statistics.
+        frozen_batchnorm: whether all BatchNorm of the backbone keeps its statistics; its scale and shift are trained.
+        input_size: side of the images that the network gets, resized from the batch; None to leave them as they are.
+        mean: of the network's input, for pixels from 0 to 1; None for the network's own.
+        std: the same; a network for pixels from 0 to 255 has a std of 1/255.
 
     Raises:
-        ValueError: for an unknown network or weights, or a network whose head does not consist of linear layers.
+        ModuleNotFoundError: if timm, or a package of weights, is not installed.
+        ValueError: for an unknown network, weights, pool or module, or a network whose head does not consist of linear
+            layers.
         ConnectionError: if the weights cannot be downloaded.
 
     Source: the authors' ``model/embedding.py``.
@@ -208,13 +223,35 @@ class BackboneEmbedding(nn.Module):
         l2_normalize: bool,
         weights: str | None = None,
         backbone_kwargs: dict[str, Any] | None = None,
+        pool: str | None = None,
+        frozen_until: str | None = None,
+        frozen_batchnorm: bool = False,
+        input_size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.backbone, width = headless(backbone, weights, backbone_kwargs or {})
+        self.backbone, width, own_mean, own_std = headless(backbone, weights, backbone_kwargs or {}, pool)
+        self.prepare = Normalize(mean or own_mean, std or own_std, input_size)
         self.linear = nn.Identity() if embedding_dim is None else nn.Linear(width, embedding_dim)
         self.l2_normalize = l2_normalize
+        if frozen_until is not None:
+            freeze_until(self.backbone, frozen_until)
+        self.kept = [
+            name
+            for name, module in self.backbone.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and (frozen_batchnorm or not all(parameter.requires_grad for parameter in module.parameters()))
+        ]
+
+    def train(self, mode: bool = True) -> BackboneEmbedding:
+        """PyTorch's switch; BatchNorm that keeps its statistics stays in eval mode."""
+        super().train(mode)
+        for name in self.kept:
+            self.backbone.get_submodule(name).eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """``(N, 3, H, W) -> (N, embedding_dim)``."""
-        embeddings: Tensor = self.linear(self.backbone(images).flatten(1))
+        embeddings: Tensor = self.linear(self.backbone(self.prepare(images)).flatten(1))
         return normalize(embeddings) if self.l2_normalize else embeddings
