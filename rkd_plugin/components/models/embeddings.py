@@ -13,7 +13,7 @@ from torchdistill.models.registry import register_model
 from torchvision.ops import DropBlock2d
 
 from rkd_plugin.components.models.networks import headless
-from rkd_plugin.components.models.pretrained import Normalize, freeze_until
+from rkd_plugin.components.models.pretrained import Chain, Memory, Normalize, freeze_until
 
 
 @register_model
@@ -200,6 +200,7 @@ class BackboneEmbedding(nn.Module):
         input_size: side of the images that the network gets, resized from the batch; None to leave them as they are.
         mean: of the network's input, for pixels from 0 to 1; None for the network's own.
         std: the same; a network for pixels from 0 to 255 has a std of 1/255.
+        remember: number of images whose output of the frozen modules is kept in memory, and not computed again.
 
     Raises:
         ModuleNotFoundError: if timm, or a package of weights, is not installed.
@@ -229,14 +230,19 @@ class BackboneEmbedding(nn.Module):
         input_size: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        remember: int = 0,
     ) -> None:
         super().__init__()
         self.backbone, width, own_mean, own_std = headless(backbone, weights, backbone_kwargs or {}, pool)
         self.prepare = Normalize(mean or own_mean, std or own_std, input_size)
         self.linear = nn.Identity() if embedding_dim is None else nn.Linear(width, embedding_dim)
         self.l2_normalize = l2_normalize
-        if frozen_until is not None:
+        if frozen_until == ".":
+            self.requires_grad_(False)
+        elif frozen_until is not None:
             freeze_until(self.backbone, frozen_until)
+        self.memory = Memory(remember) if remember else None
+        self.chain = Chain(self.backbone, frozen_until) if remember and frozen_until not in (None, ".") else None
         self.kept = [
             name
             for name, module in self.backbone.named_modules()
@@ -253,5 +259,20 @@ class BackboneEmbedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``(N, 3, H, W) -> (N, embedding_dim)``."""
-        embeddings: Tensor = self.linear(self.backbone(self.prepare(images)).flatten(1))
+        if self.memory is None:
+            return self._embed(self.backbone(self.prepare(images)))
+        if self.chain is None:
+            return self.memory(images, self._frozen, lambda new: self._embed(self.backbone(self.prepare(new))))
+        chain = self.chain
+        return self._embed(chain.rest(self.memory(images, self._frozen, lambda new: chain.first(self.prepare(new)))))
+
+    def _embed(self, features: Tensor) -> Tensor:
+        embeddings: Tensor = self.linear(features.flatten(1))
         return normalize(embeddings) if self.l2_normalize else embeddings
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """All that the outputs of frozen modules depend on."""
+        trained = {name.rpartition(".")[0] for name, value in self.named_parameters() if value.requires_grad}
+        weights = {name: value for name, value in self.state_dict().items() if name.rpartition(".")[0] not in trained}
+        settings = torch.tensor([self.prepare.size or 0, self.l2_normalize])
+        return {**weights, "mean": self.prepare.mean, "std": self.prepare.std, "settings": settings}

