@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
 from torch import Tensor, nn
 from torch.nn.functional import normalize
