@@ -10,6 +10,7 @@ import torch
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils.data import DataLoader, Dataset
 from torchdistill.models.registry import register_model
 from torchvision.ops import DropBlock2d
 
@@ -202,6 +203,9 @@ class BackboneEmbedding(nn.Module):
         mean: of the network's input, for pixels from 0 to 1; None for the network's own.
         std: the same; a network for pixels from 0 to 255 has a std of 1/255.
         remember: number of images whose output of the frozen modules is kept in memory, and not computed again.
+        principal_components: whether the linear layer begins as the PCA of the pooled features of ``images``, and not
+            with random weights.
+        images: the training images ``(3, H, W)`` with labels, for ``principal_components``.
 
     Raises:
         ModuleNotFoundError: if timm, or a package of weights, is not installed.
@@ -232,6 +236,8 @@ class BackboneEmbedding(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         remember: int = 0,
+        principal_components: bool = False,
+        images: Dataset[tuple[Tensor, int]] | None = None,
     ) -> None:
         super().__init__()
         self.backbone, width, own_mean, own_std = headless(backbone, weights, backbone_kwargs or {}, pool)
@@ -250,6 +256,21 @@ class BackboneEmbedding(nn.Module):
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
             and (frozen_batchnorm or not all(parameter.requires_grad for parameter in module.parameters()))
         ]
+        if principal_components:
+            self._start_with_pca(images)
+
+    @torch.no_grad()
+    def _start_with_pca(self, images: Any) -> None:
+        if images is None or not isinstance(self.linear, nn.Linear):
+            raise ValueError("principal_components: expected images and an embedding_dim, got none; set both")
+        self.eval()
+        batches = DataLoader(images, batch_size=64)
+        features = torch.cat([self.backbone(self.prepare(batch)).flatten(1) for batch, _ in batches]).double()
+        mean = features.mean(0)
+        components = torch.linalg.eigh((features - mean).T.cov(correction=0)).eigenvectors.flip(1)
+        self.linear.weight.copy_(components[:, : self.linear.out_features].T)
+        self.linear.bias.copy_(-self.linear.weight.double() @ mean)
+        self.train()
 
     def train(self, mode: bool = True) -> BackboneEmbedding:
         """PyTorch's switch; BatchNorm that keeps its statistics stays in eval mode."""

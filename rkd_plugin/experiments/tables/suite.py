@@ -128,6 +128,9 @@ def _results(plan: _Plan) -> dict[str, list[Result]]:
         trained = row.get("trained", True)
         label = f"{row['label']}, seed {planned.seed}"
         result = runner.run(recipe, planned.folder, label) if trained else {"seed": planned.seed}
+        if not trained and not plan.tests:
+            metrics = evaluate(recipe).metrics
+            result |= {"final": metrics, "best": metrics}
         if plan.tests:
             metric = next(iter(plan.suite["metrics"]))
             result = {**result, **_on_other_data(recipe, planned.folder, plan.tests, metric, trained)}
