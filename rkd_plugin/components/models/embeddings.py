@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
-import torch
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader, Dataset
 from torchdistill.models.registry import register_model
 from torchvision.ops import DropBlock2d
-
-from rkd_plugin.components.models.networks import headless
-from rkd_plugin.components.models.pretrained import Chain, Memory, Normalize, freeze_until
 
 
 @register_model
@@ -175,126 +169,3 @@ def few_shot_encoder(network: str, image_size: int, in_channels: int, drop_block
     if network == "resnet12":
         return ResNet12Embedding([64, 160, 320, 640], drop_block, in_channels)
     raise ValueError(f"few_shot_encoder: network must be 'conv4' or 'resnet12', got {network!r}")
-
-
-@register_model
-class BackboneEmbedding(nn.Module):
-    """A network up to its pooling, one linear layer, and optional L2 normalisation; it normalises its own input.
-
-    Images have pixels from 0 to 1. Each network subtracts its own mean and divides by its own std, so that a student
-    and a teacher from different libraries take the same batch. Modules for hooks: ``backbone`` with the names of its
-    library (``backbone.layer2``), and ``linear``.
-
-    Args:
-        backbone: an image classification network of torchvision, as in ``torchvision.models.list_models()``, or one of
-            timm, ``'timm/vit_small_patch14_dinov2'`` (the extra ``rkd-plugin[timm]``).
-        embedding_dim: width of the linear layer; None to return the pooled features.
-        l2_normalize: whether the embeddings are scaled to length 1.
-        weights: None for random weights; the name of pretrained weights that the library downloads if they are not in
-            its cache, such as torchvision's ``'IMAGENET1K_V1'`` or timm's tag ``'lvd142m'``; for timm also the path of
-            a file, or ``'package'`` for those of an installed package (`pretrained.PACKAGES`).
-        backbone_kwargs: further arguments of the network, such as ``{'zero_init_residual': True}``.
-        pool: how a transformer's tokens become one vector: ``'cls'``, ``'mean'`` of the patches, or None for what the
-            network does itself.
-        frozen_until: path of a module in the backbone: it and all modules before it are not trained, without a
-            backward pass through them, and their BatchNorm keeps its statistics.
-        frozen_batchnorm: whether all BatchNorm of the backbone keeps its statistics; its scale and shift are trained.
-        input_size: side of the images that the network gets, resized from the batch; None to leave them as they are.
-        mean: of the network's input, for pixels from 0 to 1; None for the network's own.
-        std: the same; a network for pixels from 0 to 255 has a std of 1/255.
-        remember: number of images whose output of the frozen modules is kept in memory, and not computed again.
-        principal_components: whether the linear layer begins as the PCA of the pooled features of ``images``, and not
-            with random weights.
-        images: the training images ``(3, H, W)`` with labels, for ``principal_components``.
-
-    Raises:
-        ModuleNotFoundError: if timm, or a package of weights, is not installed.
-        ValueError: for an unknown network, weights, pool or module, or a network whose head does not consist of linear
-            layers.
-        ConnectionError: if the weights cannot be downloaded.
-
-    Source: the authors' ``model/embedding.py``.
-
-    Example:
-        >>> import torch
-        >>> model = BackboneEmbedding("resnet18", embedding_dim=16, l2_normalize=True, weights=None)
-        >>> model(torch.zeros(2, 3, 64, 64)).shape
-        torch.Size([2, 16])
-    """
-
-    def __init__(
-        self,
-        backbone: str,
-        embedding_dim: int | None,
-        l2_normalize: bool,
-        weights: str | None = None,
-        backbone_kwargs: dict[str, Any] | None = None,
-        pool: str | None = None,
-        frozen_until: str | None = None,
-        frozen_batchnorm: bool = False,
-        input_size: int | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        remember: int = 0,
-        principal_components: bool = False,
-        images: Dataset[tuple[Tensor, int]] | None = None,
-    ) -> None:
-        super().__init__()
-        self.backbone, width, own_mean, own_std = headless(backbone, weights, backbone_kwargs or {}, pool)
-        self.prepare = Normalize(mean or own_mean, std or own_std, input_size)
-        self.linear = nn.Identity() if embedding_dim is None else nn.Linear(width, embedding_dim)
-        self.l2_normalize = l2_normalize
-        if frozen_until == ".":
-            self.requires_grad_(False)
-        elif frozen_until is not None:
-            freeze_until(self.backbone, frozen_until)
-        self.memory = Memory(remember) if remember else None
-        self.chain = Chain(self.backbone, frozen_until) if remember and frozen_until not in (None, ".") else None
-        self.kept = [
-            name
-            for name, module in self.backbone.named_modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
-            and (frozen_batchnorm or not all(parameter.requires_grad for parameter in module.parameters()))
-        ]
-        if principal_components:
-            self._start_with_pca(images)
-
-    @torch.no_grad()
-    def _start_with_pca(self, images: Any) -> None:
-        if images is None or not isinstance(self.linear, nn.Linear):
-            raise ValueError("principal_components: expected images and an embedding_dim, got none; set both")
-        self.eval()
-        batches = DataLoader(images, batch_size=64)
-        features = torch.cat([self.backbone(self.prepare(batch)).flatten(1) for batch, _ in batches]).double()
-        mean = features.mean(0)
-        components = torch.linalg.eigh((features - mean).T.cov(correction=0)).eigenvectors.flip(1)
-        self.linear.weight.copy_(components[:, : self.linear.out_features].T)
-        self.linear.bias.copy_(-self.linear.weight.double() @ mean)
-        self.train()
-
-    def train(self, mode: bool = True) -> BackboneEmbedding:
-        """PyTorch's switch; BatchNorm that keeps its statistics stays in eval mode."""
-        super().train(mode)
-        for name in self.kept:
-            self.backbone.get_submodule(name).eval()
-        return self
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``(N, 3, H, W) -> (N, embedding_dim)``."""
-        if self.memory is None:
-            return self._embed(self.backbone(self.prepare(images)))
-        if self.chain is None:
-            return self.memory(images, self._frozen, lambda new: self._embed(self.backbone(self.prepare(new))))
-        chain = self.chain
-        return self._embed(chain.rest(self.memory(images, self._frozen, lambda new: chain.first(self.prepare(new)))))
-
-    def _embed(self, features: Tensor) -> Tensor:
-        embeddings: Tensor = self.linear(features.flatten(1))
-        return normalize(embeddings) if self.l2_normalize else embeddings
-
-    def _frozen(self) -> dict[str, Tensor]:
-        """All that the outputs of frozen modules depend on."""
-        trained = {name.rpartition(".")[0] for name, value in self.named_parameters() if value.requires_grad}
-        weights = {name: value for name, value in self.state_dict().items() if name.rpartition(".")[0] not in trained}
-        settings = torch.tensor([self.prepare.size or 0, self.l2_normalize])
-        return {**weights, "mean": self.prepare.mean, "std": self.prepare.std, "settings": settings}

