@@ -129,8 +129,7 @@ def _results(plan: _Plan) -> dict[str, list[Result]]:
         label = f"{row['label']}, seed {planned.seed}"
         result = runner.run(recipe, planned.folder, label) if trained else {"seed": planned.seed}
         if not trained and not plan.tests:
-            metrics = evaluate(recipe).metrics
-            result |= {"final": metrics, "best": metrics}
+            result |= _untrained(recipe, planned.folder)
         if plan.tests:
             metric = next(iter(plan.suite["metrics"]))
             result = {**result, **_on_other_data(recipe, planned.folder, plan.tests, metric, trained)}
@@ -202,6 +201,16 @@ def _on_other_data(recipe: Recipe, folder: Path, tests: dict[str, Recipe], metri
         for when, values in measured.items():
             values[key] = found[when][metric]
     return measured
+
+
+def _untrained(recipe: Recipe, folder: Path) -> Result:
+    """``final`` and ``best`` of a model without training, which are saved in the folder of the run."""
+    kept, described = folder / "untrained.json", recipe.resolved()
+    found = read_measured(kept, described, {"final": {}})
+    if found is None:
+        found = {"described": described, "final": evaluate(recipe).metrics}
+        write_json(kept, found)
+    return dict.fromkeys(("final", "best"), found["final"])
 
 
 def _paired(folder: Path, other: Path) -> Result:
