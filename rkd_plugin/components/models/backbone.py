@@ -81,7 +81,8 @@ class BackboneEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, width, own_mean, own_std = headless(backbone, weights, backbone_kwargs or {}, pool)
-        self.prepare = Normalize(mean or own_mean, std or own_std, input_size)
+        pixels = (*(mean or own_mean),), (*(std or own_std),), input_size
+        self.prepare = Normalize(*pixels)
         self.linear = nn.Identity() if embedding_dim is None else nn.Linear(width, embedding_dim)
         self.l2_normalize = l2_normalize
         if frozen_until == ".":
@@ -90,7 +91,7 @@ class BackboneEmbedding(nn.Module):
             freeze_until(self.backbone, frozen_until)
         elif remember:
             raise ValueError("BackboneEmbedding: expected frozen_until with remember, got none; name a module or '.'")
-        computed = repr((backbone, backbone_kwargs, pool, frozen_until, l2_normalize, self.prepare))
+        computed = repr((backbone, backbone_kwargs, pool, frozen_until, l2_normalize, pixels))
         self.memory = Memory(remember, computed) if remember else None
         self.register_load_state_dict_post_hook(lambda model, _: model.memory and model.memory.forget())
         self.halves = Halves(self.backbone, frozen_until) if remember and frozen_until not in (None, ".") else None

@@ -52,10 +52,6 @@ class Normalize(nn.Module):
             images = interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
         return (images - self.mean) / self.std
 
-    def extra_repr(self) -> str:
-        """The arguments."""
-        return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}, size={self.size}"
-
 
 def from_timm(name: str, weights: str | None, pool: str | None, options: dict[str, Any]) -> Backbone:
     """A network of timm without its classifier; see `BackboneEmbedding`.
