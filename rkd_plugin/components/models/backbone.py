@@ -110,7 +110,7 @@ class BackboneEmbedding(nn.Module):
             raise ValueError("principal_components: expected images and an embedding_dim, got none; set both")
         self.eval()
         batches = DataLoader(images, batch_size=64)
-        features = torch.cat([self.backbone(self.prepare(batch)).flatten(1) for batch, _ in batches]).double()
+        features = torch.cat([self._features(batch).flatten(1) for batch, _ in batches]).double()
         mean = features.mean(0)
         components = torch.linalg.eigh((features - mean).T.cov(correction=0)).eigenvectors.flip(1)
         self.linear.weight.copy_(components[:, : self.linear.out_features].T)
@@ -126,12 +126,17 @@ class BackboneEmbedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``(N, 3, H, W) -> (N, embedding_dim)``."""
-        if self.memory is None:
-            return self._embed(self.backbone(self.prepare(images)))
-        if self.halves is None:
-            return self.memory(images, self._frozen, lambda new: self._embed(self.backbone(self.prepare(new))))
+        if self.memory is not None and self.halves is None:
+            return self.memory(images, self._frozen, lambda new: self._embed(self._features(new)))
+        return self._embed(self._features(images))
+
+    def _features(self, images: Tensor) -> Tensor:
+        """The pooled features; the maps of frozen modules are remembered."""
+        if self.memory is None or self.halves is None:
+            features: Tensor = self.backbone(self.prepare(images))
+            return features
         first, second = self.halves.first, self.halves.second
-        return self._embed(second(self.memory(images, self._frozen, lambda new: first(self.prepare(new)))))
+        return second(self.memory(images, self._frozen, lambda new: first(self.prepare(new))))
 
     def _embed(self, features: Tensor) -> Tensor:
         embeddings: Tensor = self.linear(features.flatten(1))
