@@ -30,7 +30,7 @@ def test_what_comes_before_a_module_is_frozen_too(backbone, until, frozen):
 
 
 def test_a_module_that_is_not_there():
-    with pytest.raises(ValueError, match=r"frozen_until: expected a module with parameters, got 'layer9'.*conv_stem"):
+    with pytest.raises(ValueError, match=r"frozen_until: expected a module of the network, got 'layer9'.*conv_stem"):
         built(frozen_until="layer9")
 
 
@@ -46,6 +46,20 @@ def test_batchnorm_that_is_frozen_keeps_its_statistics(all_of_them):
     assert model.backbone.bn2.weight.grad is not None
     assert model.backbone.bn1.weight.grad is None
     assert not model.eval().training
+    assert model.train().linear.training
+
+
+@pytest.mark.parametrize("until", [".", "blocks.2"])
+def test_what_is_frozen_drops_nothing(until):
+    model = built("timm/test_efficientnet", frozen_until=until, backbone_kwargs={"drop_path_rate": 0.9})
+    block = model.backbone.blocks[2]
+    assert any(type(module).__name__ == "DropPath" for module in block.modules())
+    images = torch.rand(8, 3, 32, 32)
+    maps = [], []
+    for kept, mode in zip(maps, (True, False), strict=True):
+        block.register_forward_hook(lambda *called, kept=kept: kept.append(called[-1]))
+        model.train(mode)(images)
+    torch.testing.assert_close(maps[0][0], maps[1][-1])
     assert model.train().linear.training
 
 

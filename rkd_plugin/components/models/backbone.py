@@ -38,7 +38,7 @@ class BackboneEmbedding(nn.Module):
         backbone_kwargs: further arguments of the network, such as ``{'zero_init_residual': True}``.
         pool: how tokens become one vector: ``'cls'``, ``'mean'`` of the patches, or None for the network's own way.
         frozen_until: module of the backbone, such as ``'layer2'``; it and all modules before it are not trained, need
-            no backward pass, and their BatchNorm keeps its statistics. ``'.'`` freezes the whole model.
+            no backward pass, and stay in eval mode. ``'.'`` freezes the whole model.
         frozen_batchnorm: whether all BatchNorm of the backbone keeps its statistics; its scale and shift are trained.
         remember: number of images for which the output of the frozen modules is kept; see `Memory`.
         input_size: side to which images are resized for this network; None to leave them.
@@ -85,22 +85,21 @@ class BackboneEmbedding(nn.Module):
         self.prepare = Normalize(*pixels)
         self.linear = nn.Identity() if embedding_dim is None else nn.Linear(width, embedding_dim)
         self.l2_normalize = l2_normalize
+        self.kept: list[str] = []  # modules that stay in eval mode
         if frozen_until == ".":
             self.requires_grad_(False)
+            self.kept = [name for name, _ in self.backbone.named_modules()]
         elif frozen_until is not None:
-            freeze_until(self.backbone, frozen_until)
+            self.kept = freeze_until(self.backbone, frozen_until)
         elif remember:
             raise ValueError("BackboneEmbedding: expected frozen_until with remember, got none; name a module or '.'")
+        if frozen_batchnorm:
+            is_norm = nn.modules.batchnorm._BatchNorm
+            self.kept += [name for name, module in self.backbone.named_modules() if isinstance(module, is_norm)]
         computed = repr((backbone, backbone_kwargs, pool, frozen_until, l2_normalize, pixels))
         self.memory = Memory(remember, computed) if remember else None
-        self.register_load_state_dict_post_hook(lambda model, _: model.memory and model.memory.forget())
+        self.register_load_state_dict_post_hook(_forget)
         self.halves = Halves(self.backbone, frozen_until) if remember and frozen_until not in (None, ".") else None
-        self.kept = [
-            name
-            for name, module in self.backbone.named_modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
-            and (frozen_batchnorm or not all(parameter.requires_grad for parameter in module.parameters()))
-        ]
         if principal_components:
             self._start_with_pca(images)
 
@@ -118,10 +117,10 @@ class BackboneEmbedding(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> BackboneEmbedding:
-        """PyTorch's switch; BatchNorm that keeps its statistics stays in eval mode."""
+        """PyTorch's switch; frozen modules, and BatchNorm that keeps its statistics, stay in eval mode."""
         super().train(mode)
         for name in self.kept:
-            self.backbone.get_submodule(name).eval()
+            self.backbone.get_submodule(name).training = False
         return self
 
     def forward(self, images: Tensor) -> Tensor:
@@ -146,3 +145,9 @@ class BackboneEmbedding(nn.Module):
         """The weights that the outputs of frozen modules depend on."""
         trained = {name.rpartition(".")[0] for name, value in self.named_parameters() if value.requires_grad}
         return {name: value for name, value in self.state_dict().items() if name.rpartition(".")[0] not in trained}
+
+
+def _forget(model: BackboneEmbedding, _: Any) -> None:
+    """The weights changed."""
+    if model.memory is not None:
+        model.memory.forget()

@@ -13,27 +13,34 @@ from torch import Tensor, nn
 from rkd_plugin.teacher_bank.fingerprint import of_weights
 
 
-def freeze_until(network: nn.Module, path: str) -> None:
-    """Freeze the parameters of a module and of all that are registered before it.
+def freeze_until(network: nn.Module, path: str) -> list[str]:
+    """Freeze a module and all that are registered before it, with the parameters of their parents.
 
     Nothing is stored for a backward pass through them.
 
+    Returns:
+        The names of the frozen modules, which belong in eval mode.
+
     Raises:
-        ValueError: if the module has no parameters, or there is no such module.
+        ValueError: if there is no such module.
 
     Example:
-        >>> network = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1))
+        >>> network = nn.Sequential(nn.Linear(1, 1), nn.Dropout(), nn.Linear(1, 1))
         >>> freeze_until(network, "1")
+        ['0', '1']
         >>> [parameter.requires_grad for parameter in network.parameters()]
-        [False, False, False, False, True, True]
+        [False, False, True, True]
     """
-    parameters = list(network.named_parameters())
-    inside = [index for index, (name, _) in enumerate(parameters) if name.startswith(f"{path}.")]
+    names = [name for name, _ in network.named_modules()]
+    inside = [index for index, name in enumerate(names) if name == path or name.startswith(f"{path}.")]
     if not inside:
         known = ", ".join(name for name, _ in network.named_children())
-        raise ValueError(f"frozen_until: expected a module with parameters, got {path!r}; the first level is {known}")
-    for _, parameter in parameters[: inside[-1] + 1]:
-        parameter.requires_grad_(False)
+        raise ValueError(f"frozen_until: expected a module of the network, got {path!r}; the first level is {known}")
+    before = names[: inside[-1] + 1]
+    for name in before:
+        for parameter in network.get_submodule(name).parameters(recurse=False):
+            parameter.requires_grad_(False)
+    return [name for name in before if name and not path.startswith(f"{name}.")]
 
 
 class Memory:
