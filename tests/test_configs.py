@@ -45,7 +45,7 @@ def rows(suite: str) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
 def test_every_file_is_a_recipe_or_a_suite():
     files = {path.relative_to(configs_root()) for path in configs_root().rglob("*.y*ml")}
     assert {str(path.with_suffix("")) for path in files} == {entry.name for entry in ENTRIES}
-    assert (len(files), len(SUITES), len(TEST_SETS), len(RECIPES)) == (60, 17, 4, 39)
+    assert (len(files), len(SUITES), len(TEST_SETS), len(RECIPES)) == (62, 18, 4, 40)
 
 
 def test_the_first_sentence_describes_the_file():
@@ -99,11 +99,15 @@ def test_every_row_of_every_suite_is_without_problems():
     assert len(checked) > 150
 
 
+# Where weights come from, what of them trains, and what the input is.
+NO_PART = {"weights", "frozen_until", "frozen_batchnorm", "remember", "input_size", "principal_components", "images"}
+
+
 def model(of: Recipe, side: str) -> dict[str, Any]:
-    """What a model is built of, without where its weights come from."""
+    """What a model is built of."""
     models = of.section("models")
     entry = models.get(side) or models["model"]
-    return {"key": entry["key"], **{name: value for name, value in entry["kwargs"].items() if name != "weights"}}
+    return {"key": entry["key"], **{name: value for name, value in entry["kwargs"].items() if name not in NO_PART}}
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -164,6 +168,8 @@ PARTS = {
     f"{TERM}.rkd.weight": "recipe.distance_weight recipe.angle_weight recipe.l2_normalize_features recipe.rkd_on",
     f"{TERM}.attention.weight": "recipe.attention_weight",
     f"{TERM}.hint.weight": "recipe.hint_weight",
+    f"{TERM}.relations.weight": "recipe.compared recipe.potential recipe.penalty recipe.scale recipe.temperature"
+    " recipe.neighbours",
 }
 
 
@@ -178,7 +184,7 @@ class Apart(NamedTuple):
 WEIGHTS = "recipe.*_weight *.rkd.*_weight"
 SMALL = {"small/attention", "small/fitnet"}
 METRIC_LEARNING = [
-    Apart("recipe.l2_normalize models.student_model.*.l2_normalize", {"rkd"}, "the paper's best, X"),
+    Apart("recipe.l2_normalize models.student_model.*.l2_normalize", {"rkd", "relational"}, "the paper's best, X"),
     Apart("recipe.num_epochs recipe.milestones", {"triplet"}, "the paper's schedule without a teacher"),
     Apart("train.num_epochs train.scheduler.* train.optimizer.*.lr", {"triplet", "fitnet"}, "and so after the hints"),
     Apart("train.teacher.forward_proc", {"fitnet"}, "triplets after the hints need no teacher"),
@@ -201,9 +207,18 @@ DIFFERENCES = {
     ],
     "few_shot/omniglot": [],
     "few_shot/mini_imagenet": [],
-    "metric_learning": METRIC_LEARNING,
+    "metric_learning": [
+        *METRIC_LEARNING,
+        Apart("recipe.learning_rate recipe.decay", None, "anchors where a row of a suite sets them"),
+        Apart(
+            "recipe.remember *.remember *teacher_model*.frozen_until",
+            {"triplet", "rkd", "relational"},
+            "no hooks inside",
+        ),
+        Apart("recipe.principal_components *.principal_components *.images.*", {"triplet"}, "a control"),
+    ],
     "metric_learning/small_birds": [
-        METRIC_LEARNING[0],
+        METRIC_LEARNING[0]._replace(recipes={"rkd"}),
         METRIC_LEARNING[3],
         Apart("recipe.num_epochs recipe.milestones", {"fitnet"}, "half of its steps learn hints"),
         Apart("train.num_epochs train.scheduler.*", {"fitnet"}, "the other half learns triplets"),

@@ -43,7 +43,8 @@ def test_it_is_the_network_of_torchvision(side):
     assert missing.unexpected_keys == []
     whole.fc = torch.nn.Identity()
     images = torch.randn(2, 3, side, side)
-    expected = torch.nn.functional.normalize(model.linear(whole.eval()(images)))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    expected = torch.nn.functional.normalize(model.linear(whole.eval()((images - mean) / std)))
     torch.testing.assert_close(model(images), expected)
     torch.testing.assert_close(model(images).norm(dim=1), torch.ones(2))
     model.l2_normalize = False

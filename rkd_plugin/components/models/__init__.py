@@ -1,8 +1,8 @@
 """Models of the recipes; importing this package registers them in torchdistill under their names."""
 
+from rkd_plugin.components.models.backbone import BackboneEmbedding
 from rkd_plugin.components.models.classifiers import ImageClassifier
 from rkd_plugin.components.models.embeddings import (
-    BackboneEmbedding,
     Conv4Embedding,
     ConvEmbedding,
     ResNet12Embedding,

@@ -51,7 +51,7 @@ class ImageClassifier(nn.Module):
         network_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.backbone, width = headless(network, weights, network_kwargs or {})
+        self.backbone, width, *_ = headless(network, weights, network_kwargs or {})
         width = pool_globally(self.backbone, width)
         if small_images:
             for_small_images(self.backbone, network)

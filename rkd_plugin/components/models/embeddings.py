@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchdistill.models.registry import register_model
 from torchvision.ops import DropBlock2d
-
-from rkd_plugin.components.models.networks import headless
 
 
 @register_model
@@ -172,49 +169,3 @@ def few_shot_encoder(network: str, image_size: int, in_channels: int, drop_block
     if network == "resnet12":
         return ResNet12Embedding([64, 160, 320, 640], drop_block, in_channels)
     raise ValueError(f"few_shot_encoder: network must be 'conv4' or 'resnet12', got {network!r}")
-
-
-@register_model
-class BackboneEmbedding(nn.Module):
-    """A network of torchvision up to its pooling, one linear layer, and optional L2 normalisation.
-
-    Modules for hooks: ``backbone`` with the names of torchvision (``backbone.layer2``), and ``linear``.
-
-    Args:
-        backbone: name of an image classification network, as in ``torchvision.models.list_models()``.
-        embedding_dim: width of the linear layer; None to return the pooled features.
-        l2_normalize: whether the embeddings are scaled to length 1.
-        weights: name of pretrained weights such as ``'IMAGENET1K_V1'``, which torchvision downloads if they are not in
-            its cache; None for random weights.
-        backbone_kwargs: further arguments of the network, such as ``{'zero_init_residual': True}``.
-
-    Raises:
-        ValueError: for an unknown network or weights, or a network whose head does not consist of linear layers.
-        ConnectionError: if the weights cannot be downloaded.
-
-    Source: the authors' ``model/embedding.py``.
-
-    Example:
-        >>> import torch
-        >>> model = BackboneEmbedding("resnet18", embedding_dim=16, l2_normalize=True, weights=None)
-        >>> model(torch.zeros(2, 3, 64, 64)).shape
-        torch.Size([2, 16])
-    """
-
-    def __init__(
-        self,
-        backbone: str,
-        embedding_dim: int | None,
-        l2_normalize: bool,
-        weights: str | None = None,
-        backbone_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self.backbone, width = headless(backbone, weights, backbone_kwargs or {})
-        self.linear = nn.Identity() if embedding_dim is None else nn.Linear(width, embedding_dim)
-        self.l2_normalize = l2_normalize
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``(N, 3, H, W) -> (N, embedding_dim)``."""
-        embeddings: Tensor = self.linear(self.backbone(images).flatten(1))
-        return normalize(embeddings) if self.l2_normalize else embeddings

@@ -17,6 +17,8 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import VGG, make_layers
 from torchvision.ops import Conv2dNormActivation
 
+from rkd_plugin.components.models.pretrained import Backbone, from_timm, from_transformers
+
 
 class WideStemResNet(ResNet4Cifar):
     """torchdistill's ResNet for CIFAR, four times as wide: 32 channels, then 64, 128, 256 (``resnet8x4``)."""
@@ -165,20 +167,30 @@ def for_small_images(network: nn.Module, name: str) -> None:
     network.maxpool = nn.Identity()
 
 
-def headless(name: str, weights: str | None, options: dict[str, Any]) -> tuple[nn.Module, int]:
-    """A network up to its last pooling, and the width of its output.
+def headless(name: str, weights: str | None, options: dict[str, Any], pool: str | None = None) -> Backbone:
+    """A network up to its last pooling, the width of its output, and the mean and std of its input.
 
     Args:
-        name: as in ``torchvision.models.list_models(torchvision.models)``, or one of `SMALL_NETWORKS`.
-        weights: name of pretrained weights of torchvision, or None.
+        name: as in ``torchvision.models.list_models(torchvision.models)``; ``timm/`` or ``transformers/`` and a name of
+            that library; or one of `SMALL_NETWORKS`.
+        weights: name of pretrained weights of the library, or None; see `from_timm` and `from_transformers`.
         options: further arguments of the network.
+        pool: ``"cls"`` or ``"mean"`` of tokens; None for the network's own.
 
     Raises:
-        ValueError: for an unknown network or weights, or a network whose head does not consist of linear layers.
+        ModuleNotFoundError: if the library is not installed.
+        ValueError: for an unknown network, weights or pool, or a network whose head does not consist of linear layers.
         ConnectionError: if the weights cannot be downloaded.
     """
+    if pool not in (None, "cls", "mean"):
+        raise ValueError(f"expected pool to be 'cls', 'mean' or null, got {pool!r}")
+    library, _, inside = name.partition("/")
+    if library in ("timm", "transformers"):
+        return {"timm": from_timm, "transformers": from_transformers}[library](inside, weights, pool, options)
+    if pool is not None:
+        raise ValueError(f"expected pool null for {name}, which has its own, got {pool!r}; take the network from timm")
     network = _small(name, weights, options) if name in SMALL_NETWORKS else _from_torchvision(name, weights, options)
-    return network, _cut_head(network, name)
+    return Backbone(network, _cut_head(network, name))
 
 
 def _from_torchvision(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:

@@ -19,8 +19,8 @@ from rkd_plugin.experiments.recipe.schema import mapping, model_builders
 from rkd_plugin.experiments.recipe.signatures import arguments
 from rkd_plugin.experiments.recipe.specs import Walk
 
-# Arguments with which a model would read or download weights; nothing but models is called.
-_WEIGHTS = {"weights", "weights_backbone", "pretrained", "pretrained_backbone"}
+# Arguments with which a model would read or download weights, or read images; nothing but models is called.
+_WEIGHTS = {"weights", "weights_backbone", "pretrained", "pretrained_backbone", "principal_components", "images"}
 _SECONDS = 3.0  # of CPU time; the largest network of torchvision needs less than 1
 _LARGEST_NUMBER = 10**6  # of blocks, channels or classes; a larger length of a list could fill the memory
 

@@ -47,7 +47,10 @@ def check_module_paths(walk: Walk) -> None:
                 _check_pools(walk, model, [read for read in reads if read.side == side])
         for place, group in _mappings(mapping(stage.get("optimizer")), f"{path}.optimizer"):
             if "module" in group:
-                _check_path(walk, f"{place}.module", group["module"], teacher if group.get("is_teacher") else student)
+                name, model = sides["teacher" if group.get("is_teacher") and "teacher" in sides else "student"]
+                # A wrapper adds modules that are unknown here.
+                has_wrapper = bool(mapping(stage.get(name)).get("auxiliary_model_wrapper"))
+                _check_path(walk, f"{place}.module", group["module"], None if has_wrapper else model)
 
 
 def _mappings(value: Any, path: str) -> Iterator[tuple[str, Mapping[Any, Any]]]:

@@ -29,19 +29,22 @@ History = Sequence[Mapping[str, float]]
 
 
 def save(figures: Mapping[str, Figure], folder: Path, events: Any = None) -> list[Path]:
-    """Write ``<name>.png`` for each figure, and add it to a TensorBoard writer; return the files."""
+    """Write ``<name>.png``, ``<name>.jpg`` for photographs, and add it to a TensorBoard writer; return the files."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     paths = []
     for name, figure in figures.items():
         canvas = FigureCanvasAgg(figure)
-        with replacing(folder / f"{name}.png") as temporary:
+        # Photographs as PNG are several times as large.
+        has_colours = any(image.get_array().ndim == 3 for axes in figure.axes for image in axes.images)  # type: ignore[union-attr]
+        path = folder / (f"{name}.jpg" if has_colours else f"{name}.png")
+        with replacing(path) as temporary:
             figure.savefig(temporary, dpi=120)
         if events is not None:
             canvas.draw()  # type: ignore[no-untyped-call]
             pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
             events.add_image(name, pixels[..., :3], dataformats="HWC")
-        paths.append(folder / f"{name}.png")
+        paths.append(path)
     return paths
 
 
