@@ -185,12 +185,13 @@ def relational_loss(
         scale=scale,
         temperature=temperature,
         neighbours=neighbours,
-        references=references.references if isinstance(references, RelationMemory) else references,
+        references=references,
     )
-    return _loss("relational_loss", student, teacher, options)
+    return checked_loss("relational_loss", student, teacher, options)
 
 
-def _loss(name: str, student: Tensor, teacher: Tensor, options: RelationalOptions) -> Tensor:
+def checked_loss(name: str, student: Tensor, teacher: Tensor, options: RelationalOptions) -> Tensor:
+    """`relational_loss` with its options in one object; errors begin with ``name``."""
     options.check(name)
     check_batch(name, student, teacher, sets=True)
     options = _fitted(name, student, teacher, options)
@@ -232,6 +233,8 @@ def _fitted(name: str, student: Tensor, teacher: Tensor, options: RelationalOpti
     pairs = checked_indices(name, "pairs", options.pairs, 2, first)
     triplets = checked_indices(name, "triplets", options.triplets, 3, first)
     references = options.references
+    if isinstance(references, RelationMemory):
+        references = references.references
     if references is not None:
         if not isinstance(references, tuple | list) or len(references) != 2:
             raise TypeError(

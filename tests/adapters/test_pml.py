@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import rkd_plugin
 from rkd_plugin.adapters.pml import (
+    RelationalLoss,
     RKDAngleLoss,
     RKDDALoss,
     RKDDistanceLoss,
@@ -38,7 +39,20 @@ from rkd_plugin.adapters.pml import (
 )
 from rkd_plugin.teacher_bank import Bank
 
-LOSSES = [RKDDistanceLoss, RKDAngleLoss, RKDDALoss]
+
+class RelationalAngles(RelationalLoss):
+    def __init__(self, **kwargs):
+        super().__init__("angle", **kwargs)
+
+
+WEIGHTS = {  # of distances and angles
+    RKDDistanceLoss: (1, 0),
+    RKDAngleLoss: (0, 1),
+    RKDDALoss: (1, 2),
+    RelationalLoss: (1, 0),
+    RelationalAngles: (0, 1),
+}
+LOSSES = list(WEIGHTS)
 RTOL = 1e-5  # of PML's own tests, for float32 and wider; half precision too is computed in float32 here
 
 
@@ -86,7 +100,7 @@ def slow_angle(student: Tensor, teacher: Tensor, normalize: bool = False, triple
 
 
 def slow(loss: nn.Module, *args, pairs=None, triplets=None, **kwargs) -> float:
-    weights = {RKDDistanceLoss: (1, 0), RKDAngleLoss: (0, 1), RKDDALoss: (1, 2)}[type(loss)]
+    weights = WEIGHTS[type(loss)]
     return weights[0] * slow_distance(*args, **kwargs, pairs=pairs) + weights[1] * slow_angle(
         *args, **kwargs, triplets=triplets
     )
@@ -174,6 +188,33 @@ def test_options_reach_the_core():
     torch.testing.assert_close(loss(student, ref_emb=teacher), expected)
     with pytest.raises(ValueError, match="impl"):
         RKDDALoss(impl="no such kernel")(student, ref_emb=teacher)
+
+
+def test_any_relation_reaches_the_core():
+    student, teacher, labels = batch()
+    options = {"potential": "cosine", "penalty": "kl", "scale": "softmax", "temperature": 0.2, "neighbours": 3}
+    each = rkd_plugin.relational_loss(student, teacher, **options, reduction="anchor")
+    for reducer, expected in ((reducers.MeanReducer(), each.mean()), (reducers.SumReducer(), each.sum())):
+        loss = RelationalLoss(**options, reducer=reducer, collect_stats=True)
+        torch.testing.assert_close(loss(student, labels, ref_emb=teacher), expected)
+        assert loss.relational_loss_mean == pytest.approx(each.mean().item())
+    one_row = RelationalLoss("identity", "mse")
+    torch.testing.assert_close(one_row(student, ref_emb=teacher[:, :5]), (student - teacher[:, :5]).square().mean())
+    for loss in (one_row, RelationalLoss(**options)):
+        with pytest.raises(
+            ValueError, match="RelationalLoss: expected pairs with a potential of 2 rows, and without ne"
+        ):
+            loss(student, labels, (index(0), index(3), index(1)), ref_emb=teacher[:, :5])
+
+
+def test_a_memory_gets_each_batch_after_its_loss():
+    (student, teacher, _), (earlier, earlier_teacher, _) = batch(), batch(seed=1)
+    loss = RelationalLoss("cosine", "mse", references=rkd_plugin.RelationMemory(9))
+    assert loss(earlier, ref_emb=earlier_teacher) == 0
+    found = loss(TensorWithTeacher.of(student, teacher))
+    rows = earlier.detach(), earlier_teacher
+    torch.testing.assert_close(found, rkd_plugin.relational_loss(student, teacher, "cosine", "mse", references=rows))
+    assert torch.equal(loss.references.student, student)
 
 
 def test_a_term_of_weight_zero_is_skipped(monkeypatch):

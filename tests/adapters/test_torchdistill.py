@@ -33,6 +33,7 @@ FUNCTIONS = {
     "RKDDistanceLoss": rkd_plugin.rkd_distance_loss,
     "RKDAngleLoss": rkd_plugin.rkd_angle_loss,
     "RKDDALoss": rkd_plugin.rkd_da_loss,
+    "RelationalLoss": rkd_plugin.relational_loss,
 }
 every_loss = pytest.mark.parametrize("key", FUNCTIONS)
 
@@ -134,6 +135,49 @@ def test_a_pool_of_another_shape_raises(name):
         adapter.pooled(torch.zeros(eval(shape)), pool)
 
 
+SETS = {"tokens": ((6, 4, 5), lambda x: x), "channels": ((6, 4, 5, 3), lambda x: x.reshape(6, 4, 15))}
+
+
+@pytest.mark.parametrize("l2_normalize", [False, True])
+@pytest.mark.parametrize("pool", SETS)
+def test_relations_within_the_set_of_each_example(pool, l2_normalize):
+    shape, view = SETS[pool]
+    maps = torch.randn(shape), torch.randn(shape)
+    loss = mid_level_loss("RelationalLoss", pool=pool, l2_normalize=l2_normalize, potential="dot", penalty="mse")
+    rows = [nn.functional.normalize(view(x), dim=2) if l2_normalize else view(x) for x in maps]
+    torch.testing.assert_close(loss(*maps), rkd_plugin.relational_loss(*rows, "dot", "mse"))
+    with pytest.raises(ValueError, match=r"RKDDALoss.*expected student to have shape \(N, D\), got"):
+        mid_level_loss("RKDDALoss", pool=pool)(*maps)
+
+
+MEMORY = """
+memory: &memory !import_call {key: 'rkd_plugin.RelationMemory', init: {kwargs: {size: 4}}}
+key: RelationalLoss
+kwargs:
+  potential: !import_get {key: 'NAME'}
+  penalty: mse
+  references: *memory
+"""
+
+
+def test_a_function_and_a_memory_in_yaml(tmp_path):
+    (tmp_path / "loss.yaml").write_text(MEMORY.replace("NAME", f"{__name__}.gap"))
+    config = yaml_util.load_yaml_file(str(tmp_path / "loss.yaml"))
+    loss = get_mid_level_loss(config)
+    trained = adapter.TrainedWith({"memory": config["memory"]}, student_model=nn.Identity())
+    batches = [(torch.randn(3, 2), torch.randn(3, 5)) for _ in range(3)]
+    assert loss(*batches[0]) == 0  # of an empty memory
+    assert torch.equal(loss(*batches[1]), rkd_plugin.relational_loss(*batches[1], gap, "mse", references=batches[0]))
+    last = [torch.cat(rows)[-4:] for rows in zip(*batches[:2], strict=True)]
+    saved = copy.deepcopy(trained.state_dict())
+    assert torch.equal(saved["trained.memory.teacher"], last[1])
+    assert torch.equal(loss(*batches[2]), rkd_plugin.relational_loss(*batches[2], gap, "mse", references=tuple(last)))
+
+
+def gap(x, y):
+    return (x - y).abs().mean(-1)
+
+
 @every_loss
 def test_works_in_simple_loss_wrapper(key, io_dicts):
     wrapped = get_mid_level_loss(
@@ -155,7 +199,7 @@ def test_works_in_simple_loss_wrapper(key, io_dicts):
     ("kwargs", "error", "message"),
     [
         ({"huber": 1.0}, TypeError, "unexpected keyword argument 'huber'"),
-        ({"pool": "max"}, ValueError, r"expected pool to be one of \('auto', 'avg', .*, 'flatten'\), got 'max'"),
+        ({"pool": "max"}, ValueError, r"expected pool to be one of \('auto', 'avg', .*\), got 'max'"),
         ({"pool": {"student": "avg", "teacher": "max"}}, ValueError, "expected pool to be one of .* got 'max'"),
         ({"pool": {"pupil": "avg"}}, ValueError, "expected pool for 'student' and 'teacher', got 'pupil'"),
         ({"dist_factor": 1.0}, TypeError, "got dist_factor; use distance_weight"),

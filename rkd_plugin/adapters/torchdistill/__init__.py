@@ -1,10 +1,10 @@
 """Components for torchdistill's YAML files that list ``dependencies: ['rkd_plugin.adapters.torchdistill']``.
 
-Losses (mid-level): ``RKDDistanceLoss``, ``RKDAngleLoss``, ``RKDDALoss`` on any pair of hooked modules, and ``PMLLoss``,
-any loss of pytorch-metric-learning. Model wrapper: ``TrainedWith``, for a loss with parameters. Forward processes for
-teachers: ``forward_in_eval_mode``, and ``no_forward`` for a stage without a teacher. Pre-epoch process:
-``seeded_epoch``. Scheduler: ``MultiStepFractionLR``. For the precomputed outputs of a teacher bank: ``BankTeacher`` and
-``WithTeacherBank``. torchdistill's own ``RKDLoss`` is unchanged.
+Losses (mid-level): ``RKDDistanceLoss``, ``RKDAngleLoss``, ``RKDDALoss`` and ``RelationalLoss`` on any pair of hooked
+modules, and ``PMLLoss``, any loss of pytorch-metric-learning. Model wrapper: ``TrainedWith``, for a loss with
+parameters. Forward processes for teachers: ``forward_in_eval_mode``, and ``no_forward`` for a stage without a teacher.
+Pre-epoch process: ``seeded_epoch``. Scheduler: ``MultiStepFractionLR``. For the precomputed outputs of a teacher bank:
+``BankTeacher`` and ``WithTeacherBank``. torchdistill's own ``RKDLoss`` is unchanged.
 """
 
 import torchvision  # noqa: F401  before torchdistill, whose registries look for it in sys.modules
@@ -20,7 +20,13 @@ from rkd_plugin.adapters.torchdistill.hooks import (
     pooling,
     reading,
 )
-from rkd_plugin.adapters.torchdistill.losses import HookedLoss, RKDAngleLoss, RKDDALoss, RKDDistanceLoss
+from rkd_plugin.adapters.torchdistill.losses import (
+    HookedLoss,
+    RelationalLoss,
+    RKDAngleLoss,
+    RKDDALoss,
+    RKDDistanceLoss,
+)
 from rkd_plugin.adapters.torchdistill.pml import PMLLoss, TrainedWith
 from rkd_plugin.adapters.torchdistill.processes import (
     MultiStepFractionLR,
@@ -42,6 +48,7 @@ __all__ = [
     "RKDAngleLoss",
     "RKDDALoss",
     "RKDDistanceLoss",
+    "RelationalLoss",
     "TrainedWith",
     "WithTeacherBank",
     "find_hooked",

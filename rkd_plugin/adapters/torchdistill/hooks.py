@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchdistill.common.module_util import get_module
 
 IO = Literal["input", "output"]
-Pool = Literal["auto", "avg", "avg_channels_last", "mean", "cls", "last", "flatten"]
+Pool = Literal["auto", "avg", "avg_channels_last", "mean", "cls", "last", "flatten", "tokens", "channels"]
 Hooked = Mapping[str, Mapping[str, Any]]
 
 
@@ -73,6 +73,8 @@ _POOLINGS = {
     "cls": _Pooling("tokens (N, T, D)", range(3, 4), lambda tokens: tokens[:, 0]),
     "last": _Pooling("tokens (N, T, D)", range(3, 4), lambda tokens: tokens[:, -1]),
     "flatten": _Pooling("(N, ...)", range(3, 64), lambda values: values.flatten(1)),
+    "tokens": _Pooling("tokens (N, T, D)", range(3, 4), lambda tokens: tokens),
+    "channels": _Pooling("(N, C, L), (N, C, H, W) or (N, C, D, H, W)", range(3, 6), lambda maps: maps.flatten(2)),
 }
 
 
@@ -119,6 +121,8 @@ def _is_channels_first(shape: Sequence[int]) -> bool:
 
 def pooled(value: Tensor, pool: Pool = "auto") -> Tensor:
     """``(N, D)``: a module's input or output as the vectors that a loss compares; see `RKDDistanceLoss` for ``pool``.
+
+    ``(N, T, D)`` for ``"tokens"`` and ``"channels"``, see `RelationalLoss`.
 
     Raises:
         ValueError: see `pooling`.

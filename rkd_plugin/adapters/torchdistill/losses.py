@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from rkd_plugin import losses
 from rkd_plugin.adapters.torchdistill.hooks import IO, Hooked, Pool, find_hooked, pooled
 from rkd_plugin.adapters.torchdistill.registering import mid_level_loss
+from rkd_plugin.memory import RelationMemory
 
 
 class HookedLoss(nn.Module):
@@ -65,7 +66,7 @@ class HookedLoss(nn.Module):
         return loss
 
     def embeddings(self, side: str, source: Tensor | Hooked) -> Tensor:
-        """``(N, D)``: the vectors of a side's hooked module, pooled and scaled by the options.
+        """``(N, D)``, or sets ``(N, T, D)``: the rows of a side's hooked module, pooled and scaled by the options.
 
         Raises:
             TypeError: if the module's output is not one tensor.
@@ -82,7 +83,9 @@ class HookedLoss(nn.Module):
             raise ValueError(f"the {side}: {error}") from error
         # In float32 at least, since a length in half precision may overflow.
         return (
-            normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32))) if self.l2_normalize else vectors
+            normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
+            if self.l2_normalize
+            else vectors
         )
 
     def extra_repr(self) -> str:
@@ -162,3 +165,33 @@ class RKDDALoss(HookedLoss, losses.RKDDALoss):
         "dist_factor": "distance_weight",
         "angle_factor": "angle_weight",
     }
+
+
+class _Remembering(losses.RelationalLoss):
+    def forward(self, student: Tensor, teacher: Tensor, *unexpected: Any) -> Tensor:
+        loss = super().forward(student, teacher, *unexpected)
+        if isinstance(self.references, RelationMemory):
+            self.references.update(student, teacher)
+        return loss
+
+
+@mid_level_loss
+class RelationalLoss(HookedLoss, _Remembering):
+    """See `rkd_plugin.relational_loss`; any relation between any two hooked modules. Arguments as `RKDDistanceLoss`.
+
+    Two more names for ``pool`` keep a set of rows of each example; relations are then within each set:
+
+    * ``'tokens'``: the tokens of ``(N, T, D)``.
+    * ``'channels'``: the channels of maps ``(N, C, L)``, ``(N, C, H, W)`` or ``(N, C, D, H, W)``, as ICKD does.
+
+    The options are those of `rkd_plugin.RelationalLoss`. In YAML a function is
+    ``potential: !import_get {key: 'package.file.function'}``, and a memory is
+    ``references: &memory !import_call {key: 'rkd_plugin.RelationMemory', init: {kwargs: {size: 256}}}``. The loss adds
+    each batch to it. A checkpoint has its rows if `TrainedWith` names it, ``modules: {memory: *memory}``; otherwise a
+    run that goes on starts with an empty memory.
+
+    Example:
+        >>> ickd = RelationalLoss(potential="dot", penalty="mse", pool="channels")
+        >>> ickd(torch.ones(2, 3, 4, 4), torch.ones(2, 3, 8, 8))
+        tensor(0.)
+    """

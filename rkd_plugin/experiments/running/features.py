@@ -32,7 +32,10 @@ def compared(config: Mapping[str, Any], model: nn.Module, side: str) -> Layer | 
     modules = {**dict(model.named_modules()), ".": model}
     for loss in _relational(config):
         path = loss.paths[side]
-        if path in modules:  # a loss can also read a wrapper of the model, which exists in training only
+        of_sets = loss.pools[side] in ("tokens", "channels")  # without one vector for an example
+        if (
+            path in modules and not of_sets
+        ):  # a loss can also read a wrapper of the model, which exists in training only
             return Layer(modules[path], loss.ios[side], partial(loss.embeddings, side))
     return (
         Layer(modules["backbone"], "output", partial(RKDDALoss().embeddings, side)) if "backbone" in modules else None
