@@ -52,9 +52,7 @@ def related(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     return relations.expand(shape)
 
 
-def in_strips(
-    compute: Callable[..., Tensor], total: int, width: int, *inputs: Tensor | None, dim: int = -1
-) -> Tensor:
+def in_strips(compute: Callable[..., Tensor], total: int, width: int, *inputs: Tensor | None, dim: int = -1) -> Tensor:
     """``compute(part, *inputs)`` of all slices of ``range(total)``, concatenated, with the memory of one strip.
 
     Args:
@@ -69,7 +67,7 @@ def in_strips(
     if len(parts) == 1:
         return compute(parts[0], *inputs)
     # The compiler cannot trace a Function with `torch.autograd.grad`.
-    if torch.is_grad_enabled() and (torch.compiler.is_compiling() or _other_leaves(compute, parts[0], inputs)):
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _other_leaves(compute, parts[0], inputs)):
         strips = [checkpoint(compute, part, *inputs, use_reentrant=False, preserve_rng_state=False) for part in parts]
         return torch.cat(strips, dim)
     results: Tensor = _Strips.apply(compute, parts, dim, *inputs)
@@ -79,12 +77,14 @@ def in_strips(
 class _Strips(torch.autograd.Function):
     """All strips as one node of the graph.
 
-    A node for each strip, as of `checkpoint`, is a small block of memory between the large ones of two strips, which the
-    allocator then cannot use again: the memory of the process grows as if nothing were freed.
+    A node for each strip, as of `checkpoint`, is a small block of memory between the large ones of two strips. The
+    allocator then cannot join these when they are free, and the memory of the process grows with every strip.
     """
 
     @staticmethod
-    def forward(ctx: Any, compute: Callable[..., Tensor], parts: list[slice], dim: int, *inputs: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, compute: Callable[..., Tensor], parts: list[slice], dim: int, *inputs: Tensor | None
+    ) -> Tensor:
         ctx.compute, ctx.parts, ctx.dim = compute, parts, dim
         ctx.save_for_backward(*inputs)
         first = compute(parts[0], *inputs)

@@ -255,6 +255,11 @@ class Relation:
         rows, columns = side.rows.shape[-2], side.columns.shape[-2]
         every = torch.arange(rows, device=side.rows.device)
 
+        # Named relations that have a mean are symmetric: twice the gradient of the rows is that of rows and columns.
+        symmetric = own and isinstance(self.potential, str) and not self.exact
+        if symmetric:
+            side = Side(2 * side.rows - side.rows.detach(), side.columns.detach())
+
         def at_rows(part: slice, side: Side) -> Tensor:
             relations = self._psi(side.rows[..., part, :], side.columns)
             if own:
