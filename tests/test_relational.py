@@ -486,6 +486,22 @@ def test_memory_of_strips():
     assert sum(saved) > 40**3
 
 
+def test_the_graph_does_not_grow_with_the_strips(monkeypatch):
+    """Small blocks between those of two strips would keep the process from using freed memory again."""
+    student, teacher = batch(12)
+    sizes = []
+    for elements in (functions.ELEMENTS, 12 * 3):
+        monkeypatch.setattr(functions, "ELEMENTS", elements)
+        nodes, seen = [relational_loss(student, teacher, turn).grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                nodes += [before for before, _ in node.next_functions]
+        sizes.append(len(seen))
+    assert sizes[1] <= sizes[0]
+
+
 @pytest.mark.parametrize("hidden", [False, True], ids=["leaf", "result"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_strips_of_a_function_with_parameters(order, hidden, monkeypatch):
