@@ -325,17 +325,17 @@ def test_gradient_accumulation(impl):
 
 
 @pytest.mark.parametrize(
-    ("impl", "backward_too"),
+    ("loss", "impl", "backward_too"),
     # PyTorch recommends the backward pass outside of autocast; ``reference`` needs this.
-    [("reference", False), ("chunked", False), ("chunked", True)],
+    [(rkd_da_loss, "reference", False), *((loss, "chunked", True) for loss in [rkd_da_loss, *RELATIONS])],
 )
-def test_autocast(impl, backward_too, dtype, device):
+def test_autocast(loss, impl, backward_too, dtype, device):
     """The same bits with autocast on, for inputs of every dtype."""
     student, teacher = batch(dtype=dtype, device=device)
-    plain = value_and_gradient(rkd_da_loss, student, teacher, impl=impl)
+    plain = value_and_gradient(loss, student, teacher, impl=impl)
     with torch.autocast(device.type, torch.bfloat16):
         assert (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).dtype == torch.bfloat16
-        value = rkd_da_loss(student, teacher, impl=impl)
+        value = loss(student, teacher, impl=impl)
         if backward_too:
             value.backward()
     if not backward_too:
@@ -348,23 +348,27 @@ def at_seed(f, *args, **options):
     return f(*args, **options)
 
 
+def sum_of_relations(student, teacher, **options):
+    return sum(loss(student, teacher, **options) for loss in RELATIONS if loss.order > 1 or "neighbours" not in options)
+
+
 @every_kernel
 @pytest.mark.parametrize(
-    "options",
+    ("loss", "options"),
     [
-        {"reduction": "tuple_mean"},
-        {"reduction": "anchor", "huber_delta": 0.3, **mined(rkd_da_loss)},
-        {"reduction": "sum", "anchors": 0.5, "pairs": mined(rkd_distance_loss)["pairs"]},
+        (rkd_da_loss, {"reduction": "tuple_mean"}),
+        (rkd_da_loss, {"reduction": "anchor", "huber_delta": 0.3, **mined(rkd_da_loss)}),
+        (rkd_da_loss, {"reduction": "sum", "anchors": 0.5, "pairs": mined(rkd_distance_loss)["pairs"]}),
+        (sum_of_relations, {"reduction": "tuple_mean"}),
+        (sum_of_relations, {"reduction": "anchor", "neighbours": 3}),
     ],
-    ids=["all", "mined", "anchors"],
+    ids=["all", "mined", "anchors", "relations", "neighbours"],
 )
-def test_dynamo(impl, options):
+def test_dynamo(impl, loss, options):
     student, teacher = batch(dtype=torch.float32)
     torch._dynamo.reset()
-    compiled = torch.compile(rkd_da_loss, fullgraph=True, backend="aot_eager")
-    ours, eager = (
-        at_seed(value_and_gradient, f, student, teacher, impl=impl, **options) for f in (compiled, rkd_da_loss)
-    )
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    ours, eager = (at_seed(value_and_gradient, f, student, teacher, impl=impl, **options) for f in (compiled, loss))
     torch.testing.assert_close(ours, eager)
 
 

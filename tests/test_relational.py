@@ -486,6 +486,59 @@ def test_memory_of_strips():
     assert sum(saved) > 40**3
 
 
+def test_the_graph_does_not_grow_with_the_strips(monkeypatch):
+    """Small blocks between those of two strips would keep the process from using freed memory again."""
+    student, teacher = batch(12)
+    sizes = []
+    for elements in (functions.ELEMENTS, 12 * 3):
+        monkeypatch.setattr(functions, "ELEMENTS", elements)
+        nodes, seen = [relational_loss(student, teacher, turn).grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                nodes += [before for before, _ in node.next_functions]
+        sizes.append(len(seen))
+    assert sizes[1] <= sizes[0]
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["leaf", "result"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_strips_of_a_function_with_parameters(order, hidden, monkeypatch):
+    """Parameters of the function, and tensors that are computed from them, get their gradient."""
+    student, teacher = batch(6, teacher_width=3)
+    scale = torch.rand(3, dtype=torch.float64).requires_grad_()
+    found = []
+    for elements in (functions.ELEMENTS, 40):
+        monkeypatch.setattr(functions, "ELEMENTS", elements)
+        weights = scale.exp() if hidden else scale
+        potential = {
+            1: lambda x: (x * weights).sum(-1),  # noqa: B023  # called within this step
+            2: lambda x, y: (x * y * weights).sum(-1),  # noqa: B023
+            3: lambda x, y, z: (x * y * z * weights).sum(-1),  # noqa: B023
+        }[order]
+        value = relational_loss(student, teacher, potential, "mse")
+        found.append((value.detach(), *torch.autograd.grad(value, (student, scale))))
+    torch.testing.assert_close(*found)
+
+
+def test_strips_in_a_compiled_function(monkeypatch):
+    monkeypatch.setattr(functions, "ELEMENTS", 150)
+    student, teacher = batch(6)
+    torch._dynamo.reset()
+    compiled = torch.compile(relational_loss, fullgraph=True, backend="aot_eager")
+    ours, eager = (value_and_gradient(f, student, teacher, turn) for f in (compiled, relational_loss))
+    torch.testing.assert_close(ours, eager)
+
+
+def test_second_derivatives_of_strips(monkeypatch):
+    monkeypatch.setattr(functions, "ELEMENTS", 40)
+    student, teacher = batch(6)
+    (gradient,) = torch.autograd.grad(relational_loss(student, teacher, turn), student, create_graph=True)
+    with pytest.raises(RuntimeError, match="relational_loss: impl 'chunked': expected a first derivative"):
+        torch.autograd.grad(gradient.sum(), student)
+
+
 # Errors are one sentence
 
 X = torch.zeros(4, 2)

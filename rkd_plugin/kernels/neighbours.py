@@ -28,7 +28,7 @@ def _nearest(x: Tensor, rows: Tensor, columns: Tensor, k: int, own: bool) -> Ten
         return nearer.nonzero()[:, 1].view(-1, k)
 
     with torch.no_grad():
-        return in_strips(strip, len(rows), max(len(columns), 1), 0)
+        return in_strips(strip, len(rows), max(len(columns), 1), dim=0)
 
 
 @_nearest.register_fake

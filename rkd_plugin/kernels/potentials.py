@@ -8,7 +8,9 @@ rescaled: products of float64 entries beyond 1e150 or below 1e-150 leave the ran
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -102,6 +104,7 @@ class Side(NamedTuple):
 
     rows: Tensor
     columns: Tensor
+    mean: Tensor | None = None  # of all relations, for the scale "mean"
 
 
 class Selection(NamedTuple):
@@ -134,7 +137,7 @@ class Relation:
 
     def sums(self, student: Side, teacher: Side, chosen: Selection) -> Tensor:
         """``(..., R)``: the losses summed over the tuples that start at each of the chosen rows."""
-        sides = student, teacher
+        sides = [student, teacher]
         order = order_of(self.potential)
         leading = student.rows.shape[:-2]
         columns = student.columns.shape[-2] if chosen.nearest is None else chosen.nearest.shape[1]
@@ -143,20 +146,19 @@ class Relation:
         if chosen.triplets is not None:
             return self._sums_of_triplets(sides, chosen.triplets)
         if function_of_3:
-            pairs = self._strips(lambda p: self._at_pairs(sides, chosen, p, columns), len(chosen.rows) * columns, width)
+            at_pairs = functools.partial(self._at_pairs, chosen, columns)
+            pairs = self._strips(at_pairs, sides, len(chosen.rows) * columns, width)
             return pairs.view(-1, columns).sum(1) if columns else pairs.new_zeros(len(chosen.rows))
-        means = [self._mean(side, chosen.own) if self.scale == "mean" else None for side in sides]
+        if self.scale == "mean":
+            sides = [side._replace(mean=self._mean(side, chosen.own)) for side in sides]
         counts = None
         if chosen.pairs is not None:
             shape = student.rows.shape[-2], student.columns.shape[-2]
             counts = torch.zeros(shape, dtype=widest(student.rows), device=student.rows.device)
             counts = counts.index_put(chosen.pairs, counts.new_ones(()), accumulate=True)
 
-        def at_rows(part: slice) -> Tensor:
-            scaled = [
-                self._scaled(self._relations(side, chosen, part), mean) for side, mean in zip(sides, means, strict=True)
-            ]
-            losses = self._losses(*scaled)
+        def at_rows(part: slice, *sides: Side) -> Tensor:
+            losses = self._losses(*(self._scaled(self._relations(side, chosen, part), side.mean) for side in sides))
             if counts is not None:
                 losses = losses * counts[chosen.rows[part]]
             elif (kept := self._kept(chosen, part, columns, order)) is not None:
@@ -169,10 +171,16 @@ class Relation:
             width = columns * (columns + student.rows.shape[-1])
         elif isinstance(self.potential, str) and chosen.nearest is None:
             width = max(columns, student.rows.shape[-1])
-        return self._strips(at_rows, len(chosen.rows), width * leading.numel())
+        return self._strips(at_rows, sides, len(chosen.rows), width * leading.numel())
 
-    def _strips(self, compute: Callable[[slice], Tensor], total: int, width: int) -> Tensor:
-        return in_strips(compute, total, 0 if self.exact else width)
+    def _strips(self, compute: Callable[..., Tensor], sides: Sequence[Side], total: int, width: int) -> Tensor:
+        """`in_strips` of ``compute(part, *sides)``."""
+        size = len(Side._fields)
+
+        def of_tensors(part: slice, *tensors: Any) -> Tensor:
+            return compute(part, *(Side(*tensors[i : i + size]) for i in range(0, len(tensors), size)))
+
+        return in_strips(of_tensors, total, 0 if self.exact else width, *itertools.chain(*sides))
 
     def _psi(self, x: Tensor, y: Tensor) -> Tensor:
         if isinstance(self.potential, str):
@@ -195,7 +203,7 @@ class Relation:
             return self._psi(x, side.columns)
         return self._psi(x.unsqueeze(-2), side.columns[chosen.nearest[part]]).squeeze(1)
 
-    def _at_pairs(self, sides: tuple[Side, Side], chosen: Selection, part: slice, columns: int) -> Tensor:
+    def _at_pairs(self, chosen: Selection, columns: int, part: slice, *sides: Side) -> Tensor:
         """Losses of a function of three rows ``x_i, y_j, y_k``, summed over k, for a part of all pairs (i, j)."""
         pair = torch.arange(part.start, part.stop, device=chosen.rows.device)
         place, j = pair // max(columns, 1), pair % max(columns, 1)
@@ -205,7 +213,7 @@ class Relation:
             j = k.gather(1, j.unsqueeze(1)).squeeze(1)
         relations = [
             self._related(x[i].unsqueeze(1), y[j].unsqueeze(1), y[k] if k.ndim == 2 else y.unsqueeze(0))
-            for x, y in sides
+            for x, y, _ in sides
         ]
         losses = self._losses(*((r, None) for r in relations))
         if chosen.distinct:
@@ -215,12 +223,12 @@ class Relation:
             losses = losses.masked_fill(same, 0)
         return losses.sum(1)
 
-    def _sums_of_triplets(self, sides: tuple[Side, Side], triplets: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def _sums_of_triplets(self, sides: Sequence[Side], triplets: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         a, b, c = triplets
 
-        def at(part: slice) -> Tensor:
+        def at(part: slice, *sides: Side) -> Tensor:
             found = []
-            for x, y in sides:
+            for x, y, _ in sides:
                 rows = x[a[part]], y[b[part]], y[c[part]]
                 if isinstance(self.potential, str):
                     found.append((self._psi(rows[0].unsqueeze(1), torch.stack(rows[1:], 1))[:, 0, 0, 1], None))
@@ -229,7 +237,7 @@ class Relation:
             losses = self._losses(*found)
             return losses.masked_fill(b[part] == c[part], 0) if isinstance(self.potential, str) else losses
 
-        losses = self._strips(at, len(a), 3 * sides[0].rows.shape[1])
+        losses = self._strips(at, sides, len(a), 3 * sides[0].rows.shape[1])
         return losses.new_zeros(sides[0].rows.shape[0]).index_add(0, a, losses)
 
     def _kept(self, chosen: Selection, part: slice, columns: int, order: int | None) -> Tensor | None:
@@ -247,14 +255,19 @@ class Relation:
         rows, columns = side.rows.shape[-2], side.columns.shape[-2]
         every = torch.arange(rows, device=side.rows.device)
 
-        def at_rows(part: slice) -> Tensor:
+        # Named relations that have a mean are symmetric: twice the gradient of the rows is that of rows and columns.
+        symmetric = own and isinstance(self.potential, str) and not self.exact
+        if symmetric:
+            side = Side(2 * side.rows - side.rows.detach(), side.columns.detach())
+
+        def at_rows(part: slice, side: Side) -> Tensor:
             relations = self._psi(side.rows[..., part, :], side.columns)
             if own:
                 relations = relations.masked_fill(torch.arange(columns, device=every.device) == every[part, None], 0)
             return relations.sum(-1)
 
         width = max(columns, side.rows.shape[-1]) if isinstance(self.potential, str) else columns * side.rows.shape[-1]
-        total = self._strips(at_rows, rows, width * side.rows.shape[:-2].numel()).sum(-1)
+        total = self._strips(at_rows, [side], rows, width * side.rows.shape[:-2].numel()).sum(-1)
         mean = total / max(rows * (columns - own), 1)
         return mean.masked_fill(mean == 0, 1)[..., None, None]
 
