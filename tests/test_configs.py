@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from test_docs import PAGES, ROOT
+from test_docs import commands as commands_in
 
 from rkd_plugin.experiments.recipe import Recipe, Tagged, check, configs_root, find, names, read, read_suite
 
@@ -365,8 +367,6 @@ def test_test_sets_are_prepared_as_the_test_data_of_metric_learning():
 
 # Commands in headers and in the documentation
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "configs/README.md", *sorted((ROOT / "docs/pages").rglob("*.md"))]
 COMMAND = re.compile(r"(?:#   )?rkd (.+)")
 
 
@@ -445,10 +445,8 @@ def test_the_teacher_of_a_recipe_is_what_its_header_trains(name):
 
 
 def commands_of_page(path: Path) -> list[Command]:
-    text = path.read_text(encoding="utf-8")
-    blocks = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", "").splitlines()
-    inline = re.findall(r"`(rkd (?:run|reproduce|bench) [^`]*/[^`]*)`", " ".join(text.split()))
-    return [by for by in commands([*blocks, *inline]) if by.verb in ("run", "reproduce", "bench") and "/" in by.name]
+    found = [command(words) for words in commands_in(path.read_text(encoding="utf-8"))]
+    return [by for by in found if by.verb in ("run", "reproduce", "bench") and "/" in by.name]
 
 
 @pytest.mark.parametrize(
