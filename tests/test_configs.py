@@ -45,7 +45,7 @@ def rows(suite: str) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
 def test_every_file_is_a_recipe_or_a_suite():
     files = {path.relative_to(configs_root()) for path in configs_root().rglob("*.y*ml")}
     assert {str(path.with_suffix("")) for path in files} == {entry.name for entry in ENTRIES}
-    assert (len(files), len(SUITES), len(TEST_SETS), len(RECIPES)) == (56, 16, 4, 36)
+    assert (len(files), len(SUITES), len(TEST_SETS), len(RECIPES)) == (58, 16, 4, 38)
 
 
 def test_the_first_sentence_tells_what_a_file_is():
@@ -164,6 +164,8 @@ PARTS = {
     f"{TERM}.rkd.weight": "recipe.distance_weight recipe.angle_weight recipe.l2_normalize_features recipe.rkd_on",
     f"{TERM}.attention.weight": "recipe.attention_weight",
     f"{TERM}.hint.weight": "recipe.hint_weight",
+    f"{TERM}.relations.weight": "recipe.potential recipe.penalty recipe.scale recipe.temperature"
+    " recipe.neighbours recipe.relations_weight",
 }
 
 
