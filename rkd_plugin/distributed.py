@@ -20,8 +20,9 @@ The cost of the angle loss of N rows for each of W ranks, forward and backward:
     memory     m N^2 + N (D_s + D_t) numbers
 
 ``chunked`` on a core of an AMD EPYC has c3 = 0.7 ns (N = 1024) to 1.1 ns (N = 2048), c2 = 70 to 130 ns at widths of 128
-and 512, and m = 50 to 59 bytes. The model is within 7 % of the measured times of one, two and three ranks (README),
-except for three ranks at N = 512, which took 25 % more. With c3 = 1 ns, from 1024 to 65536 rows:
+and 512, and m = 50 to 59 bytes. The model is within 7 % of the measured times of one, two and three ranks, except for
+three ranks at N = 512, which took 25 % more (docs/pages/guides/many-processes.md). All of this was measured before the
+C++ library, `rkd_plugin.kernels.native`, which has a smaller c3. With c3 = 1 ns, from 1024 to 65536 rows:
 
     N        memory     W = 1       8           64          512
     1,024    58 MB      1.1 s       0.13 s      17 ms       2.1 ms

@@ -47,7 +47,7 @@ def rows(suite: str) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
 def test_every_file_is_a_recipe_or_a_suite():
     files = {path.relative_to(configs_root()) for path in configs_root().rglob("*.y*ml")}
     assert {str(path.with_suffix("")) for path in files} == {entry.name for entry in ENTRIES}
-    assert (len(files), len(SUITES), len(TEST_SETS), len(RECIPES)) == (62, 18, 4, 40)
+    assert (len(files), len(SUITES), len(TEST_SETS), len(RECIPES)) == (64, 18, 4, 42)
 
 
 def test_the_first_sentence_describes_the_file():
@@ -171,7 +171,7 @@ PARTS = {
     f"{TERM}.attention.weight": "recipe.attention_weight",
     f"{TERM}.hint.weight": "recipe.hint_weight",
     f"{TERM}.relations.weight": "recipe.compared recipe.potential recipe.penalty recipe.scale recipe.temperature"
-    " recipe.neighbours",
+    " recipe.neighbours recipe.relations_weight",
 }
 
 

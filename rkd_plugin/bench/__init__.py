@@ -27,11 +27,11 @@ def main(
     repeats: int = 5,
     peer_limit_gb: float = 8.0,
 ) -> dict[str, Any]:
-    """Check and measure forward and backward of RKD-DA.
+    """Check and measure forward and backward of RKD-DA, and of other relations.
 
     Args:
         sizes: numbers of rows N.
-        impls: kernels; if empty, all that can run here, ``reference`` up to N = 128.
+        impls: kernels of RKD-DA, or names of `RELATIONS`; if empty, all that can run here, ``reference`` up to N = 128.
         student_dim: width of the student's embeddings.
         teacher_dim: width of the teacher's embeddings.
         dtype: of both, such as ``"bfloat16"``.

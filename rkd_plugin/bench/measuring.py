@@ -1,4 +1,4 @@
-"""Forward and backward of RKD-DA: time, memory and error.
+"""Forward and backward of RKD-DA and of other relations: time, memory and error.
 
 The losses alternate in one loop, so that noise of the machine affects all of them. Every call gets a new teacher
 tensor, as in a training step. Memory is the *growth* of the peak; on a CPU, each measurement has a new process. A
@@ -21,10 +21,16 @@ from torch import Tensor
 
 from rkd_plugin.functional import rkd_da_loss
 from rkd_plugin.options import Impl
+from rkd_plugin.relational import relational_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 PEER = "torchdistill"
+RELATIONS: dict[str, dict[str, Any]] = {  # the options of `relational_loss`, by the name of a contender
+    "distance_16": {"potential": "distance", "neighbours": 16},
+    "angle_16": {"potential": "angle", "neighbours": 16},
+    "softmax": {"potential": "cosine", "penalty": "kl", "scale": "softmax", "temperature": 0.1},
+}
 REFERENCE_ROWS = 128  # up to here the O(N^2 D + N^3) reference has a row even if it is not requested
 TRUTH_ROWS = 2048  # up to here the error is measured, against float64
 # Rows, and anchors of a batch that is larger than a tile, since ``reference`` cannot compute all of them.
@@ -71,7 +77,7 @@ def check(impl: str, device: str) -> None:
     """Raise unless ``impl`` gives the value and gradient that ``reference`` gives in float64.
 
     Args:
-        impl: the kernel.
+        impl: the kernel, or a name of `RELATIONS`.
         device: where it runs.
 
     Raises:
@@ -80,7 +86,8 @@ def check(impl: str, device: str) -> None:
     for dtype, limit in AGREEMENT.items():
         for rows, anchors in CHECKED:
             case = Case(rows, 8 if anchors else 128, 8 if anchors else 512, dtype, device)
-            errors = _errors(_contender(impl, anchors), _contender("reference", anchors), *batch(case))
+            truth = _contender(impl if impl in RELATIONS else "reference", anchors, "reference")
+            errors = _errors(_contender(impl, anchors), truth, *batch(case))
             for what, error in zip(("value", "gradient"), errors, strict=True):
                 if not error <= limit:
                     raise RuntimeError(
@@ -102,15 +109,18 @@ def measure(case: Case, impls: Sequence[str], all_of_them: bool, repeats: int, p
     def row(name: str) -> Row:
         dtype = str(case.dtype).removeprefix("torch.")
         what = (case.rows, case.student_dim, case.teacher_dim, dtype, name)
-        ratio = memory[PEER] / memory[name] if name == PEER or memory[name] >= SMALLEST_GROWTH else None
+        comparable = name not in RELATIONS  # with torchdistill's loss
+        seen = name == PEER or memory[name] >= SMALLEST_GROWTH
+        ratio = memory[PEER] / memory[name] if seen and comparable else None
         if name not in times:
             return Row(*what, None, None, None, None, memory[name] / 1e6, True, None, None, None, None, ratio)
         low, both, high = (float(q) for q in times[name][:, 2].quantile(torch.tensor([0.25, 0.5, 0.75]).double()))
         forward, backward = (float(t) for t in times[name][:, :2].quantile(0.5, dim=0))
-        speed_up = float(times[PEER][:, 2].quantile(0.5)) / both if peer_runs else None
+        speed_up = float(times[PEER][:, 2].quantile(0.5)) / both if peer_runs and comparable else None
         saved = _saved_bytes(_contender(name), *batch(case)) / 1e6
         known = case.rows <= TRUTH_ROWS
-        value, gradient = _errors(_contender(name), _contender("chunked"), *batch(case)) if known else (None, None)
+        truth = _contender(name if name in RELATIONS else "chunked")
+        value, gradient = _errors(_contender(name), truth, *batch(case)) if known else (None, None)
         growth = memory[name] / 1e6
         return Row(*what, forward, backward, both, high - low, growth, False, saved, value, gradient, speed_up, ratio)
 
@@ -181,7 +191,9 @@ def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _contender(name: str, anchors: int | None = None) -> Loss:
+def _contender(name: str, anchors: int | None = None, impl: Impl = "auto") -> Loss:
+    if name in RELATIONS:
+        return lambda student, teacher: relational_loss(student, teacher, **RELATIONS[name], impl=impl, anchors=anchors)
     if name != PEER:
         return lambda student, teacher: rkd_da_loss(student, teacher, impl=cast(Impl, name), anchors=anchors)
     import torchvision  # noqa: F401  # before torchdistill, whose registries look for it in sys.modules

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rkd_plugin import markdown
+from rkd_plugin.bench.measuring import RELATIONS
 
 Result = Mapping[str, Any]
 SMALLEST_MB = 1.0  # a smaller growth may fit into free memory of the process, unseen
@@ -40,7 +41,9 @@ def table(measured: Mapping[str, Any]) -> str:
         if time is not None and memory is not None
     ]
     text = [markdown.table(list(HEADS.values()), [[_cell(row, name) for name in HEADS] for row in results])]
-    text += ["", f"RKD-DA, {sizes}. " + "; ".join(growth) + (f" (fitted from N = {LARGE} on)." if growth else "")]
+    others = [name for name in RELATIONS if any(row["loss"] == name for row in results)]
+    what = f"RKD-DA beside {', '.join(others)}" if others else "RKD-DA"
+    text += ["", f"{what}, {sizes}. " + "; ".join(growth) + (f" (fitted from N = {LARGE} on)." if growth else "")]
     text += ["Measured with " + ", ".join(f"{key} {value}" for key, value in measured["environment"].items()) + "."]
     return "\n".join(line.rstrip() for line in text)
 

@@ -13,6 +13,7 @@ ABOUT = "measure time and memory of the losses and of torchdistill's, or of the 
 EXAMPLES = (
     "bench",
     "bench --n 128 512 2048 --impl chunked --dtype bfloat16 --picture bench.png",
+    "bench --n 2048 16384 --impl distance_16 angle_16 softmax",
     "bench --show tests/bench/cpu.json",
     "bench quickstart/rkd_da --steps 40",
 )
@@ -27,7 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--busy", type=int, default=0, metavar="K", help="measure a recipe while K other processes compute"
     )
     parser.add_argument("--n", type=int, nargs="+", default=[128, 512, 1024], help="batch sizes")
-    parser.add_argument("--impl", nargs="+", default=[], help="kernels (default: those that are useful on the device)")
+    parser.add_argument(
+        "--impl",
+        nargs="+",
+        default=[],
+        help="kernels of RKD-DA (default: those that are useful on the device), or other losses: distance_16 and "
+        "angle_16, RKD-D and RKD-A on 16 neighbours, or softmax, the divergence of rows",
+    )
     parser.add_argument("--student-dim", type=int, default=128, help="width of the student's embeddings")
     parser.add_argument("--teacher-dim", type=int, default=512, help="width of the teacher's embeddings")
     parser.add_argument("--dtype", default="float32", help="dtype of student and teacher, such as bfloat16")

@@ -91,6 +91,22 @@ def test_reference_has_a_row_for_large_batches_only_if_requested(quick_memory, m
     assert losses == ["reference", "torchdistill"]
 
 
+def test_other_relations_have_rows_without_a_comparison(quick_memory, monkeypatch):
+    names = [*measuring.RELATIONS]
+    measured = bench.main([SIZE], ["chunked", *names], repeats=1, device="cpu")
+    rows, _ = cells(bench.show(measured))
+    assert f"RKD-DA beside {', '.join(names)}, student" in bench.show(measured)
+    assert column(rows, "loss") == ["chunked", *names, "torchdistill"]
+    for head in ("times faster than torchdistill", "times less memory"):
+        assert [cell == "-" for cell in column(rows, head)] == [False, *(True for _ in names), False]
+    assert all(float(error) < 1e-5 for error in column(rows, "gradient's error")[1:-1])
+    right = measuring.relational_loss
+    monkeypatch.setattr(measuring, "relational_loss", lambda *x, impl, **o: right(*x, **o) * (1.001 + (impl == "auto")))
+    for name in names:
+        with pytest.raises(RuntimeError, match=f"expected impl '{name}' to agree with 'reference'"):
+            measuring.check(name, "cpu")
+
+
 def test_json_can_be_shown_later(capsys, quick_memory, tmp_path):
     assert main(["bench", "--n", str(SIZE), "--repeats", "1", "--device", "cpu", "--json"]) == 0
     text = capsys.readouterr().out
