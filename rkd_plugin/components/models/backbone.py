@@ -99,6 +99,7 @@ class BackboneEmbedding(nn.Module):
         computed = repr((backbone, backbone_kwargs, pool, frozen_until, l2_normalize, pixels))
         self.memory = Memory(remember, computed) if remember else None
         register: Any = self.register_load_state_dict_post_hook  # which has no types in every version
+        register(_forget)
         self.halves = Halves(self.backbone, frozen_until) if remember and frozen_until not in (None, ".") else None
         if principal_components:
             self._start_with_pca(images)
