@@ -37,6 +37,7 @@ def execute(options: argparse.Namespace) -> None:
     from rkd_plugin.distributed import rank
     from rkd_plugin.experiments.recipe import quoted, read
     from rkd_plugin.experiments.running.embed import embed, verify
+    from rkd_plugin.experiments.support.memory import keep_memory
     from rkd_plugin.experiments.support.processes import process_group
 
     if options.verify:
@@ -45,6 +46,7 @@ def execute(options: argparse.Namespace) -> None:
     if not options.recipe or not options.out:
         raise ValueError("expected a recipe and --out BANK, or --verify BANK; see `rkd embed --help`")
     recipe = read(options.recipe, options.overrides)
+    keep_memory()
     with process_group(command_of(options)):
         bank = embed(recipe, options.out, options.data, options.dtype, options.views)
         if rank() > 0:

@@ -48,6 +48,7 @@ def execute(options: argparse.Namespace) -> None:
     from rkd_plugin.experiments.recipe import read
     from rkd_plugin.experiments.running.evaluation import evaluate
     from rkd_plugin.experiments.running.run_folder import recipe_of_run
+    from rkd_plugin.experiments.support.memory import keep_memory
     from rkd_plugin.experiments.support.processes import process_group
 
     folder = Path(options.recipe)
@@ -59,6 +60,7 @@ def execute(options: argparse.Namespace) -> None:
         recipe = read(options.recipe, options.overrides)
         checkpoint = options.checkpoint and Path(options.checkpoint)
         folder = Path("runs", "eval", recipe.path.stem)
+    keep_memory()
     with process_group(command_of(options)):
         data = read(options.data) if options.data else None
         evaluation = evaluate(recipe, checkpoint, data, options.classes == "all")
