@@ -35,7 +35,8 @@ KERNELS = [*sorted(_KERNELS), "strips"]
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 every_kernel = pytest.mark.parametrize("impl", KERNELS, indirect=True)
-CASES = [(loss, impl) for loss in LOSSES for impl in KERNELS] + list(itertools.product(RELATIONS, sorted(_KERNELS)))
+# `reference` of any relation is what the others are compared with.
+CASES = [*itertools.product(LOSSES, KERNELS), *((loss, "chunked") for loss in RELATIONS)]
 every_relation = pytest.mark.parametrize(
     ("loss", "impl"), CASES, ids=lambda x: getattr(x, "__name__", x), indirect=["impl"]
 )
