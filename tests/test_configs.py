@@ -215,13 +215,14 @@ DIFFERENCES = {
     "few_shot/mini_imagenet": [],
     "metric_learning": [
         *METRIC_LEARNING,
+        Apart("recipe.head_learning_rate train.optimizer.module_wise_*", None, "a rate of the last layer, where used"),
         Apart("recipe.learning_rate recipe.decay", None, "anchors where a row of a suite sets them"),
         Apart(
-            "recipe.remember *.remember *teacher_model*.frozen_until",
+            "*.remember *teacher_model*.frozen_until",
             {"triplet", "rkd", "relational"},
             "no hooks inside",
         ),
-        Apart("recipe.principal_components *.principal_components *.images.*", {"triplet"}, "a control"),
+        Apart("*.principal_components *.images.*", {"triplet"}, "a control"),
     ],
     "metric_learning/small_birds": [
         METRIC_LEARNING[0]._replace(recipes={"rkd"}),
@@ -239,9 +240,7 @@ DIFFERENCES = {
     "text": [
         Apart("recipe.l2_normalize", None, "an anchor of RKD and of the projection, with another default"),
         Apart("recipe.near_*", {"rkd"}, "relations among the nearest"),
-        Apart("recipe.neighbours", {"projection"}, "it relates no captions"),
         Apart("recipe.pca_bank models.student_model.kwargs.pca_bank", {"rkd"}, "an anchor for the teacher's PCA"),
-        Apart("recipe.potential recipe.penalty recipe.scale recipe.temperature", {"relational"}, "any relation"),
         Apart("recipe.relational_weight", {"relational"}, "beside the contrastive loss"),
         Apart("recipe.projection_weight recipe.teacher_embedding_dim", {"projection"}, "the layer and its weight"),
     ],

@@ -163,6 +163,7 @@ def test_every_call_gets_a_new_teacher(quick_memory, monkeypatch):
         return call
 
     monkeypatch.setattr(measuring, "_contender", contender)
+    monkeypatch.setattr(measuring, "STEADY_ROWS", 1)
     measuring._times({name: contender(name) for name in ("chunked", bench.PEER)}, *bench.batch(bench.Case(SIZE)), 1)
     calls = 2 * (measuring.WARM_UPS + 1)  # one that is timed and one before it
     assert {name: len(teachers) for name, teachers in seen.items()} == {"chunked": calls, bench.PEER: calls}

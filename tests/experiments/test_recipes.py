@@ -299,7 +299,7 @@ LOSS = f"{CRITERION}.criterion.kwargs"
 MISTAKES = {
     "no section": ("datasets:\n", "data:\n", "datasets", "required, but missing"),
     "other section": ("dependencies: [", "depends: [", "depends", "unknown key; did you mean dependencies?"),
-    "task": ("task: metric_learning", "task: metric", "recipe.task", "'metric_learning', got"),
+    "task": ("task: metric_learning", "task: metric", "recipe.task", "'text', got"),
     "seed": ("seed: &seed 0", "seed: &seed zero", "recipe.seed", "expected an integer, got the string 'zero'"),
     "dependency": ("'rkd_plugin.components.models'", "nowhere", "dependencies.1", "cannot be imported"),
     "misspelt dependency": (

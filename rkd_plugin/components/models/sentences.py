@@ -79,7 +79,7 @@ class WordTable(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``(N, L) -> (N, embedding_dim)``; zeros for a text without words."""
-        tokens = tokens[:, : int((tokens != PADDING).sum(1).amax())]
+        tokens = tokens[:, : max(int((tokens != PADDING).sum(1).amax()), 1)]
         counted = self.is_word[tokens]
         sums = embedding_bag(tokens, self.words, per_sample_weights=counted, mode="sum")
         return sums / counted.sum(1, keepdim=True).clamp(min=1.0)
