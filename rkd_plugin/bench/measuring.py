@@ -36,7 +36,7 @@ TRUTH_ROWS = 2048  # up to here the error is measured, against float64
 # Rows, and anchors of a batch that is larger than a tile, since ``reference`` cannot compute all of them.
 CHECKED = (64, None), (700, 8)
 WARM_UPS = 2
-STEADY_ROWS = 256  # a batch with half of them is timed four times as often
+STEADY_ROWS = 256  # a batch with half of them is timed four times as often, at most 64 times
 SMALLEST_GROWTH = 1e6  # bytes; less may fit into free memory of the process, unseen
 # Relative to the largest entry: float32 rounds by 6e-8, and the sums of a batch of 64 lose less than two digits more.
 AGREEMENT = {torch.float64: 1e-10, torch.float32: 5e-6}
@@ -256,7 +256,7 @@ def _times(contenders: dict[str, Loss], student: Tensor, teacher: Tensor, repeat
 
     samples: dict[str, list[list[float]]] = {name: [] for name in contenders}
     # More of small batches, whose time varies most and costs least.
-    repeats *= max(STEADY_ROWS // len(student), 1) ** 2
+    repeats *= min(max(STEADY_ROWS // len(student), 1), 8) ** 2
     for step in range(WARM_UPS + repeats):
         for name, loss in contenders.items():
             # An untimed call first, since the first call after another loss finds other data in the caches.

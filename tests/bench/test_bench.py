@@ -25,7 +25,8 @@ PAGE = Path(__file__).parents[2] / "docs/pages/speed.md"
 
 @pytest.fixture
 def quick_memory(monkeypatch):
-    """No process per contender."""
+    """No process per contender, and no more repetitions of a small batch."""
+    monkeypatch.setattr(measuring, "STEADY_ROWS", 1)
     monkeypatch.setattr(measuring, "peak_growth", lambda name, *_: {"chunked": 2_000_000}.get(name, 8_000_000))
 
 
@@ -163,7 +164,6 @@ def test_every_call_gets_a_new_teacher(quick_memory, monkeypatch):
         return call
 
     monkeypatch.setattr(measuring, "_contender", contender)
-    monkeypatch.setattr(measuring, "STEADY_ROWS", 1)
     measuring._times({name: contender(name) for name in ("chunked", bench.PEER)}, *bench.batch(bench.Case(SIZE)), 1)
     calls = 2 * (measuring.WARM_UPS + 1)  # one that is timed and one before it
     assert {name: len(teachers) for name, teachers in seen.items()} == {"chunked": calls, bench.PEER: calls}
