@@ -6,7 +6,9 @@ of a step, on cores that other processes need. `rkd` limits both, unless the env
 OMP_NUM_THREADS=1 for several processes. The losses and the adapters change neither.
 
 ``rkd bench RECIPE`` measures this with one thread and with all threads; ``--busy K`` runs K processes that compute at
-the same time. To compare, use ``OMP_WAIT_POLICY=ACTIVE`` or ``GOMP_SPINCOUNT=300000`` (OpenMP's default).
+the same time. To compare, use ``OMP_WAIT_POLICY=ACTIVE`` or ``GOMP_SPINCOUNT=300000`` (OpenMP's default). A step of
+``quickstart/rkd_da`` takes 16.0 ms with one thread and 12.3 ms with two, and 18.5 ms with two that spin; beside four
+processes that compute 39, 60 and 180 ms (two cores of an AMD EPYC, torch 2.15.0, commit 94e34bd, medians of 30 steps).
 """
 
 from __future__ import annotations
